@@ -1,0 +1,98 @@
+"""Every knob once, with the values of the published models; all other configs start from here.
+
+Sections stand in the order of use. What each key means and allows is said where it is read: the dataclass of the section.
+None means "not set".
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config():
+    config = ml_collections.ConfigDict()
+
+    # The network: dydit_jax/models/dit.py, DiTConfig. Either a published size, or the four numbers.
+    config.model = ml_collections.ConfigDict()
+    config.model.size = config_dict.placeholder(str)  # "XL/2": S, B, L or XL by 2, 4 or 8
+    config.model.depth = config_dict.placeholder(int)
+    config.model.width = config_dict.placeholder(int)
+    config.model.heads = config_dict.placeholder(int)
+    config.model.patch = config_dict.placeholder(int)
+    config.model.side = 32  # image side / 8 for latents
+    config.model.channels = 4
+    config.model.classes = 1000
+    config.model.mlp_ratio = 4
+    config.model.routers = "none"  # none: static DiT; first_on, free: DyDiT
+    config.model.label_deviation = 0.02
+    config.model.time_deviation = 0.02
+
+    # The diffusion process: dydit_jax/diffusion/schedules.py, DiffusionConfig.
+    config.diffusion = ml_collections.ConfigDict()
+    config.diffusion.schedule = "linear"
+    config.diffusion.train_steps = 1000
+
+    # Training examples: dydit_jax/data/sources.py, DataConfig.
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "synthetic"
+    config.data.batch_size = 256
+    config.data.seed = 0
+    config.data.threads = 2
+
+    # Loss terms and budget: dydit_jax/diffusion/losses.py, LossConfig.
+    config.loss = ml_collections.ConfigDict()
+    config.loss.label_dropout = 0.1
+    config.loss.complete_steps = -1  # -1: the complete pass is trained throughout
+    config.loss.budget = 0.5
+    config.loss.budget_weight = 2.0
+    config.loss.budget_hold_steps = 100
+    config.loss.budget_warmup_steps = 1000
+
+    # AdamW: dydit_jax/build.py, OptimizerConfig.
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.router_multiplier = 1.0
+    config.optimizer.decay = "constant"
+    config.optimizer.warmup_steps = 0
+    config.optimizer.decay_steps = config_dict.placeholder(int)
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.999
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = config_dict.placeholder(float)
+    config.optimizer.skip_norm = config_dict.placeholder(float)
+
+    # The run: dydit_jax/build.py, TrainConfig.
+    config.train = ml_collections.ConfigDict()
+    config.train.steps = 400_000
+    config.train.seed = 0
+    config.train.ema_decay = 0.9999
+    config.train.init_from = ""
+    config.train.precision = "auto"
+    config.train.remat = "none"
+
+    # How images are drawn from the result unless sample.py is told otherwise: dydit_jax/diffusion/samplers.py.
+    config.sampling = ml_collections.ConfigDict()
+    config.sampling.sampler = "ddpm"
+    config.sampling.steps = "250"
+    config.sampling.eta = 0.0
+    config.sampling.clip = config_dict.placeholder(float)
+    config.sampling.guidance = 1.5
+    config.sampling.guided_channels = "first_three"
+
+    # Devices: dydit_jax/sharding.py, MeshConfig. One of the three may be -1 and takes what is left.
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    # Saving: dydit_jax/checkpoints.py, CheckpointConfig.
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every_steps = 5000
+    config.checkpoint.keep = 2
+
+    # Reports: dydit_jax/tracking.py, TrackingConfig.
+    config.tracking = ml_collections.ConfigDict()
+    config.tracking.every_steps = 100
+    config.tracking.tensorboard = False
+    config.tracking.wandb_project = ""
+
+    return config

@@ -1,0 +1,235 @@
+"""From a config file to checked records and objects: the ConfigDict ends here.
+
+The only module that knows every registry. Everything a user can get wrong in a config is found in `read_experiment`,
+before anything is compiled or written.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from dydit_jax.checkpoints import CONFIG_FILE, CheckpointConfig, Weights, is_run, load_run_weights, load_weights
+from dydit_jax.data.sources import DataConfig
+from dydit_jax.diffusion.losses import LossConfig
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
+from dydit_jax.errors import InputError, require_known
+from dydit_jax.models.dit import DiTConfig, Model, published_config
+from dydit_jax.records import read_record, require_range
+from dydit_jax.sharding import MeshConfig, make_constrain_fn
+from dydit_jax.tracking import TrackingConfig
+from dydit_jax.trees import path_name
+
+PRECISIONS = ("auto", "bfloat16", "float32", "highest")
+LEARNING_RATES = ("constant", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and what happens to gradients before it.
+
+    Attributes:
+      learning_rate: peak, for everything but the routers.
+      router_multiplier: the routers' learning rate in units of `learning_rate`. Their biases start far from the
+        threshold; a short run needs about 10, the published long runs 1.
+      decay: "constant" or "cosine" to 5 % of the peak.
+      warmup_steps: linear from 0 to the peak.
+      decay_steps: step at which the cosine ends.
+      beta1, beta2, weight_decay: of AdamW.
+      clip_norm: gradients of a larger global norm are scaled down to it; None does not clip.
+      skip_norm: a batch whose norm is not below it is skipped and counted; None skips non-finite ones alone.
+    """
+
+    learning_rate: float
+    router_multiplier: float = 1.0
+    decay: str = "constant"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    skip_norm: float | None = None
+
+    def __post_init__(self):
+        require_range("optimizer.learning_rate", self.learning_rate, low=0.0)
+        require_range("optimizer.router_multiplier", self.router_multiplier, low=0.0)
+        require_range("optimizer.warmup_steps", self.warmup_steps, low=0)
+        require_range("optimizer.beta1", self.beta1, 0.0, 1.0)
+        require_range("optimizer.beta2", self.beta2, 0.0, 1.0)
+        require_range("optimizer.weight_decay", self.weight_decay, low=0.0)
+        require_known("optimizer.decay", self.decay, LEARNING_RATES)
+        if self.decay == "cosine" and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
+            raise InputError("optimizer.decay 'cosine' needs optimizer.decay_steps above optimizer.warmup_steps.")
+        for name in ("clip_norm", "skip_norm"):
+            if getattr(self, name) is not None:
+                require_range(f"optimizer.{name}", getattr(self, name), low=1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The length of a run and its surroundings.
+
+    Attributes:
+      steps: updates in all.
+      seed: of initial values and of every random draw but the data's order.
+      ema_decay: of the exponential moving average of the parameters, which is what gets sampled.
+      init_from: weights to start from (anything that `sample.py --checkpoint` takes), "" for random ones. Routers
+        that these lack are initialised afresh: the start of fine-tuning a DiT into a DyDiT.
+      precision: "bfloat16", "float32", "highest" (float32 products in full, for comparisons) or "auto": bfloat16
+        on accelerators, float32 on CPUs.
+      remat: what the backward pass recomputes: "none", "block" or "dots".
+    """
+
+    steps: int
+    seed: int = 0
+    ema_decay: float = 0.9999
+    init_from: str = ""
+    precision: str = "auto"
+    remat: str = "none"
+
+    def __post_init__(self):
+        require_range("train.steps", self.steps, low=1)
+        require_range("train.seed", self.seed, low=0)
+        require_range("train.ema_decay", self.ema_decay, 0.0, 1.0)
+        require_known("precision", self.precision, PRECISIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A whole config file, checked."""
+
+    model: DiTConfig
+    diffusion: DiffusionConfig
+    data: DataConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    sampling: SamplingConfig
+    mesh: MeshConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+
+
+# What may change when a run is continued: it alters neither the model nor any step already taken.
+CHANGEABLE = ("mesh", "checkpoint", "tracking", "sampling", "train.steps", "train.remat", "data.threads")
+
+
+def read_experiment(config: Mapping) -> Experiment:
+    """Check a whole config.
+
+    Args:
+      config: sections by name, each a mapping; `model` may name a published size.
+
+    Returns:
+      The checked records.
+
+    Raises:
+      InputError: the first thing that is wrong, with what is allowed.
+    """
+    sections = {field.name: field.type for field in dataclasses.fields(Experiment)}
+    for name in config:
+        require_known("section", name, sections)
+    records = {
+        name: read_model(config.get(name, {})) if name == "model" else read_record(cls, config.get(name, {}), name)
+        for name, cls in sections.items()
+    }
+    experiment = Experiment(**records)
+    respace(make_schedule(experiment.diffusion), experiment.sampling.steps)
+    return experiment
+
+
+def read_model(section: Mapping) -> DiTConfig:
+    """Read the section `model`: either `size` ("XL/2") or depth, width, heads and patch."""
+    section = {key: value for key, value in section.items() if value is not None}
+    if "size" not in section:
+        return read_record(DiTConfig, section, "model")
+    size = section.pop("size")
+    fixed = {"depth", "width", "heads", "patch"} & set(section)
+    if fixed:
+        raise InputError(f"model.size {size!r} fixes {', '.join(sorted(fixed))}; give the one or the others.")
+    known = published_config(size, side=64)
+    return read_record(DiTConfig, dict(dataclasses.asdict(known), **section), "model")
+
+
+def differences(old: Mapping, new: Mapping) -> list[str]:
+    """List the keys in which two configs differ, other than those that may change when a run goes on."""
+    found = []
+    for section in sorted(set(old) | set(new)):
+        before, after = old.get(section) or {}, new.get(section) or {}
+        for key in sorted(set(before) | set(after)):
+            if before.get(key) != after.get(key) and not {section, f"{section}.{key}"} & set(CHANGEABLE):
+                found.append(f"{section}.{key}: {before.get(key)!r} there, {after.get(key)!r} here")
+    return found
+
+
+def resolve_precision(name: str) -> tuple[jnp.dtype, str]:
+    """Return the dtype of products and JAX's name of their precision."""
+    require_known("precision", name, PRECISIONS)
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = jnp.bfloat16 if name == "bfloat16" else jnp.float32
+    return jnp.dtype(dtype), "highest" if name == "highest" else "default"
+
+
+def build_model(config: DiTConfig, *, precision: str, mesh: Mesh, remat: str = "none") -> Model:
+    """Make the model for a mesh.
+
+    Args:
+      config: what it is.
+      precision: one of `PRECISIONS`.
+      mesh: whose devices split the batch.
+      remat: what the backward pass recomputes.
+    """
+    dtype, matmul_precision = resolve_precision(precision)
+    return Model(config, dtype, matmul_precision, remat, make_constrain_fn(mesh))
+
+
+def build_learning_rate(config: OptimizerConfig):
+    """Make the function from step to the learning rate of everything but the routers."""
+    if config.decay == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            0.0, config.learning_rate, config.warmup_steps, config.decay_steps, 0.05 * config.learning_rate
+        )
+    if config.warmup_steps:
+        return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.constant_schedule(config.learning_rate)
+
+
+def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Make clipping, AdamW and the routers' own learning rate. Skipping is the trainer's: it keeps the whole state."""
+    return optax.chain(
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            build_learning_rate(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay
+        ),
+        optax.masked(optax.scale(config.router_multiplier), _is_router),
+    )
+
+
+def _is_router(params):
+    """Mark the leaves of the routers."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "_router/" in path_name(path), params)
+
+
+def load_checkpoint(path) -> Weights:
+    """Load weights for sampling, or to start from, from a `.safetensors` file or a run's work directory.
+
+    Raises:
+      InputError: neither of these.
+    """
+    path = epath.Path(path)
+    if is_run(path):
+        config = json.loads((path / CONFIG_FILE).read_text())
+        read = lambda cls, name: read_record(cls, config[name], name)
+        model, diffusion = read_model(config["model"]), read(DiffusionConfig, "diffusion")
+        return load_run_weights(path, model, diffusion, read(SamplingConfig, "sampling"))
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, but not a run's: it has no {CONFIG_FILE}.")
+    return load_weights(path)

@@ -1,0 +1,207 @@
+"""Weights that describe themselves, and runs that continue.
+
+Two forms. *Weights*: one `.safetensors` file, float32, with the configuration in its metadata: what is published, shipped
+and sampled from; reading it can't run code. *A run*: the work directory of a training, with its configuration, its log
+and Orbax checkpoints of the whole state.
+
+    <workdir>/config.json          the configuration that the run was started with
+    <workdir>/checkpoints/<step>/  params, ema, rest (step, moments, counters), about (versions, data)
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.errors import InputError
+from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.records import read_record
+from dydit_jax.trees import flatten, unflatten
+
+FORMAT = "dydit-jax weights 1"
+WEIGHTS_FILE = "weights.safetensors"
+CONFIG_FILE = "config.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model that can be sampled: what it is, how it was trained, how it likes to be sampled, its parameters."""
+
+    model: DiTConfig
+    diffusion: DiffusionConfig
+    sampling: SamplingConfig
+    params: dict
+    about: dict
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of what decides the numbers."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")}
+
+
+def checksum(params) -> str:
+    """Return the SHA-256 of a parameter tree's names and values, the same in whatever file it lies."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(flatten(params).items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()
+
+
+# --- Weights -------------------------------------------------------------------------------------
+
+
+def save_weights(path, weights: Weights) -> None:
+    """Write weights to one `.safetensors` file; a file half written never bears the name.
+
+    Args:
+      path: the file; its folder is made.
+      weights: what to write; `about` must be JSON.
+    """
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    described = dict(
+        model=dataclasses.asdict(weights.model),
+        diffusion=dataclasses.asdict(weights.diffusion),
+        sampling=dataclasses.asdict(weights.sampling),
+        about=weights.about,
+    )
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(weights.params).items()}
+    metadata = dict(format=FORMAT, description=json.dumps(described))
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(safetensors.numpy.save(arrays, metadata))
+    partial.rename(path)
+
+
+def load_weights(path) -> Weights:
+    """Read a `.safetensors` file written by `save_weights`.
+
+    Raises:
+      InputError: no such file, another format, or tensors that do not fit the description.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.")
+    blob = path.read_bytes()
+    try:
+        leaves = safetensors.numpy.load(blob)
+        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise InputError(f"{path} is not a readable .safetensors file: {error}.") from error
+    metadata = header.get("__metadata__", {})
+    if metadata.get("format") != FORMAT:
+        raise InputError(
+            f"{path} was not written by dydit-jax (format {metadata.get('format')!r}); "
+            "convert files of other programs with convert_torch_weights.py."
+        )
+    described = json.loads(metadata["description"])
+    model = read_record(DiTConfig, described["model"], "model")
+    _require_shapes(leaves, model, path)
+    return Weights(
+        model=model,
+        diffusion=read_record(DiffusionConfig, described["diffusion"], "diffusion"),
+        sampling=read_record(SamplingConfig, described["sampling"], "sampling"),
+        params=unflatten(leaves),
+        about=described["about"],
+    )
+
+
+def _require_shapes(leaves: dict, config: DiTConfig, path) -> None:
+    expected = {name: leaf.shape for name, leaf in flatten(Model(config).abstract_params()).items()}
+    found = {name: leaf.shape for name, leaf in leaves.items()}
+    if found != expected:
+        wrong = sorted(set(found.items()) ^ set(expected.items()))
+        raise InputError(f"{path} does not hold the model that it describes: {wrong[:6]}{' ...' * (len(wrong) > 6)}.")
+
+
+# --- Runs ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved: every so many steps, and how many of these are kept beside the newest."""
+
+    every_steps: int = 1000
+    keep: int = 2
+
+    def __post_init__(self):
+        if self.every_steps < 1 or self.keep < 1:
+            raise InputError(f"checkpoint.every_steps and checkpoint.keep must be at least 1, not {self}.")
+
+
+class Run:
+    """The checkpoints of one work directory; use as a context, leaving waits for writes under way."""
+
+    def __init__(self, workdir, config: CheckpointConfig):
+        manager = ocp.checkpoint_managers
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=manager.FixedIntervalPolicy(config.every_steps),
+            preservation_policy=manager.LatestN(config.keep),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(epath.Path(workdir).absolute() / CHECKPOINTS_FOLDER, options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint's step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, items: dict, about: dict, *, force: bool = False) -> bool:
+        """Save trees by name if `step` is due (or `force`); returns whether it did. Writing goes on behind."""
+        if self.latest_step == step:
+            return False
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        return self._manager.save(step, args=ocp.args.Composite(**trees, about=ocp.args.JsonSave(about)), force=force)
+
+    def restore(self, step: int, items: dict) -> dict:
+        """Read trees by name into the shapes and shardings of `items`, and the record `about`.
+
+        Raises:
+          InputError: a checkpoint of other shapes.
+        """
+        trees = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**trees, about=ocp.args.JsonRestore())
+            )
+        except (ValueError, KeyError) as error:
+            raise InputError(f"Checkpoint {step} does not fit this model: {str(error).splitlines()[0]}") from error
+        return dict(restored.items())
+
+
+def is_run(path) -> bool:
+    """Return whether a folder is the work directory of a training."""
+    return (epath.Path(path) / CONFIG_FILE).is_file()
+
+
+def load_run_weights(workdir, model: DiTConfig, diffusion: DiffusionConfig, sampling: SamplingConfig) -> Weights:
+    """Read the EMA weights of a run's newest step.
+
+    Raises:
+      InputError: no checkpoint yet, or one of another model.
+    """
+    with Run(workdir, CheckpointConfig()) as run:
+        step = run.latest_step
+        if step is None:
+            raise InputError(f"{workdir} holds a run, but no checkpoint of it yet.")
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+        restored = run.restore(step, dict(ema=jax.tree.map(shaped, Model(model).abstract_params())))
+    return Weights(model, diffusion, sampling, restored["ema"], dict(restored["about"], step=step))

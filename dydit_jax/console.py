@@ -1,0 +1,59 @@
+"""What the command-line programs share: log lines for people, one line for a user's mistake."""
+
+import logging
+import re
+import sys
+from collections.abc import Callable
+
+import absl.logging
+from absl import app, flags
+
+from dydit_jax.errors import InputError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parse flags and run a program.
+
+    Its own log goes to standard error, one line per event; libraries are heard from warnings on. An `InputError` ends
+    the program with its message on one line and exit code 2.
+    """
+
+    def guarded(_):
+        logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
+        logging.getLogger("dydit_jax").setLevel(logging.INFO)
+        absl.logging.set_verbosity(absl.logging.WARNING)
+        # Says on every machine without a TPU that there is none.
+        logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+        try:
+            main()
+        except InputError as error:
+            sys.stderr.write(f"{sys.argv[0]}: {error}\n")
+            sys.exit(2)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def read_config(flag) -> dict:
+    """Return the content of a config-file flag as plain dicts.
+
+    Raises:
+      InputError: a file that is missing or does not run.
+    """
+    try:
+        return flag.value.to_dict()
+    except OSError as error:
+        raise InputError(f"--{flag.name}: {' '.join(str(error).split())}") from error
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    """Parse flags; config flags raise several kinds of error for a mistyped key or value."""
+    try:
+        return flags.FLAGS(arguments)
+    except (AttributeError, KeyError) as error:
+        key = re.search(r"\w+", str(error)).group()
+        near = re.search(r'mean \\?"(\w+)', str(error))
+        message = f"Unknown config key {key!r}." + (f" Did you mean {near.group(1)!r}?" if near else "")
+    except (flags.Error, TypeError, ValueError) as error:
+        message = " ".join(str(error).split())
+    sys.stderr.write(f"{arguments[0]}: {message}\n")
+    sys.exit(2)

@@ -1,0 +1,152 @@
+"""What training minimises, and what it draws at random: terms per image, without a model.
+
+The trainer adds them up; these functions see arrays only.
+
+Sources: Improved DDPM, https://arxiv.org/abs/2102.09672, section 3.1 (variational bound); DyDiT,
+https://arxiv.org/abs/2410.03456, section 3.4 (budget) and its training code (ramp, strata, weight).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dydit_jax.diffusion.gaussian import Coefficients, interpret
+from dydit_jax.records import require_range
+
+STRATA = 4
+MIN_PROBABILITY = 1e-12  # of a bin in the discretised likelihood
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Which terms are on, and the budget.
+
+    Attributes:
+      label_dropout: probability with which a label becomes "no class".
+      complete_steps: for how many steps the complete pass is trained beside the dynamic one; -1 throughout. Without
+        routers the only pass is the complete one, and this and the budget play no part.
+      budget: lambda, the ratio of MACs that training aims at.
+      budget_weight: weight of (ratio - target)^2.
+      budget_hold_steps: steps at the start during which the target stays 1.
+      budget_warmup_steps: step at which the target's way from 1 to the budget ends.
+    """
+
+    label_dropout: float = 0.1
+    complete_steps: int = -1
+    budget: float = 0.5
+    budget_weight: float = 2.0
+    budget_hold_steps: int = 100
+    budget_warmup_steps: int = 1000
+
+    def __post_init__(self):
+        require_range("loss.label_dropout", self.label_dropout, 0.0, 1.0)
+        require_range("loss.complete_steps", self.complete_steps, -1)
+        require_range("loss.budget", self.budget, 0.0, 1.0)
+        require_range("loss.budget_weight", self.budget_weight, 0.0)
+        require_range("loss.budget_hold_steps", self.budget_hold_steps, 0)
+        require_range("loss.budget_warmup_steps", self.budget_warmup_steps, 1)
+
+
+# --- Random draws of a training batch ------------------------------------------------------------
+
+
+def stratified_timesteps(key, batch: int, train_steps: int):
+    """Draw timesteps [B], example i from quarter i mod 4 of 0 .. train_steps - 1.
+
+    Every batch then sees easy and hard timesteps alike, which steadies the ratio of MACs.
+    """
+    stratum = jnp.arange(batch) % STRATA
+    low, high = stratum * train_steps // STRATA, (stratum + 1) * train_steps // STRATA
+    return jax.random.randint(key, (batch,), low, high)
+
+
+def drop_labels(key, labels, *, null_label: int, probability: float):
+    """Replace each of labels [B] by `null_label` with the given probability."""
+    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), null_label, labels)
+
+
+# --- Denoising -----------------------------------------------------------------------------------
+
+
+def denoising_error(output, noise):
+    """Return the mean squared error [B] of the noise half of the output [B,side,side,2C]."""
+    predicted, _ = jnp.split(output, 2, axis=-1)
+    return _mean_per_image((noise - predicted) ** 2)
+
+
+def variational_bound(output, start, current, c: Coefficients):
+    """Return the variational bound of each image, [B], in bits per dimension.
+
+    Its gradient reaches the variance channels only: the noise channels answer to the squared error.
+
+    Args:
+      output: [B,side,side,2C].
+      start, current: x_0 and x_t, [B,side,side,C].
+      c: coefficients of each image's step, [B,1,1,1].
+    """
+    noise, variance = jnp.split(output, 2, axis=-1)
+    frozen = jnp.concatenate([jax.lax.stop_gradient(noise), variance], axis=-1)
+    prediction = interpret(frozen, current, c, clip=None)
+    true_mean = c.mean_of_start * start + c.mean_of_current * current
+    divergence = _gaussian_divergence(true_mean, c.log_variance_low, prediction.mean, prediction.log_variance)
+    likelihood = _discretised_log_likelihood(start, prediction.mean, 0.5 * prediction.log_variance)
+    nats = jnp.where(c.step == 0, -likelihood, divergence)
+    return _mean_per_image(nats) / math.log(2.0)
+
+
+def _mean_per_image(x):
+    return x.mean(axis=tuple(range(1, x.ndim)))
+
+
+def _gaussian_divergence(mean, log_variance, other_mean, other_log_variance):
+    """KL divergence of two Gaussians per element, in nats."""
+    ratio = jnp.exp(log_variance - other_log_variance)
+    shift = (mean - other_mean) ** 2 * jnp.exp(-other_log_variance)
+    return 0.5 * (other_log_variance - log_variance + ratio + shift - 1.0)
+
+
+def _discretised_log_likelihood(x, mean, log_deviation):
+    """Log-probability of the 1/127.5-wide bin around x in [-1, 1]; the outer bins are open.
+
+    The normal distribution function is the tanh approximation that the published training used:
+    (1 + tanh(u)) / 2 = sigmoid(2 u).
+    """
+    centred, precision = x - mean, jnp.exp(-log_deviation)
+    above = _tanh_argument(precision * (centred + 1.0 / 255.0))
+    below = _tanh_argument(precision * (centred - 1.0 / 255.0))
+    # log((tanh a - tanh b) / 2) by sinh(a - b) / (cosh a cosh b): the plain difference of two float32 values near 1
+    # loses four digits at t = 0, and the gradient three.
+    inside = _log_sinh(above - below) - _log_cosh(above) - _log_cosh(below) - math.log(2.0)
+    log_likelihood = jnp.where(
+        x < -0.999, jax.nn.log_sigmoid(2 * above), jnp.where(x > 0.999, jax.nn.log_sigmoid(-2 * below), inside)
+    )
+    return jnp.maximum(log_likelihood, math.log(MIN_PROBABILITY))
+
+
+def _tanh_argument(x):
+    return math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)
+
+
+def _log_cosh(x):
+    return jnp.logaddexp(x, -x) - math.log(2.0)
+
+
+def _log_sinh(x):
+    """Logarithm of sinh of a positive x."""
+    return x + jnp.log(-jnp.expm1(-2 * x)) - math.log(2.0)
+
+
+# --- Budget --------------------------------------------------------------------------------------
+
+
+def budget_target(step, config: LossConfig):
+    """Return the ratio of MACs to aim at: 1 at first, then a line, then the budget."""
+    ramp = 1.0 - (1.0 - config.budget) * step / config.budget_warmup_steps
+    return jnp.where(step < config.budget_hold_steps, 1.0, jnp.maximum(ramp, config.budget))
+
+
+def budget_penalty(ratio, target, *, weight: float):
+    """Return weight * (mean ratio - target)^2 for ratios [B] of a batch."""
+    return weight * (ratio.mean() - target) ** 2

@@ -1,0 +1,96 @@
+"""Multiply-adds (MACs) of a model and of a routing, from dimensions alone.
+
+Counted: every product of the patch embedding, of the two timestep layers, of the modulations, of queries, keys,
+values, scores, weighted values and output projection, of the MLP, of the output layer and of the routers.
+Not counted: additions, norms, softmax, GELU, look-ups. The "FLOPs" that papers of this field publish are MACs
+in this sense; a machine's FLOP count is twice as large.
+
+The *ratio* that training controls looks at attention and MLP alone, as in equation 8 of
+https://arxiv.org/abs/2410.03456: sum over blocks of (head fraction * attention + group fraction * token
+fraction * MLP) over sum over blocks of (attention + MLP).
+"""
+
+import dataclasses
+
+from dydit_jax.models.layers import TIME_FREQUENCIES
+from dydit_jax.models.routing import TOKEN_ROUTER_REDUCTION, Routing
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelMacs:
+    """MACs of one image's forward pass.
+
+    Attributes:
+      attention: one block's attention with all heads on; proportional to the number of heads.
+      mlp: one block's MLP with all groups and tokens on; proportional to both.
+      token_router: one block's token router, 0 without routers.
+      time_routers: one block's head and group routers, 0 without routers.
+      fixed: everything else, of the whole model.
+      layers: number of blocks.
+    """
+
+    attention: int
+    mlp: int
+    token_router: int
+    time_routers: int
+    fixed: int
+    layers: int
+
+    @property
+    def complete(self) -> int:
+        """The whole model with every gate open and no router: the static DiT."""
+        return self.fixed + self.layers * (self.attention + self.mlp)
+
+    @property
+    def routers(self) -> int:
+        """All routers of the model."""
+        return self.layers * (self.token_router + self.time_routers)
+
+
+def model_macs(config) -> ModelMacs:
+    """Count the MACs of a model.
+
+    Args:
+      config: a record with width, depth, heads, patch, channels, tokens, hidden, outputs and routers, such
+        as `DiTConfig`.
+
+    Returns:
+      The counts for one image and one forward pass.
+    """
+    width, tokens = config.width, config.tokens
+    patch_values = config.patch**2
+    embeddings = tokens * patch_values * config.channels * width + (2 * TIME_FREQUENCIES + width) * width
+    modulations = config.depth * 6 * width**2 + 2 * width**2
+    output = tokens * width * patch_values * 2 * config.channels
+    reduced = width // TOKEN_ROUTER_REDUCTION
+    routed = config.routers != "none"
+    units = config.heads - 1 if config.routers == "first_on" else config.heads
+    return ModelMacs(
+        attention=4 * tokens * width**2 + 2 * tokens**2 * width,
+        mlp=2 * tokens * width * config.hidden,
+        token_router=tokens * (width * reduced + reduced) if routed else 0,
+        time_routers=2 * width * units if routed else 0,
+        fixed=embeddings + modulations + output,
+        layers=config.depth,
+    )
+
+
+def routed_ratio(routing: Routing, *, attention: float, mlp: float):
+    """Return the share of attention and MLP work that a routing leaves on, per image.
+
+    Args:
+      routing: gates; gradients flow through them.
+      attention, mlp: work of one block's attention and MLP, in any common unit.
+
+    Returns:
+      [B], between 0 and 1.
+    """
+    heads = routing.heads.mean(-1)  # [B,L]
+    mlps = routing.groups.mean(-1) * routing.tokens.mean(-1)
+    return (heads * attention + mlps * mlp).mean(-1) / (attention + mlp)
+
+
+def routed_macs(routing: Routing, macs: ModelMacs):
+    """Return the MACs per image [B] that a routing needs, routers and fixed parts included."""
+    ratio = routed_ratio(routing, attention=macs.attention, mlp=macs.mlp)
+    return macs.fixed + macs.routers + macs.layers * (macs.attention + macs.mlp) * ratio

@@ -1,0 +1,239 @@
+"""The layers of a diffusion transformer, each with its routed unit as an array axis.
+
+Axes, the same letters in every file, comment and einsum of this project:
+
+    B batch    N tokens    D width    H heads    K head size    G MLP groups    F units of a group
+    L layers   C channels of the input image or latent          P patch side    S sampling steps
+
+Heads and groups are axes of their kernels ([3,D,H,K], [H,K,D], [D,G,F], [G,F,D]): a gate is then a
+broadcast, a narrowed layer an index on one axis, a sharding a name. Every layer reads H and G from its
+arrays, never from a config, so that one code serves the full and the narrowed weights.
+
+Parameters are float32. Each layer computes in its `dtype`; norms, softmax, embeddings of the timestep and
+the residual stream stay in float32.
+
+Source: DiT, https://arxiv.org/abs/2212.09748, section 3 and figure 3.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+TIME_FREQUENCIES = 128  # cosines and as many sines: 256 features
+MAX_PERIOD = 10_000.0
+NORM_EPSILON = 1e-6
+
+
+# --- Initialisers and arithmetic -----------------------------------------------------------------
+
+
+def xavier_uniform(fan_in: int, fan_out: int):
+    """Xavier's uniform initialiser for a kernel whose axes are those of a [fan_in, fan_out] matrix, split."""
+    bound = math.sqrt(6.0 / (fan_in + fan_out))
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def constant(value: float):
+    """Initialiser that ignores its key."""
+    return lambda key, shape: jnp.full(shape, value, jnp.float32)
+
+
+def normal(deviation: float):
+    """Gaussian initialiser of mean zero."""
+    return lambda key, shape: deviation * jax.random.normal(key, shape, jnp.float32)
+
+
+def layer_norm(x):
+    """Normalise over the last axis in float32, without learned scale or shift."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + NORM_EPSILON)
+
+
+def modulate(x, shift, scale):
+    """Return x * (1 + scale) + shift with one shift and scale per image: x [B,N,D], the others [B,D]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def position_table(grid: int, width: int) -> np.ndarray:
+    """Make the fixed 2-D sine-cosine table of a grid x grid field of tokens, row by row.
+
+    Args:
+      grid: tokens on a side.
+      width: D, divisible by 4. The first half encodes the column, the second the row; per axis sines
+        come first, then cosines, with frequencies 10000^(-i/(D/4)).
+
+    Returns:
+      float32 [N,D], N = grid * grid; computed in float64.
+    """
+    frequency = MAX_PERIOD ** (-np.arange(width // 4) / (width // 4))
+    angle = np.arange(grid)[:, None] * frequency
+    axis = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)  # [grid,D/2]
+    columns = np.broadcast_to(axis[None, :], (grid, grid, width // 2))
+    rows = np.broadcast_to(axis[:, None], (grid, grid, width // 2))
+    return np.concatenate([columns, rows], axis=-1).reshape(grid * grid, width).astype(np.float32)
+
+
+def _time_frequencies() -> np.ndarray:
+    """Return exp(-ln(10000) i / 128) as float32 [128], rounded as in the original.
+
+    At t = 999 the last bit of a frequency moves its angle by 3e-5, so the rounding is part of the model: the exponent is
+    rounded to float32 first, and entry 12, whose exact value lies 0.48 of a last place above the nearest float32,
+    was rounded up by the exponential that made the reference table.
+    """
+    exponent = np.float32(-math.log(MAX_PERIOD)) * np.arange(TIME_FREQUENCIES, dtype=np.float32) / TIME_FREQUENCIES
+    frequency = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    frequency[12] = np.nextafter(frequency[12], np.float32(1))
+    return frequency
+
+
+def time_features(t):
+    """Return the 256 cosine-then-sine features of timesteps t [B] as float32 [B,256]."""
+    angle = t.astype(jnp.float32)[:, None] * _time_frequencies()
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+# --- Embeddings ----------------------------------------------------------------------------------
+
+
+class PatchEmbed(nnx.Module):
+    """A P x P convolution with stride P, written as one product per patch, plus the position table."""
+
+    def __init__(self, *, patch: int, channels: int, width: int, dtype, rngs: nnx.Rngs):
+        init = xavier_uniform(patch * patch * channels, width)
+        self.kernel = nnx.Param(init(rngs.params(), (patch, patch, channels, width)))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.dtype = dtype
+
+    def __call__(self, x):
+        """Turn images [B,side,side,C] into float32 tokens [B,N,D], row by row."""
+        patch, _, channels, width = self.kernel.shape
+        batch, side, _, _ = x.shape
+        grid = side // patch
+        x = x.astype(self.dtype).reshape(batch, grid, patch, grid, patch, channels)
+        kernel = self.kernel[...].astype(self.dtype)
+        x = jnp.einsum("bipjqc,pqcd->bijd", x, kernel).reshape(batch, grid * grid, width)  # [B,N,D]
+        return x.astype(jnp.float32) + self.bias[...] + position_table(grid, width)
+
+
+class TimeEmbed(nnx.Module):
+    """Linear, SiLU, Linear on the features of the timestep.
+
+    Float32 at the highest matmul precision whatever the rest runs in: the gates of heads and groups are
+    thresholds on this vector, and a plan made on one machine must hold on another.
+    """
+
+    def __init__(self, *, width: int, deviation: float, rngs: nnx.Rngs):
+        init = normal(deviation)
+        self.kernel_in = nnx.Param(init(rngs.params(), (2 * TIME_FREQUENCIES, width)))
+        self.bias_in = nnx.Param(jnp.zeros(width))
+        self.kernel_out = nnx.Param(init(rngs.params(), (width, width)))
+        self.bias_out = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, t):
+        """Return the embedding of timesteps t [B] as float32 [B,D]."""
+        hidden = jnp.dot(time_features(t), self.kernel_in[...], precision="highest") + self.bias_in[...]
+        return jnp.dot(jax.nn.silu(hidden), self.kernel_out[...], precision="highest") + self.bias_out[...]
+
+
+class LabelEmbed(nnx.Module):
+    """A table of num_classes + 1 rows; the last one stands for "no class"."""
+
+    def __init__(self, *, classes: int, width: int, deviation: float, rngs: nnx.Rngs):
+        self.table = nnx.Param(normal(deviation)(rngs.params(), (classes + 1, width)))
+
+    def __call__(self, labels):
+        """Return the rows of labels [B] as float32 [B,D]."""
+        return self.table[...][labels]
+
+
+# --- Parts of a block ----------------------------------------------------------------------------
+
+
+class Modulation(nnx.Module):
+    """SiLU and a Linear from the condition to `parts` vectors; zero at the start, as in adaLN-zero."""
+
+    def __init__(self, *, width: int, parts: int, dtype):
+        self.kernel = nnx.Param(jnp.zeros((width, parts, width)))
+        self.bias = nnx.Param(jnp.zeros((parts, width)))
+        self.dtype = dtype
+
+    def __call__(self, condition):
+        """Turn the condition [B,D] into float32 [parts,B,D]."""
+        condition = jax.nn.silu(condition).astype(self.dtype)
+        vectors = jnp.einsum("bd,dme->mbe", condition, self.kernel[...].astype(self.dtype))
+        return vectors.astype(jnp.float32) + self.bias[...][:, None]
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention; a head that is off is zeroed before the output projection."""
+
+    def __init__(self, *, width: int, heads: int, dtype, rngs: nnx.Rngs):
+        size = width // heads
+        # Queries, keys and values are one [D,3D] Linear in the original: its fan-out is 3D.
+        self.qkv = nnx.Param(xavier_uniform(width, 3 * width)(rngs.params(), (3, width, heads, size)))
+        self.qkv_bias = nnx.Param(jnp.zeros((3, heads, size)))
+        self.out = nnx.Param(xavier_uniform(width, width)(rngs.params(), (heads, size, width)))
+        self.out_bias = nnx.Param(jnp.zeros(width))
+        self.dtype = dtype
+
+    def __call__(self, x, gates):
+        """Attend over tokens x [B,N,D] with gates [B,H] or None (all heads on); returns [B,N,D]."""
+        x = x.astype(self.dtype)
+        qkv, out = self.qkv[...].astype(self.dtype), self.out[...].astype(self.dtype)
+        bias = self.qkv_bias[...].astype(self.dtype)
+        # Three products, not one and a reshape: splitting [B,N,3HK] costs a third of a block on a TPU.
+        query, key, value = (jnp.einsum("bnd,dhk->bhnk", x, qkv[i]) + bias[i][:, None] for i in range(3))
+        scores = jnp.einsum("bhnk,bhmk->bhnm", query, key) / math.sqrt(query.shape[-1])  # [B,H,N,N]
+        weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(self.dtype)
+        heads = jnp.einsum("bhnm,bhmk->bhnk", weights, value)  # [B,H,N,K]
+        if gates is not None:
+            heads = heads * gates[:, :, None, None].astype(self.dtype)
+        return jnp.einsum("bhnk,hkd->bnd", heads, out) + self.out_bias[...].astype(self.dtype)
+
+
+class MLP(nnx.Module):
+    """Linear, tanh-GELU, Linear; a group that is off is zeroed before the GELU, where gelu(0) = 0."""
+
+    def __init__(self, *, width: int, groups: int, hidden: int, dtype, rngs: nnx.Rngs):
+        units = hidden // groups
+        self.up = nnx.Param(xavier_uniform(width, hidden)(rngs.params(), (width, groups, units)))
+        self.up_bias = nnx.Param(jnp.zeros((groups, units)))
+        self.down = nnx.Param(xavier_uniform(hidden, width)(rngs.params(), (groups, units, width)))
+        self.down_bias = nnx.Param(jnp.zeros(width))
+        self.dtype = dtype
+
+    def __call__(self, x, gates):
+        """Transform tokens x [B,N,D] with gates [B,G] or None (all groups on); returns [B,N,D]."""
+        x = x.astype(self.dtype)
+        hidden = jnp.einsum("bnd,dgf->bngf", x, self.up[...].astype(self.dtype))  # [B,N,G,F]
+        hidden = hidden + self.up_bias[...].astype(self.dtype)
+        if gates is not None:
+            hidden = hidden * gates[:, None, :, None].astype(self.dtype)
+        hidden = jax.nn.gelu(hidden, approximate=True)
+        x = jnp.einsum("bngf,gfd->bnd", hidden, self.down[...].astype(self.dtype))
+        return x + self.down_bias[...].astype(self.dtype)
+
+
+class Output(nnx.Module):
+    """Norm, modulation by the condition, and a Linear from tokens to the pixels of their patch."""
+
+    def __init__(self, *, width: int, patch: int, channels: int, dtype):
+        self.modulation = Modulation(width=width, parts=2, dtype=dtype)
+        self.kernel = nnx.Param(jnp.zeros((width, patch, patch, channels)))
+        self.bias = nnx.Param(jnp.zeros((patch, patch, channels)))
+        self.dtype = dtype
+
+    def __call__(self, x, condition):
+        """Turn tokens x [B,N,D] into float32 images [B,side,side,channels]."""
+        _, patch, _, channels = self.kernel.shape
+        batch, tokens, width = x.shape
+        grid = math.isqrt(tokens)
+        shift, scale = self.modulation(condition)
+        x = modulate(layer_norm(x), shift, scale).reshape(batch, grid, grid, width).astype(self.dtype)
+        x = jnp.einsum("bijd,dpqc->bipjqc", x, self.kernel[...].astype(self.dtype))
+        x = x.astype(jnp.float32) + self.bias[...][:, None]
+        return x.reshape(batch, grid * patch, grid * patch, channels)

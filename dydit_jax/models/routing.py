@@ -1,0 +1,110 @@
+"""What decides how much is computed: routers, gates and the record of what was on.
+
+Two dynamics. *Timestep-wise dynamic width*: per block, heads and MLP groups are switched by a Linear on the
+timestep's embedding alone, so a whole sampling schedule is known before its first step. *Spatial-wise dynamic
+token*: per block, a small MLP on every token decides whether that token passes the MLP.
+
+Source: DyDiT, https://arxiv.org/abs/2410.03456, sections 3.2 and 3.3. Three layouts exist:
+
+    none      no routers: the static DiT
+    free      H outputs for heads and for groups: a block may have none on (checkpoints of December 2024)
+    first_on  H - 1 outputs; the first head and the first group are always on (checkpoints of March 2025)
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dydit_jax.models.layers import constant, xavier_uniform
+
+LAYOUTS = ("none", "free", "first_on")
+TEMPERATURE = 5.0
+TIME_ROUTER_BIAS = 15.0  # sigmoid(15 / 5) = 0.95: everything starts on
+TOKEN_ROUTER_BIAS = 35.0
+TOKEN_ROUTER_REDUCTION = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """One value per decision of a forward pass.
+
+    As the output of a model the values are gates, exactly 0 or 1. As an input (`noise`) they are the logistic
+    noise that training adds to the logits.
+
+    Attributes:
+      heads: [B,L,H].
+      groups: [B,L,G].
+      tokens: [B,L,N].
+    """
+
+    heads: jax.Array
+    groups: jax.Array
+    tokens: jax.Array
+
+
+def hard_gate(logits):
+    """Return 1.0 where sigmoid(logit) > 0.5, strictly, else 0.0."""
+    return (logits > 0).astype(jnp.float32)
+
+
+def straight_through_gate(logits, noise):
+    """Return gates that are 0 or 1 forward and carry the gradient of a Gumbel-sigmoid backward.
+
+    Args:
+      logits: any shape, float32.
+      noise: logistic noise of the same shape, the difference of two Gumbel draws; None decides by the
+        logits alone, without a gradient.
+
+    Returns:
+      float32 gates, exactly 0.0 or 1.0.
+    """
+    if noise is None:
+        return hard_gate(logits)
+    soft = jax.nn.sigmoid((logits + noise) / TEMPERATURE)
+    hard = (soft > 0.5).astype(soft.dtype)
+    # In this order the two soft values cancel exactly, so the gate is exactly 0 or 1.
+    return hard + (soft - jax.lax.stop_gradient(soft))
+
+
+class TimeRouter(nnx.Module):
+    """One Linear per layer from the timestep's embedding to the units of that layer."""
+
+    def __init__(self, *, layers: int, width: int, units: int, layout: str, rngs: nnx.Rngs):
+        outputs = units - 1 if layout == "first_on" else units
+        self.kernel = nnx.Param(xavier_uniform(width, outputs)(rngs.params(), (layers, width, outputs)))
+        self.bias = nnx.Param(constant(TIME_ROUTER_BIAS)(None, (layers, outputs)))
+        self.units = units
+
+    def logits(self, embedding):
+        """Return float32 [B,L,units], or one less where the first unit is always on; embedding [B,D]."""
+        return jnp.einsum("bd,ldh->blh", embedding, self.kernel[...], precision="highest") + self.bias[...]
+
+    def __call__(self, embedding, noise):
+        """Return gates [B,L,units] for embedding [B,D]; noise [B,L,units] or None.
+
+        Where the first unit is always on, its noise is not used.
+        """
+        logits = self.logits(embedding)
+        batch, layers, outputs = logits.shape
+        always = self.units - outputs
+        gates = straight_through_gate(logits, None if noise is None else noise[..., always:])
+        return jnp.concatenate([jnp.ones((batch, layers, always)), gates], axis=-1)
+
+
+class TokenRouter(nnx.Module):
+    """Linear, ReLU, Linear from each token to one logit, in float32: its sign is a discontinuity."""
+
+    def __init__(self, *, width: int, rngs: nnx.Rngs):
+        reduced = width // TOKEN_ROUTER_REDUCTION
+        self.kernel_in = nnx.Param(xavier_uniform(width, reduced)(rngs.params(), (width, reduced)))
+        self.bias_in = nnx.Param(jnp.zeros(reduced))
+        self.kernel_out = nnx.Param(xavier_uniform(reduced, 1)(rngs.params(), (reduced, 1)))
+        self.bias_out = nnx.Param(constant(TOKEN_ROUTER_BIAS)(None, (1,)))
+
+    def __call__(self, x):
+        """Return the logits [B,N] of tokens x [B,N,D]."""
+        hidden = jax.nn.relu(jnp.dot(x, self.kernel_in[...], precision="highest") + self.bias_in[...])
+        return (jnp.dot(hidden, self.kernel_out[...], precision="highest") + self.bias_out[...])[..., 0]

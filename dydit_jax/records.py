@@ -1,0 +1,88 @@
+"""Strict reading of plain mappings into frozen dataclasses.
+
+Config files and checkpoint metadata are mappings; the program works on frozen dataclasses. This is the
+border: unknown keys, wrong types and wrong tuple lengths end here, with the full name of the key. Ranges
+are the business of each record's `__post_init__`.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+
+from dydit_jax.errors import InputError
+
+
+def read_record(cls, mapping: Mapping, where: str):
+    """Make a `cls` from `mapping`.
+
+    Args:
+      cls: a frozen dataclass whose fields are int, float, str, bool, tuples of these, or `X | None`.
+      mapping: field names to values; missing fields keep their defaults.
+      where: the section's name, for messages, e.g. "model".
+
+    Returns:
+      An instance of `cls`.
+
+    Raises:
+      InputError: a key that `cls` does not have (with the nearest known one), a value of another type, or
+        a value that `cls` itself refuses.
+    """
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"{where} must be a section with keys, not {mapping!r}.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in mapping.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f" Did you mean {where}.{near[0]}?" if near else ""
+            raise InputError(f"Unknown key {where}.{key};{hint} known: {', '.join(sorted(fields))}.")
+        values[key] = _checked(value, hints[key], f"{where}.{key}")
+    missing = [name for name, field in fields.items() if name not in values and _required(field)]
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(missing)}.")
+    return cls(**values)
+
+
+def _required(field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _checked(value, kind, where: str):
+    """Return `value` as `kind`; integers pass as floats, lists as tuples, nothing else is converted."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        options = typing.get_args(kind)
+        if value is None and type(None) in options:
+            return None
+        kind = next(option for option in options if option is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return _checked_tuple(value, typing.get_args(kind), where)
+    if kind is float and type(value) is int:
+        return float(value)
+    # `type(...) is`, because True is an int to isinstance.
+    if type(value) is not kind:
+        raise InputError(f"{where} must be of type {kind.__name__}, not {value!r}.")
+    return value
+
+
+def _checked_tuple(value, kinds, where: str) -> tuple:
+    if not isinstance(value, (tuple, list)):
+        raise InputError(f"{where} must be a tuple, not {value!r}.")
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(value) != len(kinds):
+        raise InputError(f"{where} must have {len(kinds)} values, not {len(value)}: {tuple(value)!r}.")
+    return tuple(_checked(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds)))
+
+
+def require_range(where: str, value, low=None, high=None) -> None:
+    """Raise unless `low <= value <= high`; None leaves a side open.
+
+    Raises:
+      InputError: with the value and what is allowed.
+    """
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
+        allowed = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
+        raise InputError(f"{where} must be {allowed}, not {value!r}.")

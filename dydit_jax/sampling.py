@@ -1,0 +1,245 @@
+"""The job behind `sample.py`: checkpoint -> images in a folder, resumable, with a manifest beside them.
+
+    <out>/manifest.json      all that made the images: checksum of the weights, sampler, guidance, seed, precision, versions
+    <out>/grid.png           for --labels
+    <out>/images/000000.png  for --num_images, written whole or not at all
+    <out>/samples.npz        for --num_images: arr_0 uint8 [n,side,side,channels] and labels int32 [n]
+    <out>/routing.png        what was on over the timesteps
+
+An image is a function of the weights, the settings, the seed and its index. A job that was killed therefore makes just
+the images that are missing when it is started again.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import logging
+import zipfile
+
+import jax
+import numpy as np
+from etils import epath
+from PIL import Image
+from tqdm import tqdm
+
+from dydit_jax.build import build_model, load_checkpoint, resolve_precision
+from dydit_jax.checkpoints import Weights, checksum, package_versions
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import make_schedule, respace
+from dydit_jax.errors import InputError
+from dydit_jax.generate import Samples, generate, to_uint8, uniform_labels
+from dydit_jax.pictures import draw_grid, draw_routing, image_of, save_figure, save_image
+from dydit_jax.records import read_record
+from dydit_jax.sharding import MeshConfig, make_mesh, replicated
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "manifest.json"
+WRITERS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a user asks of `sample.py`.
+
+    Attributes:
+      checkpoint: where the weights are.
+      out: folder for the results.
+      labels: of a grid's columns; or None.
+      rows: of the grid.
+      num_images: images with uniform labels; or None. Exactly one of `labels` and `num_images` is given.
+      seed: of noise and uniform labels.
+      batch_size: images at once.
+      mode: "complete" or "gated".
+      precision: see `build.PRECISIONS`.
+      draw_routing: whether routing.png is drawn.
+      overrides: sampling settings that win over the checkpoint's.
+    """
+
+    checkpoint: str
+    out: str
+    labels: list | None = None
+    rows: int = 1
+    num_images: int | None = None
+    seed: int = 0
+    batch_size: int = 100
+    mode: str = "gated"
+    precision: str = "auto"
+    draw_routing: bool = False
+    overrides: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if (self.labels is None) == (self.num_images is None):
+            raise InputError("Give either --labels (a grid) or --num_images (a set), not both and not neither.")
+        for name in ("rows", "batch_size") if self.num_images is None else ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        if self.labels is not None and not all(str(label).strip().isdecimal() for label in self.labels):
+            raise InputError(f"--labels must be numbers with commas between them, not {','.join(self.labels)!r}.")
+        if not self.out:
+            raise InputError("--out is empty; name a folder.")
+
+
+def sample(request: Request) -> Samples:
+    """Carry out a request.
+
+    Returns:
+      The samples of the last batch.
+
+    Raises:
+      InputError: anything wrong with the request, before anything is compiled or written.
+    """
+    weights = load_checkpoint(request.checkpoint)
+    settings = dict(dataclasses.asdict(weights.sampling), **request.overrides)
+    weights = dataclasses.replace(weights, sampling=read_record(SamplingConfig, settings, "sampling"))
+    respace(make_schedule(weights.diffusion), weights.sampling.steps)
+    labels = _labels(request, weights.model.classes)
+    out = _prepare_out(request, _manifest(request, weights, labels))
+    missing = [index for index in range(len(labels)) if not _image_path(out, index).exists()]
+    logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)
+    samples = _draw(request, weights, labels, missing, out) if missing else None
+    if request.num_images is None:
+        pixels = np.stack([_read_image(_image_path(out, index)) for index in range(len(labels))])
+        save_image(out / "grid.png", draw_grid(pixels, columns=len(request.labels)))
+    else:
+        _write_npz(out, labels)
+    if request.draw_routing and samples is not None:
+        save_figure(out / "routing.png", draw_routing(samples, weights.model.macs))
+    _report(samples, weights, out)
+    return samples
+
+
+def _report(samples: Samples | None, weights: Weights, out) -> None:
+    """Say what it cost and where the results are."""
+    if samples is not None:
+        complete, dynamic = weights.model.macs.complete, samples.macs.mean()
+        logger.info(
+            "MACs per image and pass: %.4f G complete, %.4f G here (%.1f %%).",
+            *(complete / 1e9, dynamic / 1e9, 100 * dynamic / complete),
+        )
+    for path in sorted(path for path in out.iterdir() if path.is_file()):
+        logger.info("Wrote %s", path)
+
+
+def _labels(request: Request, classes: int) -> np.ndarray:
+    if request.num_images is not None:
+        return np.asarray(uniform_labels(request.seed, np.arange(request.num_images), classes), np.int32)
+    labels = np.asarray([int(label) for label in request.labels], np.int32)
+    if labels.max() > classes:
+        raise InputError(f"--labels must be from 0 to {classes - 1} ({classes} for no class), not {labels.max()}.")
+    return np.tile(labels, request.rows)
+
+
+# --- The folder ----------------------------------------------------------------------------------
+
+
+def _manifest(request: Request, weights: Weights, labels: np.ndarray) -> dict:
+    """Describe all that makes the images."""
+    asked = "labels" if request.num_images is None else "num_images"
+    return dict(
+        {asked: getattr(request, asked), "rows": request.rows},
+        checkpoint=str(request.checkpoint),
+        checksum=checksum(weights.params),
+        model=dataclasses.asdict(weights.model),
+        diffusion=dataclasses.asdict(weights.diffusion),
+        sampling=dataclasses.asdict(weights.sampling),
+        seed=request.seed,
+        mode=request.mode,
+        precision=resolve_precision(request.precision)[0].name,
+        matmul_precision=resolve_precision(request.precision)[1],
+        device=jax.devices()[0].device_kind,
+        versions=package_versions(),
+    )
+
+
+def _prepare_out(request: Request, manifest: dict) -> epath.Path:
+    """Make the folder and write the manifest; a folder of the same job is continued, any other is refused."""
+    out = epath.Path(request.out)
+    path = out / MANIFEST_FILE
+    if path.is_file():
+        found = json.loads(path.read_text())
+        wanted = json.loads(json.dumps(manifest))
+        # The path of the weights does not matter where their checksum is known.
+        changed = [key for key in sorted(wanted | found) if key != "checkpoint" and found.get(key) != wanted.get(key)]
+        if changed:
+            raise InputError(f"{out} holds images made otherwise ({', '.join(changed)} differ); name another --out.")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty and has no {MANIFEST_FILE}; name another --out.")
+    try:
+        (out / "images").mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(manifest, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"Can't write to {out}: {error}.") from error
+    return out
+
+
+def _image_path(out, index: int):
+    return out / "images" / f"{index:06d}.png"
+
+
+def _read_image(path) -> np.ndarray:
+    with path.open("rb") as file:
+        pixels = np.asarray(Image.open(file))
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _write_image(path, pixels: np.ndarray) -> None:
+    """Write one image under another name first, so that a file with its name is whole."""
+    partial = path.with_name(path.name + ".partial")
+    save_image(partial, image_of(pixels))
+    partial.replace(path)
+
+
+def _write_npz(out, labels: np.ndarray) -> None:
+    """Pack all images, one in memory at a time, in the form that ADM's evaluation reads."""
+    path = out / "samples.npz"
+    partial = path.with_name(path.name + ".partial")
+    shape = (len(labels), *_read_image(_image_path(out, 0)).shape)
+    with partial.open("wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+            header = dict(descr="|u1", fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(entry, header)
+            for index in range(len(labels)):
+                entry.write(_read_image(_image_path(out, index)).tobytes())
+        with archive.open("labels.npy", "w") as entry:
+            np.lib.format.write_array(entry, labels)
+    partial.replace(path)
+
+
+# --- The drawing ---------------------------------------------------------------------------------
+
+
+def _draw(request: Request, weights: Weights, labels: np.ndarray, missing: list[int], out) -> Samples:
+    """Draw the missing images batch by batch; files are written while the next batch is computed."""
+    mesh = make_mesh(MeshConfig())
+    devices = mesh.size
+    size = -(-min(request.batch_size, len(missing)) // devices) * devices
+    steps = len(respace(make_schedule(weights.diffusion), weights.sampling.steps))
+    batches = [missing[first : first + size] for first in range(0, len(missing), size)]
+    model = build_model(weights.model, precision=request.precision, mesh=mesh)
+    with (
+        jax.set_mesh(mesh),
+        concurrent.futures.ThreadPoolExecutor(WRITERS) as writers,
+        tqdm(total=len(batches) * steps, unit="step", desc="sampling") as progress,
+    ):
+        params = jax.device_put(weights.params, replicated(mesh))
+        written = []
+        for batch in batches:
+            # One shape for all batches; the last one is filled up and cut again.
+            indices = np.asarray(batch + [batch[-1]] * (size - len(batch)))
+            samples = generate(
+                model,
+                params,
+                labels[indices],
+                sampling=weights.sampling,
+                diffusion=weights.diffusion,
+                seed=request.seed,
+                indices=indices,
+                mode=request.mode,
+                report=progress.update,
+            )
+            pixels = to_uint8(samples.images)
+            written += [writers.submit(_write_image, _image_path(out, i), p) for i, p in zip(batch, pixels)]
+        for future in written:
+            future.result()
+    return samples

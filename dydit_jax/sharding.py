@@ -1,0 +1,125 @@
+"""One mesh, one table: which axis of which parameter lies on which axis of the mesh.
+
+The mesh has three axes. `data` copies the parameters and splits the batch; `fsdp` splits both; `tensor` splits heads, and
+units inside MLP groups, so that gates stay local. Parameters, moments and EMA share the table, because their paths end
+alike; a path that no rule matches is an error, never silent replication.
+"""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dydit_jax.errors import InputError
+from dydit_jax.records import require_range
+from dydit_jax.trees import path_name
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = PartitionSpec(("data", "fsdp"))
+
+# Path pattern -> mesh axes of the last axes of the array; a leading L is never split.
+RULES = (
+    (r"attention/qkv$", (None, "fsdp", "tensor", None)),
+    (r"attention/qkv_bias$", (None, "tensor", None)),
+    (r"attention/out$", ("tensor", None, "fsdp")),
+    (r"mlp/up$", ("fsdp", None, "tensor")),
+    (r"mlp/up_bias$", (None, "tensor")),
+    (r"mlp/down$", (None, "tensor", "fsdp")),
+    (r"modulation/kernel$", ("fsdp", None, None)),
+    (r"time_embed/kernel_(in|out)$", ("fsdp", None)),
+    # Small, or read by an index: copied everywhere.
+    (r"(attention/out_bias|mlp/down_bias|modulation/bias)$", ()),
+    (r"(patch_embed|label_embed|output|time_embed)/(kernel|bias|bias_in|bias_out|table)$", ()),
+    (r"(head_router|group_router)/(kernel|bias)$", ()),
+    (r"token_router/(kernel|bias)_(in|out)$", ()),
+    (r"(^|/)(step|count|skipped)$", ()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices on each axis of the mesh; one of them may be -1 and takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for axis in AXES:
+            if getattr(self, axis) != -1:
+                require_range(f"mesh.{axis}", getattr(self, axis), low=1)
+        if list(dataclasses.astuple(self)).count(-1) > 1:
+            raise InputError(f"Only one of mesh.data, mesh.fsdp and mesh.tensor may be -1: {dataclasses.astuple(self)}.")
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """Arrange devices as the configuration says.
+
+    Args:
+      config: sizes of the axes.
+      devices: all devices by default.
+
+    Raises:
+      InputError: sizes whose product is not the number of devices.
+    """
+    count = len(devices or jax.devices())
+    sizes = [getattr(config, axis) for axis in AXES]
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(count // -int(np.prod(sizes)), 1)
+    if np.prod(sizes) != count:
+        raise InputError(f"A mesh of {' x '.join(map(str, sizes))} needs {np.prod(sizes)} devices; there are {count}.")
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def shardings(mesh: Mesh, tree):
+    """Return the sharding of every leaf of a parameter tree or training state.
+
+    Args:
+      mesh: from `make_mesh`.
+      tree: arrays or shapes.
+
+    Returns:
+      The same tree of `NamedSharding`. An axis whose length the mesh axis does not divide is copied.
+
+    Raises:
+      ValueError: a path that no rule matches.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _sharding(mesh, path_name(path), leaf.shape), tree)
+
+
+def _sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
+    for pattern, axes in RULES:
+        if re.search(pattern, name):
+            axes = (None,) * (len(shape) - len(axes)) + axes
+            fits = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape))
+            return NamedSharding(mesh, PartitionSpec(*fits))
+    raise ValueError(f"No sharding rule matches {name} {shape}; add one to RULES.")
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of anything whose first axis is the batch."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def make_constrain_fn(mesh: Mesh):
+    """Return the function that pins activations to the batch's sharding between blocks."""
+    sharding = batch_sharding(mesh)
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def require_divisible(mesh: Mesh, batch_size: int) -> None:
+    """Raise unless the batch divides evenly over the devices that split it.
+
+    Raises:
+      InputError: with both numbers.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise InputError(f"A batch of {batch_size} does not divide over {parts} devices (mesh.data x mesh.fsdp).")

@@ -1,0 +1,27 @@
+"""Nested dicts of arrays seen as flat ones, with paths such as "blocks/mlp/up" for keys."""
+
+from collections.abc import Mapping
+
+import jax
+
+
+def path_name(path) -> str:
+    """Return a JAX key path as one string, its parts joined by slashes."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
+
+
+def flatten(tree) -> dict:
+    """Return the leaves of any pytree by their paths."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def unflatten(leaves: Mapping) -> dict:
+    """Return the nested dict whose leaves stand under these paths."""
+    tree = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree

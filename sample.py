@@ -1,0 +1,56 @@
+"""Draw images from a checkpoint.
+
+    python sample.py --checkpoint assets/digits_dydit.safetensors --labels 0,1,2 --out out/grid
+    python sample.py --checkpoint runs/digits_dydit --num_images 1000 --out out/thousand --sampling.guidance=2.0
+
+A grid needs --labels; a set of images --num_images, with labels drawn uniformly. The checkpoint brings its own sampling
+settings; --sampling.* overrides them. Images depend on the seed and their index alone.
+"""
+
+import dataclasses
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from dydit_jax.console import run
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.sampling import Request, sample
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A .safetensors file or a training's work directory.")
+OUT = flags.DEFINE_string("out", None, "Folder for the images; must be new or empty.")
+LABELS = flags.DEFINE_list("labels", None, "Labels of a grid, one column each: 0,1,2.")
+ROWS = flags.DEFINE_integer("rows", 1, "Rows of the grid: images of each label.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Number of images with uniform labels, also as samples.npz.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise and of uniform labels.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images at once; does not change them.")
+MODE = flags.DEFINE_string("mode", "gated", "complete: every gate open; gated: computed and multiplied by the gates.")
+PRECISION = flags.DEFINE_string("precision", "auto", "auto, bfloat16, float32 or highest.")
+ROUTING = flags.DEFINE_bool("routing", False, "Also draw what was on over the timesteps: routing.png.")
+flags.mark_flags_as_required(["checkpoint", "out"])
+
+# Every key unset: what is given here wins over the checkpoint.
+_KINDS = {field.name: field.type for field in dataclasses.fields(SamplingConfig)}
+_UNSET = {name: config_dict.placeholder(kind if isinstance(kind, type) else float) for name, kind in _KINDS.items()}
+SAMPLING = config_flags.DEFINE_config_dict("sampling", config_dict.ConfigDict(_UNSET))
+
+
+def main():
+    sample(
+        Request(
+            checkpoint=CHECKPOINT.value,
+            out=OUT.value,
+            labels=LABELS.value,
+            rows=ROWS.value,
+            num_images=NUM_IMAGES.value,
+            seed=SEED.value,
+            batch_size=BATCH_SIZE.value,
+            mode=MODE.value,
+            precision=PRECISION.value,
+            draw_routing=ROUTING.value,
+            overrides={name: value for name, value in SAMPLING.value.items() if value is not None},
+        )
+    )
+
+
+if __name__ == "__main__":
+    run(main)
