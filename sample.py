@@ -7,13 +7,9 @@ A grid needs --labels; a set of images --num_images, with labels drawn uniformly
 settings; --sampling.* overrides them. Images depend on the seed and their index alone.
 """
 
-import dataclasses
-
 from absl import flags
-from ml_collections import config_dict, config_flags
 
 from dydit_jax.console import run
-from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.sampling import Request, sample
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A .safetensors file or a training's work directory.")
@@ -28,10 +24,15 @@ PRECISION = flags.DEFINE_string("precision", "auto", "auto, bfloat16, float32 or
 ROUTING = flags.DEFINE_bool("routing", False, "Also draw what was on over the timesteps: routing.png.")
 flags.mark_flags_as_required(["checkpoint", "out"])
 
-# Every key unset: what is given here wins over the checkpoint.
-_KINDS = {field.name: field.type for field in dataclasses.fields(SamplingConfig)}
-_UNSET = {name: config_dict.placeholder(kind if isinstance(kind, type) else float) for name, kind in _KINDS.items()}
-SAMPLING = config_flags.DEFINE_config_dict("sampling", config_dict.ConfigDict(_UNSET))
+# Settings of the checkpoint that can be overridden; unset ones are the checkpoint's own.
+SAMPLING = {
+    "sampler": flags.DEFINE_string("sampling.sampler", None, "ddpm or ddim."),
+    "steps": flags.DEFINE_string("sampling.steps", None, "Kept timesteps: 250, ddim50, or sections 10,20,30."),
+    "eta": flags.DEFINE_float("sampling.eta", None, "Share of DDPM's noise in DDIM, 0 to 1."),
+    "clip": flags.DEFINE_float("sampling.clip", None, "Bound on the estimated image, for models in pixels."),
+    "guidance": flags.DEFINE_float("sampling.guidance", None, "Scale of classifier-free guidance; 1 is none."),
+    "guided_channels": flags.DEFINE_string("sampling.guided_channels", None, "first_three or all."),
+}
 
 
 def main():
@@ -47,7 +48,7 @@ def main():
             mode=MODE.value,
             precision=PRECISION.value,
             draw_routing=ROUTING.value,
-            overrides={name: value for name, value in SAMPLING.value.items() if value is not None},
+            overrides={name: flag.value for name, flag in SAMPLING.items() if flag.value is not None},
         )
     )
 

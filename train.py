@@ -12,7 +12,9 @@ from ml_collections import config_flags
 from dydit_jax.console import read_config, run
 from dydit_jax.trainer import train_and_evaluate
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment, e.g. configs/digits_dit.py.", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment, e.g. configs/digits_dit.py.", lock_config=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: configuration, metrics, checkpoints.")
 flags.mark_flags_as_required(["config", "workdir"])
 

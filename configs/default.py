@@ -1,7 +1,7 @@
 """Every knob once, with the values of the published models; all other configs start from here.
 
-Sections stand in the order of use. What each key means and allows is said where it is read: the dataclass of the section.
-None means "not set".
+Sections stand in the order of use. What each key means and allows is said where it is read: the dataclass of the
+section. None means "not set".
 """
 
 import ml_collections

@@ -1,4 +1,10 @@
-"""A small static DiT on scikit-learn's digits, in pixels."""
+"""A small static DiT on scikit-learn's 8x8 digits, in pixels: the start of digits_dydit.
+
+    python train.py --config configs/digits_dit.py --workdir runs/digits_dit
+
+0.72 M parameters, 7.6 M MACs per image and pass. Two CPU cores: about 4 minutes. What to expect of its samples stands
+in docs/digits.md.
+"""
 
 from configs import default
 

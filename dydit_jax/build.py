@@ -151,10 +151,10 @@ def read_model(section: Mapping) -> DiTConfig:
     if "size" not in section:
         return read_record(DiTConfig, section, "model")
     size = section.pop("size")
+    known = published_config(size, side=64)
     fixed = {"depth", "width", "heads", "patch"} & set(section)
     if fixed:
         raise InputError(f"model.size {size!r} fixes {', '.join(sorted(fixed))}; give the one or the others.")
-    known = published_config(size, side=64)
     return read_record(DiTConfig, dict(dataclasses.asdict(known), **section), "model")
 
 
@@ -206,9 +206,7 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Make clipping, AdamW and the routers' own learning rate. Skipping is the trainer's: it keeps the whole state."""
     return optax.chain(
         optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            build_learning_rate(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay
-        ),
+        optax.adamw(build_learning_rate(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
         optax.masked(optax.scale(config.router_multiplier), _is_router),
     )
 
@@ -227,7 +225,7 @@ def load_checkpoint(path) -> Weights:
     path = epath.Path(path)
     if is_run(path):
         config = json.loads((path / CONFIG_FILE).read_text())
-        read = lambda cls, name: read_record(cls, config[name], name)
+        read = lambda cls, name: read_record(cls, config.get(name, {}), name)
         model, diffusion = read_model(config["model"]), read(DiffusionConfig, "diffusion")
         return load_run_weights(path, model, diffusion, read(SamplingConfig, "sampling"))
     if path.is_dir():

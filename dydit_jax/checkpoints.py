@@ -1,11 +1,12 @@
 """Weights that describe themselves, and runs that continue.
 
-Two forms. *Weights*: one `.safetensors` file, float32, with the configuration in its metadata: what is published, shipped
-and sampled from; reading it can't run code. *A run*: the work directory of a training, with its configuration, its log
-and Orbax checkpoints of the whole state.
+Two forms. *Weights*: one `.safetensors` file, float32, with the configuration in its metadata: what is published,
+shipped and sampled from; reading it can't run code. *A run*: the work directory of a training, with its configuration,
+its log and Orbax checkpoints of the whole state.
 
     <workdir>/config.json          the configuration that the run was started with
     <workdir>/checkpoints/<step>/  params, ema, rest (step, moments, counters), about (versions, data)
+    <workdir>/weights.safetensors  the EMA after the last step
 """
 
 import dataclasses
@@ -80,7 +81,7 @@ def save_weights(path, weights: Weights) -> None:
     metadata = dict(format=FORMAT, description=json.dumps(described))
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(safetensors.numpy.save(arrays, metadata))
-    partial.rename(path)
+    partial.replace(path)
 
 
 def load_weights(path) -> Weights:
@@ -178,9 +179,7 @@ class Run:
         """
         trees = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(**trees, about=ocp.args.JsonRestore())
-            )
+            restored = self._manager.restore(step, args=ocp.args.Composite(**trees, about=ocp.args.JsonRestore()))
         except (ValueError, KeyError) as error:
             raise InputError(f"Checkpoint {step} does not fit this model: {str(error).splitlines()[0]}") from error
         return dict(restored.items())

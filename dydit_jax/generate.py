@@ -9,6 +9,7 @@ DiT models are sampled.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -56,8 +57,8 @@ def guided_apply(model: Model, params, x, t, labels, *, sampling: SamplingConfig
       mode: "complete" or "gated".
 
     Returns:
-      The output [B,side,side,2C] and the `Routing` of all images that were run, [2B,...] under guidance: the conditional
-      ones first.
+      The output [B,side,side,2C] and the `Routing` of all images that were run, [2B,...] under guidance, the
+      conditional ones first.
     """
     if sampling.guidance == 1.0:
         return model.apply(params, x, jnp.full(x.shape[:1], t), labels, mode=mode)
@@ -151,7 +152,7 @@ def generate(
     # Equal pieces, so that one compiled program serves them all.
     pieces = next(n for n in range(min(PROGRESS_PIECES, count), count + 1) if count % n == 0)
     for piece in np.split(np.arange(count), pieces):
-        rows = jax.tree.map(lambda column: column[piece], table)
+        rows = jax.tree.map(operator.itemgetter(piece), table)
         state, record = _run_piece(params, state, rows, labels, keys, model=model, sampling=sampling, mode=mode)
         kept.append(jax.device_get(record))
         if report is not None:

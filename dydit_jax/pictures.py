@@ -31,7 +31,7 @@ def draw_grid(pixels: np.ndarray, columns: int) -> Image.Image:
     return image_of(canvas)
 
 
-def draw_routing(samples, macs) -> "matplotlib.figure.Figure":
+def draw_routing(samples, macs):
     """Draw what was on while images were made: heads, groups, tokens and MACs over the timesteps.
 
     Args:

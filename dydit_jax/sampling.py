@@ -1,6 +1,6 @@
 """The job behind `sample.py`: checkpoint -> images in a folder, resumable, with a manifest beside them.
 
-    <out>/manifest.json      all that made the images: checksum of the weights, sampler, guidance, seed, precision, versions
+    <out>/manifest.json      all that made the images: weights' checksum, sampler, guidance, seed, precision, versions
     <out>/grid.png           for --labels
     <out>/images/000000.png  for --num_images, written whole or not at all
     <out>/samples.npz        for --num_images: arr_0 uint8 [n,side,side,channels] and labels int32 [n]
@@ -26,8 +26,9 @@ from dydit_jax.build import build_model, load_checkpoint, resolve_precision
 from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import make_schedule, respace
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, require_known
 from dydit_jax.generate import Samples, generate, to_uint8, uniform_labels
+from dydit_jax.models.dit import MODES
 from dydit_jax.pictures import draw_grid, draw_routing, image_of, save_figure, save_image
 from dydit_jax.records import read_record
 from dydit_jax.sharding import MeshConfig, make_mesh, replicated
@@ -74,6 +75,7 @@ class Request:
         for name in ("rows", "batch_size") if self.num_images is None else ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        require_known("mode", self.mode, MODES)
         if self.labels is not None and not all(str(label).strip().isdecimal() for label in self.labels):
             raise InputError(f"--labels must be numbers with commas between them, not {','.join(self.labels)!r}.")
         if not self.out:

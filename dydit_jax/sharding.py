@@ -1,8 +1,8 @@
 """One mesh, one table: which axis of which parameter lies on which axis of the mesh.
 
-The mesh has three axes. `data` copies the parameters and splits the batch; `fsdp` splits both; `tensor` splits heads, and
-units inside MLP groups, so that gates stay local. Parameters, moments and EMA share the table, because their paths end
-alike; a path that no rule matches is an error, never silent replication.
+The mesh has three axes. `data` copies the parameters and splits the batch; `fsdp` splits both; `tensor` splits heads,
+and units inside MLP groups, so that gates stay local. Parameters, moments and EMA share the table, because their paths
+end alike; a path that no rule matches is an error, never silent replication.
 """
 
 import dataclasses
@@ -51,7 +51,9 @@ class MeshConfig:
             if getattr(self, axis) != -1:
                 require_range(f"mesh.{axis}", getattr(self, axis), low=1)
         if list(dataclasses.astuple(self)).count(-1) > 1:
-            raise InputError(f"Only one of mesh.data, mesh.fsdp and mesh.tensor may be -1: {dataclasses.astuple(self)}.")
+            raise InputError(
+                f"Only one of mesh.data, mesh.fsdp and mesh.tensor may be -1: {dataclasses.astuple(self)}."
+            )
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:

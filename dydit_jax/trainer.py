@@ -1,7 +1,7 @@
 """Training: state, objective, update, loop. One trainer for the static DiT and for every stage of a DyDiT.
 
 One way through: batch -> x_t -> model (dynamic and complete pass) -> loss terms -> gradients -> update -> checkpoint.
-Random draws depend on seed and step, batches on seed and step: a run that stops and goes on is the run that did not stop.
+Random draws and batches depend on seed and step alone: a run that stops and goes on is the run that did not stop.
 
 Source: DyDiT, https://arxiv.org/abs/2410.03456, section 3.4, and its training code. It differs from that code where
 the code steps its optimiser twice per batch in the first stage: here every batch is one clipped step, or is skipped.
@@ -29,7 +29,7 @@ from dydit_jax.build import (
     load_checkpoint,
     read_experiment,
 )
-from dydit_jax.checkpoints import CONFIG_FILE, Run, is_run, package_versions
+from dydit_jax.checkpoints import CONFIG_FILE, WEIGHTS_FILE, Run, Weights, is_run, package_versions, save_weights
 from dydit_jax.data.sources import batches
 from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
 from dydit_jax.diffusion.losses import (
@@ -47,7 +47,6 @@ from dydit_jax.models.dit import Model
 from dydit_jax.sharding import batch_sharding, make_mesh, replicated, require_divisible, shardings
 from dydit_jax.tracking import Clock, duration, make_writers
 from dydit_jax.trees import flatten, unflatten
-
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +209,9 @@ def first_params(model: Model, experiment: Experiment, mesh: Mesh):
         return params
     source = flatten(load_checkpoint(experiment.train.init_from).params)
     own = flatten(params)
-    wrong = [f"{name} {leaf.shape}" for name, leaf in source.items() if getattr(own.get(name), "shape", 0) != leaf.shape]
+    wrong = [
+        f"{name} {leaf.shape}" for name, leaf in source.items() if getattr(own.get(name), "shape", 0) != leaf.shape
+    ]
     wrong += [f"{name} missing" for name in own if name not in source and "_router/" not in name]
     if wrong:
         raise InputError(f"train.init_from {experiment.train.init_from} is another model: {'; '.join(wrong[:6])}.")
@@ -252,7 +253,7 @@ def train_and_evaluate(config: dict, workdir) -> TrainState:
       workdir: where configuration, metrics and checkpoints go; a run found there is continued.
 
     Returns:
-      The last state.
+      The last state. Its EMA also lies in the work directory as one `.safetensors` file.
 
     Raises:
       InputError: anything wrong with the config or the work directory, before anything is compiled.
@@ -261,9 +262,7 @@ def train_and_evaluate(config: dict, workdir) -> TrainState:
     mesh = make_mesh(experiment.mesh)
     require_divisible(mesh, experiment.data.batch_size)
     batches(experiment.data, experiment.model, start=0)  # a data source that does not fit says so now
-    model = build_model(
-        experiment.model, precision=experiment.train.precision, mesh=mesh, remat=experiment.train.remat
-    )
+    model = build_model(experiment.model, precision=experiment.train.precision, mesh=mesh, remat=experiment.train.remat)
     workdir = prepare_workdir(workdir, config)
     with jax.set_mesh(mesh), Run(workdir, experiment.checkpoint) as run:
         state = _restored_or_first(run, model, experiment, mesh)
@@ -276,6 +275,11 @@ def train_and_evaluate(config: dict, workdir) -> TrainState:
             jnp.dtype(model.dtype).name,
         )
         state = _run_steps(state, run, model, experiment, mesh, make_writers(experiment.tracking, workdir))
+    about = dict(config=config, step=int(state.step), versions=package_versions())
+    ema = jax.device_get(state.ema)
+    weights = Weights(experiment.model, experiment.diffusion, experiment.sampling, ema, about)
+    save_weights(workdir / WEIGHTS_FILE, weights)
+    logger.info("Wrote the EMA weights to %s.", workdir / WEIGHTS_FILE)
     return state
 
 
@@ -325,7 +329,9 @@ def _report(step: int, last: int, metrics: dict, clock: Clock, writers) -> None:
     metrics["time/steps_per_second"] = pace
     for writer in writers:
         writer.write(step, metrics)
-    ratio = f"  ratio {metrics['cost/ratio']:.3f} (target {metrics['cost/target']:.3f})" if "cost/ratio" in metrics else ""
+    ratio = (
+        f"  ratio {metrics['cost/ratio']:.3f} (target {metrics['cost/target']:.3f})" if "cost/ratio" in metrics else ""
+    )
     skipped = f"  skipped {metrics['optimizer/skipped_batches']:.0f}" if metrics["optimizer/skipped_batches"] else ""
     logger.info(
         "step %d/%d  loss %.4f%s%s  %.1f steps/s  %s left",

@@ -110,7 +110,7 @@ def source_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
         shape = ours[row.path].shape[1:] if row.per_layer else ours[row.path].shape
         # A broadcast zero has the shape and none of the memory.
         exported = _rearrange(np.broadcast_to(np.float32(0), shape), row.ours, row.theirs, sizes)
-        shapes.update({name: exported.shape for name in _source_names(row, config)})
+        shapes.update(dict.fromkeys(_source_names(row, config), exported.shape))
     return shapes
 
 

@@ -1,6 +1,6 @@
 """What a prediction says about x_0 and x_{t-1}: the arithmetic that samplers and losses share.
 
-A network predicts 2C channels: the noise in x_t, and v in [-1, 1], the place of the log-variance between its two bounds.
+A network predicts 2C channels: the noise in x_t, and v in [-1, 1], the place of the log-variance between its bounds.
 
 Source: Improved DDPM, https://arxiv.org/abs/2102.09672, equation 15.
 """
@@ -19,8 +19,8 @@ from dydit_jax.diffusion.schedules import Schedule
 class Coefficients:
     """Everything that depends on the step alone; [T] as a table, [] or [B,1,1,1] at a step.
 
-    Float32 but for `step`, the int32 index into the schedule (0 is the least noise), and `timestep`, the number that the
-    network is told.
+    Float32 but for `step`, the int32 index into the schedule (0 is the least noise), and `timestep`, the number that
+    the network is told.
     """
 
     step: jax.Array

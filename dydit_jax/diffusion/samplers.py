@@ -19,7 +19,6 @@ from dydit_jax.diffusion.gaussian import Coefficients, interpret
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.records import require_range
 
-
 GUIDED_CHANNELS = ("first_three", "all")
 
 

@@ -101,7 +101,7 @@ def make_schedule(config: DiffusionConfig) -> Schedule:
     """
     steps = config.train_steps
     betas = SCHEDULES[config.schedule](steps)
-    if not (0 < betas.min() and betas.max() < 1):
+    if not (betas.min() > 0 and betas.max() < 1):
         raise InputError(f"A {config.schedule} schedule of {steps} steps has betas outside (0, 1); take more steps.")
     return Schedule(betas, np.arange(steps))
 

@@ -27,8 +27,17 @@ from flax import nnx
 
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models import cost
-from dydit_jax.models.layers import MLP, Attention, LabelEmbed, Modulation, Output, PatchEmbed, TimeEmbed
-from dydit_jax.models.layers import layer_norm, modulate
+from dydit_jax.models.layers import (
+    MLP,
+    Attention,
+    LabelEmbed,
+    Modulation,
+    Output,
+    PatchEmbed,
+    TimeEmbed,
+    layer_norm,
+    modulate,
+)
 from dydit_jax.models.routing import LAYOUTS, Routing, TimeRouter, TokenRouter, straight_through_gate
 from dydit_jax.records import require_range
 
@@ -161,13 +170,9 @@ class DiT(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         width = config.width
-        self.patch_embed = PatchEmbed(
-            patch=config.patch, channels=config.channels, width=width, dtype=dtype, rngs=rngs
-        )
+        self.patch_embed = PatchEmbed(patch=config.patch, channels=config.channels, width=width, dtype=dtype, rngs=rngs)
         self.time_embed = TimeEmbed(width=width, deviation=config.time_deviation, rngs=rngs)
-        self.label_embed = LabelEmbed(
-            classes=config.classes, width=width, deviation=config.label_deviation, rngs=rngs
-        )
+        self.label_embed = LabelEmbed(classes=config.classes, width=width, deviation=config.label_deviation, rngs=rngs)
         make_block = lambda rngs: Block(config, dtype=dtype, rngs=rngs)
         self.blocks = nnx.vmap(make_block)(rngs.split(config.depth))  # every parameter [L,...]
         self.output = Output(width=width, patch=config.patch, channels=2 * config.channels, dtype=dtype)

@@ -80,8 +80,8 @@ def position_table(grid: int, width: int) -> np.ndarray:
 def _time_frequencies() -> np.ndarray:
     """Return exp(-ln(10000) i / 128) as float32 [128], rounded as in the original.
 
-    At t = 999 the last bit of a frequency moves its angle by 3e-5, so the rounding is part of the model: the exponent is
-    rounded to float32 first, and entry 12, whose exact value lies 0.48 of a last place above the nearest float32,
+    At t = 999 the last bit of a frequency moves its angle by 3e-5, so the rounding is part of the model: the exponent
+    is rounded to float32 first, and entry 12, whose exact value lies 0.48 of a last place above the nearest float32,
     was rounded up by the exponential that made the reference table.
     """
     exponent = np.float32(-math.log(MAX_PERIOD)) * np.arange(TIME_FREQUENCIES, dtype=np.float32) / TIME_FREQUENCIES
@@ -147,7 +147,7 @@ class LabelEmbed(nnx.Module):
 
     def __call__(self, labels):
         """Return the rows of labels [B] as float32 [B,D]."""
-        return self.table[...][labels]
+        return jnp.asarray(self.table[...])[labels]
 
 
 # --- Parts of a block ----------------------------------------------------------------------------

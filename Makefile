@@ -1,0 +1,38 @@
+# Two commands for a new machine: `make demo` and `make test`. Each makes its own environment from nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test nightly lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python sample.py --checkpoint assets/digits_dydit.safetensors --out out/demo \
+		--labels 0,1,2,3,4,5,6,7,8,9 --rows 10 --routing
+
+test: $(VENV)/installed-test lint
+	$(BIN)/python -m pytest
+
+nightly: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+
+$(VENV)/python-version:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dydit-jax needs Python 3.11 or newer; set PYTHON=python3.12, say.")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/python --version > $@
+
+$(VENV)/installed: $(VENV)/python-version pyproject.toml requirements.txt
+	@echo "Installing dydit-jax into $(VENV) (about a minute)."
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	@echo "Installing what the tests compare with."
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,126 @@
+"""Configs become checked records; every mistake is found before anything is compiled."""
+
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from dydit_jax.build import (
+    OptimizerConfig,
+    build_learning_rate,
+    build_optimizer,
+    differences,
+    load_checkpoint,
+    read_experiment,
+    resolve_precision,
+)
+from dydit_jax.errors import InputError
+
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "default")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def from_root():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        yield
+
+
+def config_of(name: str) -> dict:
+    return importlib.import_module(f"configs.{name}").get_config().to_dict()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_is_valid_and_explains_itself(name):
+    read_experiment(config_of(name))
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    assert "python train.py --config" in text.split('"""')[1]
+
+
+def test_default_config_lists_every_knob():
+    import dataclasses
+
+    from dydit_jax.build import Experiment
+
+    config = config_of("default")
+    for section in dataclasses.fields(Experiment):
+        wanted = {field.name for field in dataclasses.fields(section.type)}
+        extra = {"size"} if section.name == "model" else set()
+        assert set(config[section.name]) == wanted | extra
+
+
+@pytest.mark.parametrize(
+    "section, key, value, message",
+    [
+        ("sampling", "sampler", "ddmi", "Unknown sampler 'ddmi'; known: ddim, ddpm"),
+        ("sampling", "steps", "2000", "section of 1000"),
+        ("model", "size", "M/2", "Unknown model size 'M/2'"),
+        ("model", "size", "XL/2", "fixes depth, heads, patch, width"),
+        ("model", "heads", 5, "must divide model.width"),
+        ("model", "patch", 3, "must divide model.side"),
+        ("data", "name", "digit", "Unknown dataset 'digit'; known: digits, synthetic"),
+        ("data", "batch_size", 0, "at least 1"),
+        ("optimizer", "learning_rate", -1.0, "at least 0"),
+        ("optimizer", "decay", "linear", "known: constant, cosine"),
+        ("optimizer", "decay_steps", None, "needs optimizer.decay_steps"),
+        ("train", "precision", "half", "known: auto, bfloat16, float32, highest"),
+        ("train", "ema_decay", 1.5, "from 0.0 to 1.0"),
+        ("loss", "budget", 2.0, "from 0.0 to 1.0"),
+        ("mesh", "fsdp", 0, "at least 1"),
+        ("mesh", "fsdp", -1, "Only one of"),
+        ("checkpoint", "keep", 0, "at least 1"),
+        ("tracking", "every_steps", 0, "at least 1"),
+        ("train", "stepz", 1, "Unknown key train.stepz; Did you mean train.steps"),
+    ],
+)
+def test_mistakes_in_a_config_are_refused(section, key, value, message):
+    config = config_of("digits_dit")
+    config[section][key] = value
+    with pytest.raises(InputError, match=message):
+        read_experiment(config)
+
+
+def test_unknown_section_is_refused():
+    with pytest.raises(InputError, match="Unknown section 'modle'"):
+        read_experiment(dict(config_of("digits_dit"), modle={}))
+
+
+def test_differences_leave_out_what_may_change():
+    old, new = config_of("digits_dit"), config_of("digits_dit")
+    new["train"]["steps"] += 1
+    new["checkpoint"]["keep"] += 1
+    assert differences(old, new) == []
+    new["data"]["batch_size"] = 7
+    assert differences(old, new) == ["data.batch_size: 64 there, 7 here"]
+
+
+def test_routers_have_their_own_learning_rate():
+    config = OptimizerConfig(learning_rate=1e-3, router_multiplier=10.0)
+    optimizer = build_optimizer(config)
+    params = {"blocks": {"token_router": {"bias_in": jnp.ones(2)}, "mlp": {"up": jnp.ones(2)}}}
+    params["head_router"] = {"kernel": jnp.ones(2)}
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["blocks"]["mlp"]["up"], -1e-3, rtol=1e-4)
+    np.testing.assert_allclose(updates["blocks"]["token_router"]["bias_in"], -1e-2, rtol=1e-4)
+    np.testing.assert_allclose(updates["head_router"]["kernel"], -1e-2, rtol=1e-4)
+
+
+def test_learning_rate_warms_up_and_decays():
+    rate = build_learning_rate(OptimizerConfig(learning_rate=1.0, decay="cosine", warmup_steps=10, decay_steps=100))
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(100)], [0, 0.5, 1, 0.05], atol=1e-6)
+
+
+def test_precision_follows_the_backend():
+    assert resolve_precision("auto") == (jnp.dtype("float32"), "default")
+    assert resolve_precision("bfloat16")[0] == jnp.dtype("bfloat16")
+    assert resolve_precision("highest") == (jnp.dtype("float32"), "highest")
+
+
+@pytest.mark.parametrize("path, message", [("nowhere.safetensors", "There is no file"), (".", "not a run's")])
+def test_missing_checkpoints_are_refused(tmp_path, path, message):
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(pathlib.Path(tmp_path) / path)

@@ -1,0 +1,30 @@
+"""The Fréchet distance is the official evaluator's."""
+
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from dydit_jax.metrics.distances import frechet_distance, moments
+
+
+def test_distance_equals_the_official_evaluator():
+    reference = np.load(GOLDEN / "evaluation.npz")
+    ours = frechet_distance(*moments(reference["sample_features"]), *moments(reference["reference_features"]))
+    assert ours == pytest.approx(float(reference["fid"]), rel=1e-6)
+
+
+def test_identical_sets_are_at_distance_zero():
+    features = np.random.default_rng(0).standard_normal((100, 16))
+    assert frechet_distance(*moments(features), *moments(features)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_rank_deficient_covariances_work():
+    generator = np.random.default_rng(0)
+    few, many = generator.standard_normal((10, 32)), 1 + generator.standard_normal((500, 32))
+    distance = frechet_distance(*moments(few), *moments(many))
+    assert np.isfinite(distance)
+    assert distance == pytest.approx(frechet_distance(*moments(many), *moments(few)), rel=1e-9)
+
+
+def test_distance_of_known_gaussians():
+    assert frechet_distance([0, 0], np.diag([1, 4]), [3, 4], np.diag([4, 4])) == pytest.approx(25 + 1)

@@ -1,0 +1,96 @@
+"""An image depends on weights, settings, seed and its index, and on nothing else."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative_error
+
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.errors import InputError
+from dydit_jax.generate import generate, guided_apply, to_uint8, uniform_labels
+
+SAMPLING = SamplingConfig(sampler="ddim", eta=1.0, steps="6", clip=1.0, guidance=2.0)
+
+
+def draw(tiny, labels, **settings):
+    model, params = tiny
+    settings = dict(dict(sampling=SAMPLING, diffusion=DiffusionConfig()), **settings)
+    return generate(model, params, labels, **settings)
+
+
+def test_image_does_not_depend_on_its_batch(tiny):
+    together = draw(tiny, [1, 2, 3, 4]).images
+    alone = draw(tiny, [3], indices=[2]).images
+    np.testing.assert_allclose(alone[0], together[2], atol=1e-5)
+    assert np.abs(together[2] - together[3]).max() > 0.1
+
+
+def test_image_depends_on_the_seed(tiny):
+    assert np.abs(draw(tiny, [1]).images - draw(tiny, [1], seed=1).images).max() > 0.1
+    np.testing.assert_array_equal(draw(tiny, [1]).images, draw(tiny, [1]).images)
+
+
+def test_record_tells_what_was_on(tiny):
+    model, params = tiny
+    reports = []
+    samples = draw(tiny, [1, 2], report=reports.append)
+    assert samples.timesteps.tolist() == [999, 799, 599, 400, 200, 0]
+    assert samples.routing.heads.shape == (6, 2, 4) and samples.routing.tokens.shape == (6, 2, 16)
+    heads, groups = model.time_gates(params, jnp.asarray(samples.timesteps))
+    np.testing.assert_array_equal(samples.routing.heads, heads)
+    np.testing.assert_array_equal(samples.routing.groups, groups)
+    assert sum(reports) == 6
+    complete = draw(tiny, [1, 2], mode="complete")
+    np.testing.assert_allclose(complete.macs, model.config.macs.complete, rtol=1e-6)
+    assert samples.macs.mean() < model.config.macs.complete
+
+
+def test_guidance_of_one_runs_the_labels_alone(tiny):
+    model, params = tiny
+    x, labels = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.asarray([1, 2])
+    plain = dataclasses.replace(SAMPLING, guidance=1.0)
+    output, routing = guided_apply(model, params, x, jnp.asarray(5), labels, sampling=plain, mode="gated")
+    expected, _ = model.apply(params, x, jnp.full(2, 5), labels, mode="gated")
+    np.testing.assert_array_equal(output, expected)
+    assert len(routing.heads) == 2
+
+
+def test_guidance_can_cover_all_channels(golden_v2):
+    model, params = golden_v2.model, golden_v2.params
+    x, t, labels = golden_v2.inputs
+    run = lambda channels: guided_apply(
+        model,
+        params,
+        jnp.asarray(x),
+        jnp.asarray(t[0]),
+        jnp.asarray(labels),
+        sampling=SamplingConfig(guidance=4.0, guided_channels=channels),
+        mode="gated",
+    )[0]
+    three, all_four = run("first_three"), run("all")
+    np.testing.assert_array_equal(three[..., :3], all_four[..., :3])
+    np.testing.assert_array_equal(three[..., 4:], all_four[..., 4:])
+    conditional, _ = model.apply(params, x, np.full(4, t[0]), labels, mode="gated")
+    assert relative_error(three[..., 3], conditional[..., 3]) < 1e-5
+    assert relative_error(all_four[..., 3], conditional[..., 3]) > 1e-2
+
+
+def test_uniform_labels_depend_on_seed_and_index():
+    labels = uniform_labels(0, np.arange(1000), 10)
+    assert np.bincount(labels, minlength=10).min() > 60
+    np.testing.assert_array_equal(uniform_labels(0, np.arange(500, 510), 10), labels[500:510])
+    assert (uniform_labels(1, np.arange(1000), 10) != labels).any()
+
+
+@pytest.mark.parametrize("labels", [[11], [-1], [3, 12]])
+def test_labels_out_of_range_are_refused(tiny, labels):
+    with pytest.raises(InputError, match="from 0 to 9, or 10 for no class"):
+        draw(tiny, labels)
+
+
+def test_pixels_are_scaled_as_published():
+    assert to_uint8(np.asarray([-2.0, -1.0, 0.0, 0.5, 0.9999, 3.0])).tolist() == [0, 0, 128, 191, 255, 255]

@@ -1,0 +1,157 @@
+"""A training step's terms and gradients are the original's; the budget and the draws do what they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, channels_last, relative_error
+
+from dydit_jax.convert.tables import export_state_dict
+from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
+from dydit_jax.diffusion.losses import (
+    LossConfig,
+    budget_penalty,
+    budget_target,
+    denoising_error,
+    drop_labels,
+    stratified_timesteps,
+    variational_bound,
+)
+from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
+from dydit_jax.models.cost import routed_ratio
+from dydit_jax.models.routing import Routing
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return np.load(GOLDEN / "v2_train_step.npz")
+
+
+@pytest.fixture(scope="module")
+def step(golden_v2, reference):
+    """Our loss, terms, ratio, routing and gradients for the recorded batch and noise."""
+    depth, heads = golden_v2.config.depth, golden_v2.config.heads
+    batch = len(reference["t"])
+
+    def recorded(name, units):
+        noise = np.stack([reference[f"logistic_{name}_block{layer}"].reshape(batch, -1) for layer in range(depth)], 1)
+        # The first unit is always on and draws nothing; its place is filled with zeros.
+        return np.concatenate([np.zeros((batch, depth, units - noise.shape[-1]), np.float32), noise], axis=-1)
+
+    router_noise = Routing(recorded("head", heads), recorded("group", heads), recorded("token", 16))
+    start, noise = (jnp.asarray(channels_last(reference[name])) for name in ("x0", "noise"))
+    c = at_steps(coefficients(make_schedule(DiffusionConfig())), reference["t"])
+    current = diffuse(start, noise, c)
+
+    def loss(params):
+        arguments = (params, current, reference["t"], reference["y"])
+        dynamic, routing = golden_v2.model.apply(*arguments, mode="gated", noise=router_noise)
+        complete, _ = golden_v2.model.apply(*arguments, mode="complete")
+        terms = {
+            "mse": denoising_error(dynamic, noise),
+            "vb": variational_bound(dynamic, start, current, c),
+            "complete_mse": denoising_error(complete, noise),
+            "complete_vb": variational_bound(complete, start, current, c),
+        }
+        ratio = routed_ratio(routing, attention=1.0, mlp=1.7)
+        budget = budget_penalty(ratio, 0.5, weight=2.0)
+        return sum(term.mean() for term in terms.values()) + budget, (terms, ratio, budget, routing)
+
+    (total, (terms, ratio, budget, routing)), gradients = jax.value_and_grad(loss, has_aux=True)(golden_v2.params)
+    return dict(total=total, terms=terms, ratio=ratio, budget=budget, routing=routing, gradients=gradients)
+
+
+def test_training_gates_equal_the_original(step, reference):
+    np.testing.assert_array_equal(step["routing"].heads, reference["head_mask"])
+    np.testing.assert_array_equal(step["routing"].groups, reference["group_mask"])
+    np.testing.assert_array_equal(step["routing"].tokens, reference["token_mask"][..., 0])
+
+
+@pytest.mark.parametrize("name", ["mse", "vb", "complete_mse", "complete_vb"])
+def test_loss_terms_equal_the_original(step, reference, name):
+    ours, theirs = step["terms"][name], reference[f"loss_{name}"]
+    noisy = (reference["t"] == 0) & name.endswith("vb")
+    np.testing.assert_allclose(ours[~noisy], theirs[~noisy], rtol=1e-5)
+    # At t = 0 the original subtracts two float32 probabilities near 1: its recorded value is 2.2e-5 (vb) and 1.4e-5
+    # (complete_vb) away from the same formula in float64, ours 1.3e-6 (see the next test).
+    np.testing.assert_allclose(ours[noisy], theirs[noisy], rtol=3e-5)
+
+
+def test_bound_at_step_zero_is_accurate_to_float32():
+    """Compare with the plain formula in float64, where the difference of probabilities keeps its digits."""
+    generator = np.random.default_rng(0)
+    start, noise = generator.uniform(-1, 1, (2, 8, 8, 4)), generator.standard_normal((2, 8, 8, 4))
+    start[0, 0, 0], start[0, 0, 1] = 1.0, -1.0  # the open outer bins
+    output = np.concatenate([noise + 0.3 * generator.standard_normal(noise.shape), 0.3 * noise], -1)
+    schedule = make_schedule(DiffusionConfig())
+    c = at_steps(coefficients(schedule), np.zeros(2, int))
+    current = np.sqrt(schedule.alphas_cumprod[0]) * start + np.sqrt(1 - schedule.alphas_cumprod[0]) * noise
+    actual = variational_bound(*(jnp.asarray(a, jnp.float32) for a in (output, start, current)), c)
+
+    predicted = (
+        np.sqrt(1 / schedule.alphas_cumprod[0]) * current
+        - np.sqrt(1 / schedule.alphas_cumprod[0] - 1) * output[..., :4]
+    )
+    share = (output[..., 4:] + 1) / 2
+    log_variance = share * np.log(schedule.betas[0]) + (1 - share) * schedule.posterior_log_variance[0]
+    mean = schedule.posterior_mean_of_start[0] * predicted + schedule.posterior_mean_of_current[0] * current
+    cdf = lambda x: 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    above, below = (cdf((start - mean + side / 255) * np.exp(-0.5 * log_variance)) for side in (1, -1))
+    probability = np.where(start < -0.999, above, np.where(start > 0.999, 1 - below, above - below))
+    expected = -np.log(np.maximum(probability, 1e-12)).mean(axis=(1, 2, 3)) / np.log(2)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_total_loss_equals_the_original(step, reference):
+    np.testing.assert_allclose(step["total"], reference["total_loss"], rtol=1e-5)
+    np.testing.assert_allclose(step["ratio"].mean(), reference["flops_ratio_attn1_mlp1p7"], rtol=1e-5)
+    np.testing.assert_allclose(step["budget"], reference["flops_loss_weighted_attn1_mlp1p7_target0p5"], rtol=1e-5)
+
+
+def test_every_gradient_equals_the_original(step, reference, golden_v2):
+    gradients = export_state_dict(jax.tree.map(np.asarray, step["gradients"]), golden_v2.config)
+    names = [name.removeprefix("grad/") for name in reference.files if name.startswith("grad/")]
+    assert set(names) == set(gradients) - {"pos_embed"}
+    errors = {name: relative_error(gradients[name], reference[f"grad/{name}"]) for name in names}
+    assert max(errors.values()) < 1e-4, max(errors, key=errors.get)
+
+
+def test_bound_has_no_gradient_in_the_noise_channels():
+    c = at_steps(coefficients(make_schedule(DiffusionConfig())), jnp.asarray([0, 500]))
+    image = jnp.full((2, 4, 4, 1), 0.3)
+    output = jax.random.normal(jax.random.key(0), (2, 4, 4, 2))
+    gradient = jax.grad(lambda output: variational_bound(output, image, image, c).sum())(output)
+    assert not gradient[..., :1].any() and bool(gradient[..., 1:].all())
+
+
+def test_bound_is_finite_far_from_the_truth():
+    c = at_steps(coefficients(make_schedule(DiffusionConfig())), jnp.zeros(1, jnp.int32))
+    image = jnp.full((1, 4, 4, 1), 0.3)
+    loss = lambda output: variational_bound(output, image, image, c).sum()
+    value, gradient = jax.value_and_grad(loss)(jnp.full((1, 4, 4, 2), 300.0))
+    assert bool(jnp.isfinite(value)) and bool(jnp.isfinite(gradient).all())
+
+
+def test_timesteps_are_stratified():
+    t = np.asarray(jax.vmap(lambda key: stratified_timesteps(key, 8, 1000))(jax.random.split(jax.random.key(0), 500)))
+    for example in range(8):
+        low = 250 * (example % 4)
+        assert t[:, example].min() >= low and t[:, example].max() < low + 250
+        assert t[:, example].max() - t[:, example].min() > 200
+
+
+def test_labels_are_dropped_at_the_given_rate():
+    labels = drop_labels(jax.random.key(0), jnp.zeros(10_000, int), null_label=10, probability=0.1)
+    assert set(np.unique(labels)) == {0, 10}
+    assert abs(float((labels == 10).mean()) - 0.1) < 0.01
+
+
+def test_budget_holds_then_falls_then_stays():
+    config = LossConfig(budget=0.5, budget_hold_steps=100, budget_warmup_steps=1000)
+    targets = [float(budget_target(step, config)) for step in (0, 99, 100, 500, 1000, 5000)]
+    np.testing.assert_allclose(targets, [1.0, 1.0, 0.95, 0.75, 0.5, 0.5], rtol=1e-6)
+
+
+def test_penalty_is_zero_at_the_target_only():
+    assert float(budget_penalty(jnp.asarray([0.4, 0.6]), 0.5, weight=2.0)) == pytest.approx(0.0, abs=1e-12)
+    assert float(budget_penalty(jnp.asarray([0.7]), 0.5, weight=2.0)) == pytest.approx(0.08, rel=1e-5)

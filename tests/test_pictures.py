@@ -1,0 +1,42 @@
+"""Grids hold the images where they belong; the routing figure has its axes and units."""
+
+import numpy as np
+from PIL import Image
+
+from dydit_jax.generate import Samples
+from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.routing import Routing
+from dydit_jax.pictures import draw_grid, draw_routing, save_figure, save_image
+
+
+def test_grid_places_images_row_by_row(tmp_path):
+    images = np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1).repeat(16, 1).repeat(16, 2) * 40
+    grid = draw_grid(images, columns=3)
+    assert grid.size == (3 * 33 + 1, 2 * 33 + 1)
+    pixels = np.asarray(grid)
+    assert [[pixels[16 + 33 * row, 16 + 33 * column] for column in range(3)] for row in range(2)] == [
+        [0, 40, 80],
+        [120, 160, 200],
+    ]
+    save_image(tmp_path / "grid.png", grid)
+    assert Image.open(tmp_path / "grid.png").size == grid.size
+
+
+def test_grid_keeps_colours_and_leaves_large_images_alone():
+    images = np.zeros((2, 64, 64, 3), np.uint8)
+    images[1, ..., 0] = 255
+    pixels = np.asarray(draw_grid(images, columns=2))
+    assert pixels.shape == (66, 131, 3) and pixels[32, 100].tolist() == [255, 0, 0]
+
+
+def test_routing_figure_is_labelled(tmp_path):
+    config = DiTConfig(depth=2, width=32, heads=4, patch=2, side=8, channels=1, routers="first_on")
+    steps = np.random.default_rng(0)
+    routing = Routing(steps.random((5, 2, 4)), steps.random((5, 2, 4)), steps.random((5, 2, 16)))
+    samples = Samples(np.zeros((1, 8, 8, 1)), np.array([999, 749, 499, 250, 0]), routing, np.linspace(1e5, 2e5, 5))
+    figure = draw_routing(samples, config.macs)
+    labels = " ".join(axis.get_ylabel() + axis.get_xlabel() + axis.get_title(loc="left") for axis in figure.axes)
+    for word in ("heads", "groups", "tokens", "GMACs per image and pass", "timestep"):
+        assert word in labels
+    save_figure(tmp_path / "routing.png", figure)
+    assert Image.open(tmp_path / "routing.png").size[0] > 800

@@ -1,0 +1,104 @@
+"""The job behind sample.py: exact numbers of images, resumable, never overwriting another's."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dydit_jax.checkpoints import Weights, save_weights
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.errors import InputError
+from dydit_jax.sampling import Request, sample
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny, tmp_path_factory):
+    model, params = tiny
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    sampling = SamplingConfig(sampler="ddim", steps="2", clip=1.0)
+    save_weights(path, Weights(model.config, DiffusionConfig(), sampling, params, {}))
+    return str(path)
+
+
+def test_grid_has_a_column_per_label(checkpoint, tmp_path):
+    out = tmp_path / "grid"
+    sample(Request(checkpoint, str(out), labels=["1", "2", "3"], rows=2, draw_routing=True))
+    assert Image.open(out / "grid.png").size == (3 * 33 + 1, 2 * 33 + 1)
+    assert Image.open(out / "routing.png").size[0] > 500
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["sampling"]["steps"] == "2" and manifest["labels"] == ["1", "2", "3"]
+    assert len(manifest["checksum"]) == 64 and manifest["precision"] == "float32"
+
+
+def test_set_is_exact_and_packed_for_evaluation(checkpoint, tmp_path):
+    out = tmp_path / "set"
+    sample(Request(checkpoint, str(out), num_images=7, batch_size=3))
+    packed = np.load(out / "samples.npz")
+    assert packed["arr_0"].shape == (7, 8, 8, 1) and packed["arr_0"].dtype == np.uint8
+    assert packed["labels"].shape == (7,) and packed["labels"].max() < 10
+    for index in range(7):
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(out / f"images/{index:06d}.png")), packed["arr_0"][index, ..., 0]
+        )
+    assert len(list((out / "images").iterdir())) == 7
+
+
+def test_killed_job_makes_only_what_is_missing(checkpoint, tmp_path):
+    out, whole = tmp_path / "parts", tmp_path / "whole"
+    request = dict(checkpoint=checkpoint, num_images=8, batch_size=4)
+    sample(Request(out=str(whole), **request))
+    sample(Request(out=str(out), **request))
+    (out / "samples.npz").unlink()
+    for index in (2, 5, 6):
+        (out / f"images/{index:06d}.png").unlink()
+    kept = (out / "images/000000.png").stat().st_mtime_ns
+    sample(Request(out=str(out), **request))
+    assert (out / "images/000000.png").stat().st_mtime_ns == kept
+    ours, theirs = np.load(out / "samples.npz")["arr_0"], np.load(whole / "samples.npz")["arr_0"]
+    # Another batch size may move a value across a rounding boundary.
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+def test_settings_given_win_over_the_checkpoints(checkpoint, tmp_path):
+    sample(Request(checkpoint, str(tmp_path / "a"), labels=["1"], overrides=dict(guidance=3.0)))
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert manifest["sampling"]["guidance"] == 3.0 and manifest["sampling"]["sampler"] == "ddim"
+
+
+def test_images_made_otherwise_are_left_alone(checkpoint, tmp_path):
+    out = str(tmp_path / "a")
+    sample(Request(checkpoint, out, labels=["1"]))
+    with pytest.raises(InputError, match="made otherwise .*seed"):
+        sample(Request(checkpoint, out, labels=["1"], seed=1))
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["seed"] == 0
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        sample(Request(checkpoint, str(tmp_path / "b"), labels=["1"]))
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(), "either --labels"),
+        (dict(labels=["1"], num_images=3), "either --labels"),
+        (dict(labels=["one"]), "numbers with commas"),
+        (dict(labels=["11"]), "from 0 to 9"),
+        (dict(labels=["1"], rows=0), "--rows must be at least 1"),
+        (dict(num_images=0), "--num_images must be at least 1"),
+        (dict(num_images=1, batch_size=0), "--batch_size must be at least 1"),
+        (dict(labels=["1"], overrides=dict(sampler="ddmi")), "Unknown sampler 'ddmi'"),
+        (dict(labels=["1"], overrides=dict(steps="5000")), "section of 1000"),
+        (dict(labels=["1"], precision="half"), "Unknown precision"),
+        (dict(labels=["1"], mode="quick"), "Unknown mode"),
+        (dict(labels=["1"], out=""), "--out is empty"),
+        (dict(labels=["1"], out="/proc/x"), "Can't write"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_is_written(checkpoint, tmp_path, fields, message):
+    with pytest.raises(InputError, match=message):
+        sample(Request(**dict(dict(checkpoint=checkpoint, out=str(tmp_path / "out")), **fields)))
+    assert not (tmp_path / "out").exists()

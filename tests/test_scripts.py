@@ -1,0 +1,54 @@
+"""The command lines, as a new user types them, with wrong input too."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+
+def call(*arguments, expect: int = 0) -> str:
+    """Run a script in its own process and return what it said."""
+    environment = dict(os.environ, JAX_PLATFORMS="cpu")
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == expect, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_train_then_sample(tmp_path):
+    workdir, out = tmp_path / "run", tmp_path / "out"
+    small = ("--config.model.depth=1", "--config.data.batch_size=8", "--config.tracking.every_steps=1")
+    said = call("train.py", "--config=configs/digits_dit.py", f"--workdir={workdir}", "--config.train.steps=2", *small)
+    assert "step 2/2" in said and "steps/s" in said and "left" in said and "Compiled" in said
+    said = call(
+        "sample.py", f"--checkpoint={workdir}", f"--out={out}", "--num_images=3", "--sampling.steps=2", "--batch_size=2"
+    )
+    assert "MACs" in said and str(out / "samples.npz") in said
+    assert np.load(out / "samples.npz")["arr_0"].shape == (3, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ("train.py", "--config=configs/digits_dit.py", "--workdir={tmp}", "--config.train.stepz=1"),
+            "Did you mean 'steps'",
+        ),
+        (("train.py", "--config=configs/digits_dit.py", "--workdir={tmp}", "--config.train.steps=many"), "many"),
+        (("train.py", "--config=configs/digits_dit.py", "--workdir={tmp}", "--config.model.heads=5"), "must divide"),
+        (("train.py", "--config=configs/nowhere.py", "--workdir={tmp}"), "nowhere.py"),
+        (("train.py", "--workdir={tmp}"), "--config"),
+        (("sample.py", "--checkpoint={tmp}/no.safetensors", "--out={tmp}", "--labels=1"), "There is no file"),
+        (("sample.py", "--out={tmp}", "--labels=1"), "--checkpoint"),
+        (("sample.py", "--checkpoint=x", "--out={tmp}", "--sampling.gidance=2"), "Did you mean: sampling.guidance"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, arguments, message):
+    script, *rest = (argument.format(tmp=tmp_path / "new") for argument in arguments)
+    said = call(script, *rest, expect=2)
+    assert message in said and "Traceback" not in said and len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,81 @@
+"""Meshes fit the devices or say so; every parameter has a rule; sharding changes no number."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from dydit_jax.build import build_optimizer, read_experiment
+from dydit_jax.errors import InputError
+from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.sharding import (
+    MeshConfig,
+    batch_sharding,
+    make_constrain_fn,
+    make_mesh,
+    require_divisible,
+    shardings,
+)
+from dydit_jax.trainer import compile_update, init_state
+
+EXPERIMENT = dict(
+    model=dict(depth=2, width=32, heads=4, patch=2, side=8, channels=1, classes=10, routers="first_on"),
+    data=dict(name="digits", batch_size=8),
+    optimizer=dict(learning_rate=1e-3),
+    train=dict(steps=3),
+)
+
+
+def test_minus_one_takes_the_devices_that_are_left():
+    assert dict(make_mesh(MeshConfig(data=-1, tensor=2)).shape) == {"data": 2, "fsdp": 1, "tensor": 2}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (2, 4, 1), (-1, 3, 1), (8, 1, 1)])
+def test_mesh_that_does_not_fit_is_refused(sizes):
+    with pytest.raises(InputError, match="there are 4"):
+        make_mesh(MeshConfig(*sizes))
+
+
+def test_batch_that_does_not_divide_is_refused():
+    with pytest.raises(InputError, match="A batch of 6 does not divide over 4 devices"):
+        require_divisible(make_mesh(MeshConfig()), 6)
+
+
+@pytest.mark.parametrize("routers", ["none", "free", "first_on"])
+def test_every_leaf_of_a_training_state_has_a_rule(routers):
+    experiment = read_experiment(EXPERIMENT)
+    config = DiTConfig(**{**vars(experiment.model), "routers": routers})
+    optimizer = build_optimizer(experiment.optimizer)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), Model(config).abstract_params())
+    layout = shardings(make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)), state)
+    spec = layout.params["blocks"]["attention"]["qkv"].spec
+    assert spec == PartitionSpec(None, None, "fsdp", "tensor", None)
+    assert layout.opt_state[1][0].mu["blocks"]["attention"]["qkv"].spec == spec
+
+
+def test_leaf_without_a_rule_is_an_error():
+    with pytest.raises(ValueError, match="No sharding rule matches mystery"):
+        shardings(make_mesh(MeshConfig()), {"mystery": np.zeros(3)})
+
+
+def test_training_is_the_same_on_every_mesh(tiny):
+    model, params = tiny
+    experiment = read_experiment(EXPERIMENT)
+    batch = dict(
+        image=np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 1)).astype(np.float32),
+        label=np.arange(8, dtype=np.int32),
+    )
+    losses = {}
+    for sizes in ((1, 1, 1), (4, 1, 1), (1, 2, 2)):
+        mesh = make_mesh(MeshConfig(*sizes), devices=jax.devices()[: int(np.prod(sizes))])
+        placed = dataclasses.replace(model, constrain=make_constrain_fn(mesh))
+        with jax.set_mesh(mesh):
+            state = init_state(params, build_optimizer(experiment.optimizer))
+            state = jax.device_put(jax.tree.map(np.array, state), shardings(mesh, state))
+            update = compile_update(placed, experiment, ("gated",), mesh, state)
+            for _ in range(3):
+                state, metrics = update(state, jax.device_put(batch, batch_sharding(mesh)))
+            losses[sizes] = float(metrics["loss/total"])
+    np.testing.assert_allclose(list(losses.values()), losses[1, 1, 1], rtol=1e-5)
