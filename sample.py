@@ -12,11 +12,14 @@ from absl import flags
 from dydit_jax.console import run
 from dydit_jax.sampling import Request, sample
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A .safetensors file or a training's work directory.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A .safetensors file, a folder with one, a training's work directory, or a published name."
+)
 OUT = flags.DEFINE_string("out", None, "Folder for the images; must be new or empty.")
 LABELS = flags.DEFINE_list("labels", None, "Labels of a grid, one column each: 0,1,2.")
 ROWS = flags.DEFINE_integer("rows", 1, "Rows of the grid: images of each label.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Number of images with uniform labels, also as samples.npz.")
+LABELS_FILE = flags.DEFINE_string("labels_file", None, "File with one label per line: a set with these labels.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise and of uniform labels.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images at once; does not change them.")
 MODE = flags.DEFINE_string("mode", "gated", "complete: every gate open; gated: computed and multiplied by the gates.")
@@ -32,6 +35,7 @@ SAMPLING = {
     "clip": flags.DEFINE_float("sampling.clip", None, "Bound on the estimated image, for models in pixels."),
     "guidance": flags.DEFINE_float("sampling.guidance", None, "Scale of classifier-free guidance; 1 is none."),
     "guided_channels": flags.DEFINE_string("sampling.guided_channels", None, "first_three or all."),
+    "autoencoder": flags.DEFINE_string("sampling.autoencoder", None, "Decoder of latents: a file or a published name."),
 }
 
 
@@ -43,6 +47,7 @@ def main():
             labels=LABELS.value,
             rows=ROWS.value,
             num_images=NUM_IMAGES.value,
+            labels_file=LABELS_FILE.value,
             seed=SEED.value,
             batch_size=BATCH_SIZE.value,
             mode=MODE.value,

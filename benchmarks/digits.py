@@ -20,10 +20,11 @@ from absl import flags
 from etils import epath
 from sklearn.neural_network import MLPClassifier
 
-from dydit_jax.build import build_model, load_checkpoint
+from dydit_jax.build import build_model
 from dydit_jax.console import run
 from dydit_jax.data.sources import digits
 from dydit_jax.generate import generate, to_uint8
+from dydit_jax.loading import load_checkpoint
 from dydit_jax.metrics.distances import frechet_distance, moments
 from dydit_jax.sharding import MeshConfig, make_mesh
 

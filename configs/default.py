@@ -23,6 +23,7 @@ def get_config():
     config.model.classes = 1000
     config.model.mlp_ratio = 4
     config.model.routers = "none"  # none: static DiT; first_on, free: DyDiT
+    config.model.positions = "sine_cosine"
     config.model.label_deviation = 0.02
     config.model.time_deviation = 0.02
 
@@ -77,6 +78,7 @@ def get_config():
     config.sampling.clip = config_dict.placeholder(float)
     config.sampling.guidance = 1.5
     config.sampling.guided_channels = "first_three"
+    config.sampling.autoencoder = ""  # "sd-vae-ft-ema" for latents
 
     # Devices: dydit_jax/sharding.py, MeshConfig. One of the three may be -1 and takes what is left.
     config.mesh = ml_collections.ConfigDict()

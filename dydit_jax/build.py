@@ -5,16 +5,14 @@ before anything is compiled or written.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
-from etils import epath
 from jax.sharding import Mesh
 
-from dydit_jax.checkpoints import CONFIG_FILE, CheckpointConfig, Weights, is_run, load_run_weights, load_weights
+from dydit_jax.checkpoints import CheckpointConfig
 from dydit_jax.data.sources import DataConfig
 from dydit_jax.diffusion.losses import LossConfig
 from dydit_jax.diffusion.samplers import SamplingConfig
@@ -214,20 +212,3 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def _is_router(params):
     """Mark the leaves of the routers."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "_router/" in path_name(path), params)
-
-
-def load_checkpoint(path) -> Weights:
-    """Load weights for sampling, or to start from, from a `.safetensors` file or a run's work directory.
-
-    Raises:
-      InputError: neither of these.
-    """
-    path = epath.Path(path)
-    if is_run(path):
-        config = json.loads((path / CONFIG_FILE).read_text())
-        read = lambda cls, name: read_record(cls, config.get(name, {}), name)
-        model, diffusion = read_model(config["model"]), read(DiffusionConfig, "diffusion")
-        return load_run_weights(path, model, diffusion, read(SamplingConfig, "sampling"))
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, but not a run's: it has no {CONFIG_FILE}.")
-    return load_weights(path)

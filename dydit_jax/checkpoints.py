@@ -9,10 +9,12 @@ its log and Orbax checkpoints of the whole state.
     <workdir>/weights.safetensors  the EMA after the last step
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import tempfile
 
 import jax
 import numpy as np
@@ -63,25 +65,22 @@ def checksum(params) -> str:
 
 
 def save_weights(path, weights: Weights) -> None:
-    """Write weights to one `.safetensors` file; a file half written never bears the name.
+    """Write weights to one `.safetensors` file.
 
     Args:
       path: the file; its folder is made.
       weights: what to write; `about` must be JSON.
+
+    Raises:
+      InputError: a place that can't be written to, or a disk that is full; nothing is left there then.
     """
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     described = dict(
         model=dataclasses.asdict(weights.model),
         diffusion=dataclasses.asdict(weights.diffusion),
         sampling=dataclasses.asdict(weights.sampling),
         about=weights.about,
     )
-    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(weights.params).items()}
-    metadata = dict(format=FORMAT, description=json.dumps(described))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(safetensors.numpy.save(arrays, metadata))
-    partial.replace(path)
+    write_arrays(path, flatten(weights.params), dict(format=FORMAT, description=json.dumps(described)))
 
 
 def load_weights(path) -> Weights:
@@ -90,21 +89,7 @@ def load_weights(path) -> Weights:
     Raises:
       InputError: no such file, another format, or tensors that do not fit the description.
     """
-    path = epath.Path(path)
-    if not path.is_file():
-        raise InputError(f"There is no file {path}.")
-    blob = path.read_bytes()
-    try:
-        leaves = safetensors.numpy.load(blob)
-        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise InputError(f"{path} is not a readable .safetensors file: {error}.") from error
-    metadata = header.get("__metadata__", {})
-    if metadata.get("format") != FORMAT:
-        raise InputError(
-            f"{path} was not written by dydit-jax (format {metadata.get('format')!r}); "
-            "convert files of other programs with convert_torch_weights.py."
-        )
+    leaves, metadata = read_arrays(path, FORMAT)
     described = json.loads(metadata["description"])
     model = read_record(DiTConfig, described["model"], "model")
     _require_shapes(leaves, model, path)
@@ -115,6 +100,58 @@ def load_weights(path) -> Weights:
         params=unflatten(leaves),
         about=described["about"],
     )
+
+
+def write_arrays(path, leaves: dict, metadata: dict[str, str]) -> None:
+    """Write arrays and metadata as `.safetensors`; a file half written never bears the name.
+
+    Raises:
+      InputError: a place that can't be written to, or a disk that is full.
+    """
+    path = epath.Path(path)
+    partial = path.with_name(path.name + ".partial")
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _is_local(path):
+            safetensors.numpy.save_file(arrays, partial, metadata)
+        else:
+            partial.write_bytes(safetensors.numpy.save(arrays, metadata))
+        partial.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise InputError(f"Can't write {path}: {error}.") from error
+
+
+def read_arrays(path, wanted_format: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read arrays by name and metadata from a `.safetensors` file of one of this project's formats.
+
+    Raises:
+      InputError: no such file, a broken one, or one of another format.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}.")
+    with contextlib.ExitStack() as stack:
+        if not _is_local(path):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            path = path.copy(epath.Path(folder) / path.name)
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != wanted_format:
+                    raise InputError(
+                        f"{path} is not of the format {wanted_format!r}, but {metadata.get('format')!r}; "
+                        "convert files of other programs with convert_torch_weights.py."
+                    )
+                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(f"{path} is not a readable .safetensors file: {error}.") from error
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in str(path)
 
 
 def _require_shapes(leaves: dict, config: DiTConfig, path) -> None:

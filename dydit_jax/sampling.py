@@ -2,8 +2,8 @@
 
     <out>/manifest.json      all that made the images: weights' checksum, sampler, guidance, seed, precision, versions
     <out>/grid.png           for --labels
-    <out>/images/000000.png  for --num_images, written whole or not at all
-    <out>/samples.npz        for --num_images: arr_0 uint8 [n,side,side,channels] and labels int32 [n]
+    <out>/images/000000.png  each image, written whole or not at all
+    <out>/samples.npz        for a set: arr_0 uint8 [n,side,side,channels] and labels int32 [n]
     <out>/routing.png        what was on over the timesteps
 
 An image is a function of the weights, the settings, the seed and its index. A job that was killed therefore makes just
@@ -12,31 +12,37 @@ the images that are missing when it is started again.
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import json
 import logging
 import zipfile
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
-from dydit_jax.build import build_model, load_checkpoint, resolve_precision
+from dydit_jax.build import build_model, resolve_precision
 from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import make_schedule, respace
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.generate import Samples, generate, to_uint8, uniform_labels
+from dydit_jax.loading import load_autoencoder, load_checkpoint
+from dydit_jax.models import autoencoder
 from dydit_jax.models.dit import MODES
 from dydit_jax.pictures import draw_grid, draw_routing, image_of, save_figure, save_image
 from dydit_jax.records import read_record
-from dydit_jax.sharding import MeshConfig, make_mesh, replicated
+from dydit_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 WRITERS = 4
+DECODE_SLICE = 8  # images per device batch of the decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +54,9 @@ class Request:
       out: folder for the results.
       labels: of a grid's columns; or None.
       rows: of the grid.
-      num_images: images with uniform labels; or None. Exactly one of `labels` and `num_images` is given.
+      num_images: images with uniform labels; or None.
+      labels_file: file with one label per line, for a set with these labels; or None. Exactly one of `labels`,
+        `num_images` and `labels_file` is given.
       seed: of noise and uniform labels.
       batch_size: images at once.
       mode: "complete" or "gated".
@@ -62,6 +70,7 @@ class Request:
     labels: list | None = None
     rows: int = 1
     num_images: int | None = None
+    labels_file: str | None = None
     seed: int = 0
     batch_size: int = 100
     mode: str = "gated"
@@ -70,14 +79,16 @@ class Request:
     overrides: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if (self.labels is None) == (self.num_images is None):
-            raise InputError("Give either --labels (a grid) or --num_images (a set), not both and not neither.")
-        for name in ("rows", "batch_size") if self.num_images is None else ("num_images", "batch_size"):
-            if getattr(self, name) < 1:
+        given = [name for name in ("labels", "num_images", "labels_file") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InputError(
+                "Give one of --labels (a grid), --num_images (a set with uniform labels) and --labels_file (a set with "
+                f"these labels), not {' and '.join(given) or 'none'}."
+            )
+        for name in ("rows", "batch_size", "num_images"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         require_known("mode", self.mode, MODES)
-        if self.labels is not None and not all(str(label).strip().isdecimal() for label in self.labels):
-            raise InputError(f"--labels must be numbers with commas between them, not {','.join(self.labels)!r}.")
         if not self.out:
             raise InputError("--out is empty; name a folder.")
 
@@ -96,11 +107,13 @@ def sample(request: Request) -> Samples:
     weights = dataclasses.replace(weights, sampling=read_record(SamplingConfig, settings, "sampling"))
     respace(make_schedule(weights.diffusion), weights.sampling.steps)
     labels = _labels(request, weights.model.classes)
+    mesh = make_mesh(MeshConfig())
+    decode = make_decode_fn(weights, mesh)
     out = _prepare_out(request, _manifest(request, weights, labels))
     missing = [index for index in range(len(labels)) if not _image_path(out, index).exists()]
     logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)
-    samples = _draw(request, weights, labels, missing, out) if missing else None
-    if request.num_images is None:
+    samples = _draw(request, weights, mesh, decode, labels, missing, out) if missing else None
+    if request.labels is not None:
         pixels = np.stack([_read_image(_image_path(out, index)) for index in range(len(labels))])
         save_image(out / "grid.png", draw_grid(pixels, columns=len(request.labels)))
     else:
@@ -124,12 +137,46 @@ def _report(samples: Samples | None, weights: Weights, out) -> None:
 
 
 def _labels(request: Request, classes: int) -> np.ndarray:
+    """Return the label of every image of the job, [n] int32."""
     if request.num_images is not None:
         return np.asarray(uniform_labels(request.seed, np.arange(request.num_images), classes), np.int32)
-    labels = np.asarray([int(label) for label in request.labels], np.int32)
-    if labels.max() > classes:
-        raise InputError(f"--labels must be from 0 to {classes - 1} ({classes} for no class), not {labels.max()}.")
-    return np.tile(labels, request.rows)
+    if request.labels is not None:
+        return np.tile(_label_numbers(request.labels, classes, "--labels"), request.rows)
+    path = epath.Path(request.labels_file)
+    if not path.is_file():
+        raise InputError(f"There is no file {path} (--labels_file).")
+    return _label_numbers(path.read_text().split(), classes, str(path))
+
+
+def _label_numbers(labels: list, classes: int, where: str) -> np.ndarray:
+    """Read labels, of which `classes` itself stands for "no class"."""
+    wrong = [label for label in labels if not str(label).strip().isdecimal() or int(label) > classes]
+    if wrong or not labels:
+        raise InputError(
+            f"{where} must hold numbers from 0 to {classes - 1} ({classes} for no class), not "
+            f"{', '.join(map(str, wrong[:5])) or 'nothing'}."
+        )
+    return np.asarray([int(label) for label in labels], np.int32)
+
+
+def make_decode_fn(weights: Weights, mesh: Mesh) -> Callable:
+    """Make the function from samples [B,...] to images [B,side,side,channels] in [-1, 1].
+
+    Latents are decoded in slices, because the decoder works at full resolution; a slice is split over all devices.
+    """
+    if not weights.sampling.autoencoder:
+        return lambda samples: samples
+    params = jax.device_put(load_autoencoder(weights.sampling.autoencoder), replicated(mesh))
+    decode = jax.jit(autoencoder.decode, in_shardings=(replicated(mesh), batch_sharding(mesh)))
+
+    def decode_in_slices(latents):
+        latents = np.asarray(latents)
+        size = -(-min(DECODE_SLICE, len(latents)) // mesh.size) * mesh.size
+        filled = np.concatenate([latents, np.repeat(latents[-1:], -len(latents) % size, axis=0)])
+        slices = [np.asarray(decode(params, filled[i : i + size])) for i in range(0, len(filled), size)]
+        return np.concatenate(slices)[: len(latents)]
+
+    return decode_in_slices
 
 
 # --- The folder ----------------------------------------------------------------------------------
@@ -137,9 +184,9 @@ def _labels(request: Request, classes: int) -> np.ndarray:
 
 def _manifest(request: Request, weights: Weights, labels: np.ndarray) -> dict:
     """Describe all that makes the images."""
-    asked = "labels" if request.num_images is None else "num_images"
     return dict(
-        {asked: getattr(request, asked), "rows": request.rows},
+        labels=hashlib.sha256(labels).hexdigest() if request.labels is None else request.labels,
+        num_images=len(labels),
         checkpoint=str(request.checkpoint),
         checksum=checksum(weights.params),
         model=dataclasses.asdict(weights.model),
@@ -211,11 +258,9 @@ def _write_npz(out, labels: np.ndarray) -> None:
 # --- The drawing ---------------------------------------------------------------------------------
 
 
-def _draw(request: Request, weights: Weights, labels: np.ndarray, missing: list[int], out) -> Samples:
+def _draw(request: Request, weights: Weights, mesh: Mesh, decode, labels, missing: list[int], out) -> Samples:
     """Draw the missing images batch by batch; files are written while the next batch is computed."""
-    mesh = make_mesh(MeshConfig())
-    devices = mesh.size
-    size = -(-min(request.batch_size, len(missing)) // devices) * devices
+    size = -(-min(request.batch_size, len(missing)) // mesh.size) * mesh.size
     steps = len(respace(make_schedule(weights.diffusion), weights.sampling.steps))
     batches = [missing[first : first + size] for first in range(0, len(missing), size)]
     model = build_model(weights.model, precision=request.precision, mesh=mesh)
@@ -240,7 +285,7 @@ def _draw(request: Request, weights: Weights, labels: np.ndarray, missing: list[
                 mode=request.mode,
                 report=progress.update,
             )
-            pixels = to_uint8(samples.images)
+            pixels = to_uint8(decode(samples.images))
             written += [writers.submit(_write_image, _image_path(out, i), p) for i, p in zip(batch, pixels)]
         for future in written:
             future.result()

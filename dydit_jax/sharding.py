@@ -31,7 +31,7 @@ RULES = (
     (r"time_embed/kernel_(in|out)$", ("fsdp", None)),
     # Small, or read by an index: copied everywhere.
     (r"(attention/out_bias|mlp/down_bias|modulation/bias)$", ()),
-    (r"(patch_embed|label_embed|output|time_embed)/(kernel|bias|bias_in|bias_out|table)$", ()),
+    (r"(patch_embed|label_embed|output|time_embed)/(kernel|bias|bias_in|bias_out|table|positions)$", ()),
     (r"(head_router|group_router)/(kernel|bias)$", ()),
     (r"token_router/(kernel|bias)_(in|out)$", ()),
     (r"(^|/)(step|count|skipped)$", ()),

@@ -26,7 +26,6 @@ from dydit_jax.build import (
     build_model,
     build_optimizer,
     differences,
-    load_checkpoint,
     read_experiment,
 )
 from dydit_jax.checkpoints import CONFIG_FILE, WEIGHTS_FILE, Run, Weights, is_run, package_versions, save_weights
@@ -42,6 +41,7 @@ from dydit_jax.diffusion.losses import (
 )
 from dydit_jax.diffusion.schedules import make_schedule
 from dydit_jax.errors import InputError
+from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.cost import routed_ratio
 from dydit_jax.models.dit import Model
 from dydit_jax.sharding import batch_sharding, make_mesh, replicated, require_divisible, shardings

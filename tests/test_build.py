@@ -1,7 +1,6 @@
 """Configs become checked records; every mistake is found before anything is compiled."""
 
 import importlib
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from dydit_jax.build import (
     build_learning_rate,
     build_optimizer,
     differences,
-    load_checkpoint,
     read_experiment,
     resolve_precision,
 )
@@ -118,9 +116,3 @@ def test_precision_follows_the_backend():
     assert resolve_precision("auto") == (jnp.dtype("float32"), "default")
     assert resolve_precision("bfloat16")[0] == jnp.dtype("bfloat16")
     assert resolve_precision("highest") == (jnp.dtype("float32"), "highest")
-
-
-@pytest.mark.parametrize("path, message", [("nowhere.safetensors", "There is no file"), (".", "not a run's")])
-def test_missing_checkpoints_are_refused(tmp_path, path, message):
-    with pytest.raises(InputError, match=message):
-        load_checkpoint(pathlib.Path(tmp_path) / path)

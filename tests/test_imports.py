@@ -21,12 +21,20 @@ FLOORS = {
     "metrics": 2,
     "checkpoints": 2,
     "build": 3,
+    "conversion": 3,
     "generate": 4,
+    "loading": 4,
     "sampling": 5,
     "trainer": 5,
 }
 # Third-party packages that may be known in one place only.
-CONFINED = {"torch": (), "wandb": ("tracking.py",), "tensorboardX": ("tracking.py",), "grain": ("data/sources.py",)}
+CONFINED = {
+    "torch": ("convert/torch_files.py", "convert/torch_network.py"),
+    "diffusers": (),
+    "wandb": ("tracking.py",),
+    "tensorboardX": ("tracking.py",),
+    "grain": ("data/sources.py",),
+}
 MODULES = sorted((ROOT / "dydit_jax").rglob("*.py"))
 
 

@@ -36,7 +36,7 @@ def test_routing_figure_is_labelled(tmp_path):
     samples = Samples(np.zeros((1, 8, 8, 1)), np.array([999, 749, 499, 250, 0]), routing, np.linspace(1e5, 2e5, 5))
     figure = draw_routing(samples, config.macs)
     labels = " ".join(axis.get_ylabel() + axis.get_xlabel() + axis.get_title(loc="left") for axis in figure.axes)
-    for word in ("heads", "groups", "tokens", "GMACs per image and pass", "timestep"):
+    for word in ("heads", "groups", "tokens", "GMACs per pass", "timestep"):
         assert word in labels
     save_figure(tmp_path / "routing.png", figure)
     assert Image.open(tmp_path / "routing.png").size[0] > 800

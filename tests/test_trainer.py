@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dydit_jax.build import build_optimizer, load_checkpoint, read_experiment
+from dydit_jax.build import build_optimizer, read_experiment
 from dydit_jax.errors import InputError
+from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model, published_config
 from dydit_jax.sharding import MeshConfig, make_mesh
 from dydit_jax.trainer import (

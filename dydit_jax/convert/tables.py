@@ -19,7 +19,7 @@ from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.layers import position_table
 from dydit_jax.trees import flatten, unflatten
 
-POSITION_NAME = "pos_embed"  # fixed, so checked on the way in and computed on the way out
+POSITION_NAME = "pos_embed"  # if it is the sine-cosine table: left out on the way in, computed on the way out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _linear(name: str, path: str, theirs: str, ours: str, bias: str) -> tuple[Ro
 
 
 # Axes beyond the project's legend: i is the input side of a Linear, e its output side, r the reduced width of the
-# token router, u the outputs of a timestep router, t the triple query-key-value, m the parts of a modulation,
+# token router, u the outputs of a timestep router, t the triple query-key-value, m and v the parts of a modulation,
 # o the output channels.
 _BLOCK = "blocks.{layer}"
 DIT_ROWS = (
@@ -57,9 +57,10 @@ DIT_ROWS = (
     *_linear(f"{_BLOCK}.mlp.fc1", "blocks/mlp/up", "(g f) d", "d g f", "(g f) -> g f"),
     *_linear(f"{_BLOCK}.mlp.fc2", "blocks/mlp/down", "d (g f)", "g f d", "d -> d"),
     *_linear(f"{_BLOCK}.adaLN_modulation.1", "blocks/modulation/kernel", "(m e) d", "d m e", "(m e) -> m e"),
-    *_linear("final_layer.adaLN_modulation.1", "output/modulation/kernel", "(n e) d", "d n e", "(n e) -> n e"),
+    *_linear("final_layer.adaLN_modulation.1", "output/modulation/kernel", "(v e) d", "d v e", "(v e) -> v e"),
     *_linear("final_layer.linear", "output/kernel", "(p q o) d", "d p q o", "(p q o) -> p q o"),
 )
+POSITION_ROWS = (Row(POSITION_NAME, "patch_embed/positions", "1 n d", "n d"),)
 ROUTER_ROWS = (
     *_linear(f"{_BLOCK}.attn_rate.router", "head_router/kernel", "u d", "d u", "u -> u"),
     *_linear(f"{_BLOCK}.mlp_rate.router", "group_router/kernel", "u d", "d u", "u -> u"),
@@ -69,8 +70,9 @@ ROUTER_ROWS = (
 
 
 def rows_of(config: DiTConfig) -> tuple[Row, ...]:
-    """Return the rows of a model, routers included where it has them."""
-    return DIT_ROWS + (ROUTER_ROWS if config.routers != "none" else ())
+    """Return the rows of a model, with those of routers and of positions of its own where it has them."""
+    routers = ROUTER_ROWS if config.routers != "none" else ()
+    return DIT_ROWS + routers + (POSITION_ROWS if config.positions == "stored" else ())
 
 
 def axis_sizes(config: DiTConfig) -> dict[str, int]:
@@ -83,7 +85,7 @@ def axis_sizes(config: DiTConfig) -> dict[str, int]:
         g=config.heads,
         f=config.hidden // config.heads,
         m=6,
-        n=2,
+        v=2,
         p=config.patch,
         q=config.patch,
         o=2 * config.channels,
@@ -103,7 +105,7 @@ def _rearrange(array, source: str, target: str, sizes: Mapping[str, int]):
 def source_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor that a source of this configuration must hold.
 
-    The position table is left out: sources may or may not carry it.
+    The sine-cosine table is left out: sources may or may not carry it.
     """
     ours, sizes, shapes = flatten(Model(config).abstract_params()), axis_sizes(config), {}
     for row in rows_of(config):
@@ -125,7 +127,7 @@ def convert_state_dict(source: Mapping[str, np.ndarray], config: DiTConfig) -> d
       The tree, float32; arrays that need no reordering or stacking share memory with `source`.
 
     Raises:
-      InputError: listing every missing, surplus or misshapen tensor, or a foreign position table.
+      InputError: listing every missing, surplus or misshapen tensor.
     """
     require_complete(source, config)
     sizes, leaves = axis_sizes(config), {}
@@ -165,12 +167,6 @@ def require_complete(source: Mapping[str, np.ndarray], config: DiTConfig) -> Non
         for name, shape in expected.items()
         if name in source and source[name].shape != shape
     ]
-    if POSITION_NAME in source:
-        table = position_table(config.side // config.patch, config.width)
-        theirs = np.asarray(source[POSITION_NAME], np.float32)
-        # Half-precision files round the table too; anything beyond that is another table.
-        if theirs.shape != (1, *table.shape) or not np.allclose(theirs[0], table, atol=1e-2):
-            problems.append(f"{POSITION_NAME} {theirs.shape} is not the sine-cosine table of {config.tokens} tokens")
     if problems:
         raise InputError(f"The tensors do not make this model ({len(problems)} problems): " + "; ".join(problems))
 
@@ -178,7 +174,8 @@ def require_complete(source: Mapping[str, np.ndarray], config: DiTConfig) -> Non
 def export_state_dict(params: Mapping, config: DiTConfig) -> dict[str, np.ndarray]:
     """Turn our parameter tree into PyTorch's names and axes, the position table included."""
     ours, sizes = flatten(params), axis_sizes(config)
-    exported = {POSITION_NAME: position_table(config.side // config.patch, config.width)[None]}
+    table = position_table(config.side // config.patch, config.width)
+    exported = {POSITION_NAME: table[None]} if config.positions == "sine_cosine" else {}
     for row in rows_of(config):
         leaf = np.asarray(ours[row.path])
         layers = leaf if row.per_layer else leaf[None]

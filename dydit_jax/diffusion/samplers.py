@@ -33,6 +33,7 @@ class SamplingConfig:
       clip: bound on the estimate of |x_0|, or None. Images in pixels are bounded, latents are not.
       guidance: scale of classifier-free guidance; 1 is none, and then the network runs once per step, not twice.
       guided_channels: "first_three" (as the published models do) or "all".
+      autoencoder: whose decoder turns latents into images, a file or a published name; "" for models in pixels.
     """
 
     sampler: str = "ddpm"
@@ -41,6 +42,7 @@ class SamplingConfig:
     clip: float | None = None
     guidance: float = 1.0
     guided_channels: str = "first_three"
+    autoencoder: str = ""
 
     def __post_init__(self):
         require_known("sampler", self.sampler, SAMPLERS)

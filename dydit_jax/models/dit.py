@@ -45,6 +45,7 @@ from dydit_jax.records import require_range
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCHES = (2, 4, 8)
 MODES = ("complete", "gated")
+POSITIONS = ("sine_cosine", "stored")
 REMATS = ("none", "block", "dots")
 
 
@@ -60,6 +61,8 @@ class DiTConfig:
       classes: number of labels; one more row stands for "no class".
       mlp_ratio: hidden channels of the MLP per channel of the width.
       routers: "none", "free" or "first_on", see `routing`.
+      positions: "sine_cosine", the fixed table that DiT is trained with, or "stored": a table of the checkpoint's own,
+        which training leaves alone.
       label_deviation, time_deviation: standard deviation of the initial label table and timestep layers.
     """
 
@@ -72,6 +75,7 @@ class DiTConfig:
     classes: int = 1000
     mlp_ratio: int = 4
     routers: str = "none"
+    positions: str = "sine_cosine"
     label_deviation: float = 0.02
     time_deviation: float = 0.02
 
@@ -81,6 +85,7 @@ class DiTConfig:
         for name in ("label_deviation", "time_deviation"):
             require_range(f"model.{name}", getattr(self, name), low=0.0)
         require_known("model.routers", self.routers, LAYOUTS)
+        require_known("model.positions", self.positions, POSITIONS)
         if self.width % self.heads:
             raise InputError(f"model.heads must divide model.width: {self.width} / {self.heads} leaves a rest.")
         if self.width % 4:
@@ -170,7 +175,7 @@ class DiT(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         width = config.width
-        self.patch_embed = PatchEmbed(patch=config.patch, channels=config.channels, width=width, dtype=dtype, rngs=rngs)
+        self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.time_embed = TimeEmbed(width=width, deviation=config.time_deviation, rngs=rngs)
         self.label_embed = LabelEmbed(classes=config.classes, width=width, deviation=config.label_deviation, rngs=rngs)
         make_block = lambda rngs: Block(config, dtype=dtype, rngs=rngs)
@@ -310,4 +315,5 @@ def _graph(config: DiTConfig, dtype):
 def count_parameters(config: DiTConfig) -> int:
     """Count trained numbers plus the fixed position table, as published counts do."""
     leaves = jax.tree.leaves(Model(config).abstract_params())
-    return sum(leaf.size for leaf in leaves) + config.tokens * config.width
+    table = config.tokens * config.width if config.positions == "sine_cosine" else 0
+    return sum(leaf.size for leaf in leaves) + table

@@ -102,10 +102,13 @@ def time_features(t):
 class PatchEmbed(nnx.Module):
     """A P x P convolution with stride P, written as one product per patch, plus the position table."""
 
-    def __init__(self, *, patch: int, channels: int, width: int, dtype, rngs: nnx.Rngs):
+    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
+        patch, channels, width = config.patch, config.channels, config.width
         init = xavier_uniform(patch * patch * channels, width)
         self.kernel = nnx.Param(init(rngs.params(), (patch, patch, channels, width)))
         self.bias = nnx.Param(jnp.zeros(width))
+        if config.positions == "stored":
+            self.positions = nnx.Param(jnp.asarray(position_table(config.side // patch, width)))
         self.dtype = dtype
 
     def __call__(self, x):
@@ -116,7 +119,9 @@ class PatchEmbed(nnx.Module):
         x = x.astype(self.dtype).reshape(batch, grid, patch, grid, patch, channels)
         kernel = self.kernel[...].astype(self.dtype)
         x = jnp.einsum("bipjqc,pqcd->bijd", x, kernel).reshape(batch, grid * grid, width)  # [B,N,D]
-        return x.astype(jnp.float32) + self.bias[...] + position_table(grid, width)
+        stored = hasattr(self, "positions")
+        positions = jax.lax.stop_gradient(self.positions[...]) if stored else position_table(grid, width)
+        return x.astype(jnp.float32) + self.bias[...] + positions
 
 
 class TimeEmbed(nnx.Module):

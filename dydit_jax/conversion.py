@@ -1,0 +1,250 @@
+"""The job behind `convert_torch_weights.py`: a PyTorch file in, our weights and a report out, and the way back."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from etils import epath
+
+from dydit_jax.checkpoints import (
+    WEIGHTS_FILE,
+    Weights,
+    checksum,
+    load_weights,
+    package_versions,
+    save_weights,
+    write_arrays,
+)
+from dydit_jax.convert.autoencoders import convert_autoencoder, is_autoencoder
+from dydit_jax.convert.detect import detect_config
+from dydit_jax.convert.ordering import order_by_magnitude
+from dydit_jax.convert.tables import convert_state_dict, export_state_dict
+from dydit_jax.convert.torch_files import read_tensors, write_tensors
+from dydit_jax.convert.torch_network import run_torch
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.errors import InputError, require_known
+from dydit_jax.models.autoencoder import DOWNSAMPLING, LATENT_CHANNELS
+from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.routing import LAYOUTS
+from dydit_jax.trees import flatten, unflatten
+
+logger = logging.getLogger(__name__)
+
+AUTOENCODER_FORMAT = "dydit-jax autoencoder 1"
+DEFAULT_AUTOENCODER = "sd-vae-ft-ema"
+REPORT_FILE = "report.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a user asks of `convert_torch_weights.py`.
+
+    Attributes:
+      source: a file of PyTorch weights.
+      out: a `.safetensors` file, or a folder for one and its report.
+      weights: "ema" or "model", of a training file.
+      heads, image_size, routers: what the tensors do not tell, or None.
+      add_routers: layout of fresh routers for a static DiT, "" for none: the start of fine-tuning.
+      order: whether heads and MLP channels are put in order of magnitude first.
+      seed: of fresh routers.
+      overwrite: whether an output that exists is replaced.
+      verify: whether the source's network is run in PyTorch and compared.
+    """
+
+    source: str
+    out: str
+    weights: str = "ema"
+    heads: int | None = None
+    image_size: int | None = None
+    routers: str | None = None
+    add_routers: str = ""
+    order: bool = False
+    seed: int = 0
+    overwrite: bool = False
+    verify: bool = False
+
+    def __post_init__(self):
+        require_known("weights", self.weights, ("ema", "model"))
+        for name in ("routers", "add_routers"):
+            if getattr(self, name):
+                require_known(name, getattr(self, name), LAYOUTS[1:])
+        if self.image_size is not None and (self.image_size < 1 or self.image_size % DOWNSAMPLING):
+            raise InputError(f"--image_size must be a multiple of {DOWNSAMPLING}, not {self.image_size}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What came out of a conversion; also written as JSON.
+
+    Attributes:
+      source, out: files.
+      kind: "dit" or "autoencoder".
+      tensors: number of source tensors, each used exactly once.
+      parameters: numbers in them, the position table included.
+      dtypes: of the source.
+      checksum: SHA-256 of the converted weights.
+      config: of a DiT, as a dict; None for an autoencoder.
+      macs: of one image and pass with every gate open; None for an autoencoder.
+      largest_difference: to PyTorch, relative to the output's scale; None if not verified.
+      seconds: that it took.
+    """
+
+    source: str
+    out: str
+    kind: str
+    tensors: int
+    parameters: int
+    dtypes: list
+    checksum: str
+    config: dict | None
+    macs: int | None
+    largest_difference: float | None
+    seconds: float
+
+    def in_words(self) -> str:
+        """Return the report as a sentence or two."""
+        what = "autoencoder" if self.config is None else _in_words(self.config)
+        cost = "" if self.macs is None else f" {self.macs / 1e9:.2f} G MACs per image and pass with every gate open."
+        difference = (
+            ""
+            if self.largest_difference is None
+            else f" Largest difference to PyTorch: {self.largest_difference:.1e} of the output's scale."
+        )
+        return (
+            f"{self.source}: {what}, {self.parameters:,} parameters in {self.tensors} tensors "
+            f"({', '.join(self.dtypes)}), each used once.{cost}{difference} Wrote {self.out}, SHA-256 {self.checksum}, "
+            f"in {self.seconds:.0f} s."
+        )
+
+
+def _in_words(config: dict) -> str:
+    kind = "static DiT" if config["routers"] == "none" else f"DyDiT with routers {config['routers']!r}"
+    return (
+        f"{kind}, depth {config['depth']}, width {config['width']}, {config['heads']} heads, patch {config['patch']}, "
+        f"input {config['side']} x {config['side']} x {config['channels']}, {config['classes']} classes"
+    )
+
+
+def convert(request: Conversion) -> Report:
+    """Convert a PyTorch file.
+
+    Returns:
+      The report; for a folder as output it also lies there as JSON.
+
+    Raises:
+      InputError: anything wrong with the file or the request; nothing is written then.
+    """
+    began = time.monotonic()
+    target = output_file(request.out)
+    if target.exists() and not request.overwrite:
+        raise InputError(f"{target} exists; give --overwrite to replace it.")
+    tensors = read_tensors(request.source, weights=request.weights)
+    require_finite(tensors)
+    about = dict(source=epath.Path(request.source).name, weights=request.weights, versions=package_versions())
+    difference = config = None
+    if is_autoencoder(tensors):
+        params = convert_autoencoder(tensors)
+        write_arrays(target, flatten(params), dict(format=AUTOENCODER_FORMAT, about=json.dumps(about)))
+    else:
+        side = request.image_size and request.image_size // DOWNSAMPLING
+        config = detect_config(tensors, heads=request.heads, side=side, routers=request.routers)
+        params = convert_state_dict(tensors, config)
+        difference = compare_with_torch(tensors, params, config) if request.verify else None
+        config, params = _prepared(params, config, request)
+        sampling = SamplingConfig(
+            guidance=1.5, autoencoder=DEFAULT_AUTOENCODER if config.channels == LATENT_CHANNELS else ""
+        )
+        save_weights(target, Weights(config, DiffusionConfig(), sampling, params, about))
+    report = Report(
+        source=str(request.source),
+        out=str(target),
+        kind="autoencoder" if config is None else "dit",
+        tensors=len(tensors),
+        parameters=sum(tensor.size for tensor in tensors.values()),
+        dtypes=sorted({str(tensor.dtype) for tensor in tensors.values()}),
+        checksum=checksum(params),
+        config=config and dataclasses.asdict(config),
+        macs=config and config.macs.complete,
+        largest_difference=difference,
+        seconds=round(time.monotonic() - began, 1),
+    )
+    report_path = target.with_name(REPORT_FILE if target.name == WEIGHTS_FILE else target.name + ".report.json")
+    report_path.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    logger.info("%s", report.in_words())
+    return report
+
+
+def output_file(out) -> epath.Path:
+    """Return the file that an `--out` means: itself, or the weights in that folder."""
+    if not str(out):
+        raise InputError("--out is empty; name a .safetensors file or a folder.")
+    out = epath.Path(out)
+    return out if out.suffix == ".safetensors" else out / WEIGHTS_FILE
+
+
+def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise unless every number of every tensor is finite.
+
+    Raises:
+      InputError: naming the tensors and how many numbers of each are not.
+    """
+    wrong = {name: int(np.size(t) - np.isfinite(np.asarray(t, np.float32)).sum()) for name, t in tensors.items()}
+    wrong = [f"{name} ({count} of {tensors[name].size})" for name, count in wrong.items() if count]
+    if wrong:
+        raise InputError(f"{len(wrong)} tensors hold NaN or infinite numbers: {'; '.join(wrong)}.")
+
+
+def compare_with_torch(tensors: Mapping, params, config: DiTConfig) -> float:
+    """Run both networks on random input, gated and complete; return the largest difference relative to the scale."""
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((2, config.side, config.side, config.channels)).astype(np.float32)
+    t, labels = np.array([17, 803]), np.array([0, config.null_label])
+    model, differences = Model(config, matmul_precision="highest"), []
+    for mode in ("gated", "complete"):
+        theirs = run_torch(tensors, config, x, t, labels, mode=mode)
+        ours, _ = jax.jit(model.apply, static_argnames="mode")(params, x, t, labels, mode=mode)
+        differences.append(float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()))
+    return max(differences)
+
+
+def _prepared(params: dict, config: DiTConfig, request: Conversion) -> tuple[DiTConfig, dict]:
+    """Order a static DiT and give it routers, where asked for."""
+    if (request.order or request.add_routers) and config.routers != "none":
+        raise InputError("This model has routers already; --add_routers and --order are for a static DiT.")
+    if request.order:
+        params = order_by_magnitude(params)
+    if request.add_routers:
+        config = dataclasses.replace(config, routers=request.add_routers)
+        params = unflatten(flatten(params) | fresh_routers(config, request.seed))
+    return config, params
+
+
+def fresh_routers(config: DiTConfig, seed: int) -> dict:
+    """Return newly initialised routers by path; what else the model has is never computed."""
+    routers = lambda key: {n: leaf for n, leaf in flatten(Model(config).init(key)).items() if "_router/" in n}
+    return {name: np.asarray(leaf) for name, leaf in jax.jit(routers)(jax.random.key(seed)).items()}
+
+
+def export(source, out, *, overwrite: bool) -> epath.Path:
+    """Write weights of ours in the PyTorch original's layout.
+
+    Args:
+      source: a `.safetensors` file of ours, or a folder with one.
+      out: file to write; its ending decides the format.
+      overwrite: whether an output that exists is replaced.
+
+    Raises:
+      InputError: unreadable weights, an output that exists, or an unknown ending.
+    """
+    out = epath.Path(out)
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists; give --overwrite to replace it.")
+    weights = load_weights(output_file(source))
+    write_tensors(out, export_state_dict(weights.params, weights.model))
+    logger.info("Wrote %s in the original's layout.", out)
+    return out

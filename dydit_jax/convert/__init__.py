@@ -1,0 +1,1 @@
+"""Weights of the PyTorch originals, in and out."""

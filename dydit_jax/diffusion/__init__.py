@@ -1,0 +1,1 @@
+"""Schedules, samplers and losses: they know no model."""

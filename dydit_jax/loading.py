@@ -1,0 +1,71 @@
+"""From whatever a user calls a checkpoint to weights: a file, a folder, a run's work directory or a published name."""
+
+import json
+
+from etils import epath
+
+from dydit_jax.build import read_model
+from dydit_jax.checkpoints import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Weights,
+    is_run,
+    load_run_weights,
+    load_weights,
+    read_arrays,
+)
+from dydit_jax.conversion import AUTOENCODER_FORMAT, Conversion, convert, output_file
+from dydit_jax.convert.published import PUBLISHED, converted_file, fetch
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.errors import InputError
+from dydit_jax.records import read_record
+from dydit_jax.trees import unflatten
+
+
+def load_checkpoint(checkpoint) -> Weights:
+    """Load weights for sampling, or to start a training from.
+
+    Args:
+      checkpoint: a `.safetensors` file of ours, a folder with one, a training's work directory (its newest step, EMA
+        weights), or the name of a published model, which is fetched and converted once.
+
+    Raises:
+      InputError: none of these.
+    """
+    path = _resolved(checkpoint)
+    if not is_run(path):
+        return load_weights(output_file(path) if path.is_dir() else path)
+    config = json.loads((path / CONFIG_FILE).read_text())
+    read = lambda cls, name: read_record(cls, config.get(name, {}), name)
+    model, diffusion = read_model(config["model"]), read(DiffusionConfig, "diffusion")
+    return load_run_weights(path, model, diffusion, read(SamplingConfig, "sampling"))
+
+
+def load_autoencoder(autoencoder) -> dict:
+    """Load the parameters of an autoencoder from a `.safetensors` file of ours, a folder with one, or by name.
+
+    Raises:
+      InputError: neither.
+    """
+    path = _resolved(autoencoder)
+    leaves, _ = read_arrays(output_file(path) if path.is_dir() else path, AUTOENCODER_FORMAT)
+    return unflatten(leaves)
+
+
+def _resolved(checkpoint) -> epath.Path:
+    """Return the path that a checkpoint means."""
+    path = epath.Path(checkpoint)
+    if path.exists():
+        if path.is_dir() and not is_run(path) and not (path / WEIGHTS_FILE).is_file():
+            raise InputError(f"{path} is neither a run's work directory nor a folder with {WEIGHTS_FILE}.")
+        return path
+    name = str(checkpoint)
+    if name not in PUBLISHED:
+        raise InputError(
+            f"There is no file {path}, and no published model of that name; known: {', '.join(PUBLISHED)}."
+        )
+    converted = converted_file(name)
+    if not converted.exists():
+        convert(Conversion(source=str(fetch(name)), out=str(converted)))
+    return epath.Path(converted)

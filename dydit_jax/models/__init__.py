@@ -1,0 +1,1 @@
+"""Networks, routers and their cost."""

@@ -1,0 +1,120 @@
+"""The autoencoder is diffusers', in both directions and both spellings of its weights."""
+
+import jax
+import numpy as np
+import pytest
+
+from dydit_jax.conversion import Conversion, convert
+from dydit_jax.convert.autoencoders import convert_autoencoder, export_autoencoder
+from dydit_jax.convert.torch_files import write_tensors
+from dydit_jax.errors import InputError
+from dydit_jax.loading import load_autoencoder
+from dydit_jax.models import autoencoder
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """Diffusers' autoencoder in the published configuration with random weights and norms."""
+    torch.manual_seed(0)
+    network = diffusers.AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=32,
+        sample_size=256,
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "norm" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter) + float(name.endswith("weight")))
+    return network
+
+
+@pytest.fixture(scope="module")
+def params(theirs):
+    return convert_autoencoder({name: tensor.numpy() for name, tensor in theirs.state_dict().items()})
+
+
+def compare(theirs, params, side: int) -> tuple[float, float, float]:
+    """Return the largest differences of mean, log-variance and decoded image."""
+    generator = np.random.default_rng(0)
+    image = generator.uniform(-1, 1, (1, side, side, 3)).astype(np.float32)
+    latent = generator.standard_normal((1, side // 8, side // 8, 4)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs.encode(torch.tensor(image).permute(0, 3, 1, 2)).latent_dist
+        decoded = theirs.decode(torch.tensor(latent).permute(0, 3, 1, 2) / autoencoder.LATENT_SCALE).sample
+    moments = jax.jit(autoencoder.encode)(params, image)
+    channels_last = lambda tensor: tensor.permute(0, 2, 3, 1).numpy()
+    return (
+        np.abs(moments.mean - channels_last(expected.mean)).max(),
+        np.abs(moments.log_variance - channels_last(expected.logvar)).max(),
+        np.abs(jax.jit(autoencoder.decode)(params, latent) - channels_last(decoded)).max(),
+    )
+
+
+def test_small_images_equal_diffusers(theirs, params):
+    assert max(compare(theirs, params, 64)) < 2e-5
+
+
+@pytest.mark.slow
+def test_images_of_256_pixels_equal_diffusers(theirs, params):
+    assert max(compare(theirs, params, 256)) < 2e-5
+
+
+def test_size_is_the_published_one():
+    assert sum(leaf.size for leaf in jax.tree.leaves(autoencoder.abstract_params())) == 83_653_863
+
+
+def test_there_and_back_is_bitwise_equal(theirs, params):
+    exported = export_autoencoder(params)
+    state = theirs.state_dict()
+    assert exported.keys() == state.keys()
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(exported[name], tensor.numpy(), err_msg=name)
+
+
+def test_old_attention_names_and_shapes_are_read(theirs, params):
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for name, tensor in theirs.state_dict().items():
+        if "attentions" in name and "group_norm" not in name:
+            for ours, theirs_then in new.items():
+                name = name.replace(ours, theirs_then)
+            tensor = tensor[..., None, None] if name.endswith("weight") else tensor
+        old[name] = tensor.numpy()
+    assert old.keys() != theirs.state_dict().keys()
+    jax.tree.map(np.testing.assert_array_equal, convert_autoencoder(old), params)
+
+
+def test_conversion_of_a_file_is_loaded_again(theirs, params, tmp_path):
+    write_tensors(tmp_path / "vae.safetensors", {n: t.numpy() for n, t in theirs.state_dict().items()})
+    report = convert(Conversion(str(tmp_path / "vae.safetensors"), str(tmp_path / "out")))
+    assert report.kind == "autoencoder" and report.parameters == 83_653_863
+    jax.tree.map(np.testing.assert_array_equal, load_autoencoder(tmp_path / "out"), params)
+
+
+def test_latents_are_drawn_from_the_moments(params):
+    moments = autoencoder.Moments(
+        np.full((1, 50, 50, 4), 2.0, np.float32), np.full((1, 50, 50, 4), np.log(9.0), np.float32)
+    )
+    latents = autoencoder.sample_latents(moments, jax.random.key(0)) / autoencoder.LATENT_SCALE
+    assert abs(float(latents.mean()) - 2) < 0.1 and abs(float(latents.std()) - 3) < 0.1
+    np.testing.assert_allclose(autoencoder.sample_latents(moments, None), 2 * autoencoder.LATENT_SCALE, rtol=1e-6)
+
+
+def test_incomplete_files_are_refused(theirs):
+    tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    del tensors["decoder.conv_in.bias"]
+    tensors["decoder.extra"] = np.zeros(2)
+    tensors["encoder.conv_in.bias"] = np.zeros(3, np.float32)
+    with pytest.raises(
+        InputError, match="3 problems.*missing decoder.conv_in.bias.*surplus decoder.extra.*conv_in.bias"
+    ):
+        convert_autoencoder(tensors)
