@@ -35,6 +35,7 @@ def get_config():
     # Training examples: dydit_jax/data/sources.py, DataConfig.
     config.data = ml_collections.ConfigDict()
     config.data.name = "synthetic"
+    config.data.path = ""
     config.data.batch_size = 256
     config.data.seed = 0
     config.data.threads = 2

@@ -227,6 +227,12 @@ def is_run(path) -> bool:
     return (epath.Path(path) / CONFIG_FILE).is_file()
 
 
+def has_checkpoint(workdir) -> bool:
+    """Return whether a work directory has a whole checkpoint to go on from."""
+    folder = epath.Path(workdir) / CHECKPOINTS_FOLDER if workdir else None
+    return folder is not None and folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
+
 def load_run_weights(workdir, model: DiTConfig, diffusion: DiffusionConfig, sampling: SamplingConfig) -> Weights:
     """Read the EMA weights of a run's newest step.
 

@@ -28,7 +28,16 @@ from dydit_jax.build import (
     differences,
     read_experiment,
 )
-from dydit_jax.checkpoints import CONFIG_FILE, WEIGHTS_FILE, Run, Weights, is_run, package_versions, save_weights
+from dydit_jax.checkpoints import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Run,
+    Weights,
+    has_checkpoint,
+    is_run,
+    package_versions,
+    save_weights,
+)
 from dydit_jax.data.sources import batches
 from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
 from dydit_jax.diffusion.losses import (
@@ -196,27 +205,35 @@ def compile_update(model: Model, experiment: Experiment, passes: tuple[str, ...]
 # --- The first parameters -----------------------------------------------------------------------
 
 
-def first_params(model: Model, experiment: Experiment, mesh: Mesh):
-    """Make the parameters of step 0: random, or those of `train.init_from`, directly in their shards.
+def starting_leaves(model: Model, experiment: Experiment) -> dict:
+    """Read the weights of `train.init_from` by path; empty where training starts from random values.
 
     Raises:
-      InputError: weights to start from that are of another shape, or lack more than routers.
+      InputError: weights of another shape, or that lack more than routers.
     """
-    key = jax.random.fold_in(jax.random.key(experiment.train.seed), INIT_STEP)
-    layout = shardings(mesh, model.abstract_params())
-    params = jax.jit(model.init, out_shardings=layout)(key)
     if not experiment.train.init_from:
-        return params
+        return {}
     source = flatten(load_checkpoint(experiment.train.init_from).params)
-    own = flatten(params)
-    wrong = [
-        f"{name} {leaf.shape}" for name, leaf in source.items() if getattr(own.get(name), "shape", 0) != leaf.shape
-    ]
+    own = {name: leaf.shape for name, leaf in flatten(model.abstract_params()).items()}
+    wrong = [f"{name} {leaf.shape}" for name, leaf in source.items() if own.get(name) != leaf.shape]
     wrong += [f"{name} missing" for name in own if name not in source and "_router/" not in name]
     if wrong:
         raise InputError(f"train.init_from {experiment.train.init_from} is another model: {'; '.join(wrong[:6])}.")
-    placed = {name: jax.device_put(leaf, own[name].sharding) for name, leaf in source.items()}
-    return unflatten(own | placed)
+    return source
+
+
+def first_params(model: Model, experiment: Experiment, mesh: Mesh, source: dict) -> dict:
+    """Make the parameters of step 0, directly in their shards: random ones, replaced by those of `source`.
+
+    Args:
+      model, experiment: what is trained.
+      mesh: where.
+      source: leaves by path, from `starting_leaves`.
+    """
+    key = jax.random.fold_in(jax.random.key(experiment.train.seed), INIT_STEP)
+    params = flatten(jax.jit(model.init, out_shardings=shardings(mesh, model.abstract_params()))(key))
+    placed = {name: jax.device_put(leaf, params[name].sharding) for name, leaf in source.items()}
+    return unflatten(params | placed)
 
 
 # --- The loop ------------------------------------------------------------------------------------
@@ -263,9 +280,10 @@ def train_and_evaluate(config: dict, workdir) -> TrainState:
     require_divisible(mesh, experiment.data.batch_size)
     batches(experiment.data, experiment.model, start=0)  # a data source that does not fit says so now
     model = build_model(experiment.model, precision=experiment.train.precision, mesh=mesh, remat=experiment.train.remat)
+    source = {} if has_checkpoint(workdir) else starting_leaves(model, experiment)
     workdir = prepare_workdir(workdir, config)
     with jax.set_mesh(mesh), Run(workdir, experiment.checkpoint) as run:
-        state = _restored_or_first(run, model, experiment, mesh)
+        state = _restored_or_first(run, model, experiment, mesh, source)
         logger.info(
             "%s: %.1f M parameters, %.3f G MACs complete, mesh %s, precision %s.",
             workdir.name,
@@ -283,14 +301,14 @@ def train_and_evaluate(config: dict, workdir) -> TrainState:
     return state
 
 
-def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mesh) -> TrainState:
+def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mesh, source: dict) -> TrainState:
     """Return the newest checkpoint's state, or that of step 0, in their shards."""
     optimizer = build_optimizer(experiment.optimizer)
     make_state = functools.partial(init_state, optimizer=optimizer)
     abstract = jax.eval_shape(make_state, model.abstract_params())
     layout = shardings(mesh, abstract)
     if run.latest_step is None:
-        return jax.jit(make_state, out_shardings=layout)(first_params(model, experiment, mesh))
+        return jax.jit(make_state, out_shardings=layout)(first_params(model, experiment, mesh, source))
     shaped = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout)
     restored = run.restore(run.latest_step, _items(shaped))
     logger.info("Continuing from step %d.", run.latest_step)
@@ -308,8 +326,10 @@ def _run_steps(state: TrainState, run: Run, model: Model, experiment: Experiment
     step, last, every = int(state.step), experiment.train.steps, experiment.tracking.every_steps
     data = batches(experiment.data, experiment.model, start=step)
     about = dict(versions=package_versions(), data=dataclasses.asdict(experiment.data))
-    compiled = functools.cache(lambda passes: compile_update(model, experiment, passes, mesh, state))
-    update = compiled(passes_at(step, experiment)) if step < last else None
+    shapes = jax.eval_shape(lambda state: state, state)
+    compiled = functools.cache(lambda passes: compile_update(model, experiment, passes, mesh, shapes))
+    if step < last:
+        compiled(passes_at(step, experiment))  # before the clock starts
     clock = Clock(step, last)
     while step < last:
         batch = jax.device_put(next(data), batch_sharding(mesh))

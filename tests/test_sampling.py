@@ -2,15 +2,20 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from dydit_jax.checkpoints import Weights, save_weights
+from dydit_jax.checkpoints import Weights, save_weights, write_arrays
+from dydit_jax.conversion import AUTOENCODER_FORMAT
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
+from dydit_jax.models import autoencoder
+from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.sampling import Request, sample
+from dydit_jax.trees import flatten
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,27 @@ def test_killed_job_makes_only_what_is_missing(checkpoint, tmp_path):
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
+def test_labels_come_from_a_file(checkpoint, tmp_path):
+    (tmp_path / "labels.txt").write_text("3\n1\n4\n")
+    sample(Request(checkpoint, str(tmp_path / "out"), labels_file=str(tmp_path / "labels.txt")))
+    assert np.load(tmp_path / "out" / "samples.npz")["labels"].tolist() == [3, 1, 4]
+    (tmp_path / "labels.txt").write_text("3\n1\n5\n")
+    with pytest.raises(InputError, match="made otherwise .labels differ"):
+        sample(Request(checkpoint, str(tmp_path / "out"), labels_file=str(tmp_path / "labels.txt")))
+
+
+def test_latents_are_decoded_into_colour_images(tmp_path):
+    params = jax.jit(autoencoder.init)(jax.random.key(0))
+    metadata = dict(format=AUTOENCODER_FORMAT)
+    write_arrays(tmp_path / "vae.safetensors", flatten(params), metadata)
+    config = DiTConfig(depth=1, width=32, heads=2, patch=2, side=4, classes=10, routers="first_on")
+    sampling = SamplingConfig(sampler="ddim", steps="2", guidance=2.0, autoencoder=str(tmp_path / "vae.safetensors"))
+    params = jax.jit(Model(config).init)(jax.random.key(0))
+    save_weights(tmp_path / "dit.safetensors", Weights(config, DiffusionConfig(), sampling, params, {}))
+    sample(Request(str(tmp_path / "dit.safetensors"), str(tmp_path / "out"), num_images=3, batch_size=2))
+    assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (3, 32, 32, 3)
+
+
 def test_settings_given_win_over_the_checkpoints(checkpoint, tmp_path):
     sample(Request(checkpoint, str(tmp_path / "a"), labels=["1"], overrides=dict(guidance=3.0)))
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
@@ -83,9 +109,12 @@ def test_images_made_otherwise_are_left_alone(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(), "either --labels"),
-        (dict(labels=["1"], num_images=3), "either --labels"),
-        (dict(labels=["one"]), "numbers with commas"),
+        (dict(), "Give one of --labels.*not none"),
+        (dict(labels=["1"], num_images=3), "not labels and num_images"),
+        (dict(labels=["one"]), "numbers from 0 to 9 .*, not one"),
+        (dict(labels=[]), "not nothing"),
+        (dict(labels_file="/nowhere"), "There is no file /nowhere"),
+        (dict(labels=["1"], overrides=dict(autoencoder="sd-vae")), "no published model of that name"),
         (dict(labels=["11"]), "from 0 to 9"),
         (dict(labels=["1"], rows=0), "--rows must be at least 1"),
         (dict(num_images=0), "--num_images must be at least 1"),

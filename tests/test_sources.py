@@ -17,10 +17,21 @@ def take(start, count, **fields):
     return list(itertools.islice(batches(config, MODEL, start=start), count))
 
 
+@pytest.fixture
+def packed(tmp_path):
+    """A folder of packed moments with small variances: means 1 for images, 2 for their mirror images."""
+    moments = np.zeros((40, 2, 8, 8, 2), np.float16)
+    moments[:, 0, ..., 0], moments[:, 1, ..., 0], moments[..., 1] = 1, 2, -12
+    np.save(tmp_path / "moments.npy", moments)
+    np.save(tmp_path / "labels.npy", np.arange(40) % 10)
+    return str(tmp_path)
+
+
 @pytest.mark.parametrize("name", list(SOURCES))
-def test_starting_later_gives_the_later_batches(name):
+def test_starting_later_gives_the_later_batches(name, packed):
     for threads in (0, 2):
-        all_of_them, later = take(0, 6, name=name), take(4, 2, name=name, threads=threads)
+        all_of_them = take(0, 6, name=name, path=packed)
+        later = take(4, 2, name=name, path=packed, threads=threads)
         for a, b in zip(all_of_them[4:], later, strict=True):
             np.testing.assert_array_equal(a["image"], b["image"])
             np.testing.assert_array_equal(a["label"], b["label"])
@@ -48,3 +59,22 @@ def test_digits_are_scaled_and_split():
 def test_unknown_dataset_lists_the_known_ones():
     with pytest.raises(InputError, match="'imagenett'; known: "):
         DataConfig(name="imagenett", batch_size=1)
+
+
+def test_latents_are_drawn_anew_from_both_flips(packed):
+    batches_of_two_epochs = take(0, 2, name="latents", path=packed, batch_size=40)
+    means = [batch["image"].mean(axis=(1, 2, 3)) / 0.18215 for batch in batches_of_two_epochs]
+    for epoch in means:
+        flipped = epoch > 1.5
+        assert 8 < flipped.sum() < 32
+        np.testing.assert_allclose(epoch, np.where(flipped, 2, 1), atol=0.01)
+    first = np.sort(batches_of_two_epochs[0]["image"].ravel())
+    assert (first != np.sort(batches_of_two_epochs[1]["image"].ravel())).any()
+
+
+def test_latents_that_do_not_fit_are_refused(packed, tmp_path):
+    with pytest.raises(InputError, match="needs data.path, a folder with moments.npy and labels.npy, not ''"):
+        take(0, 1, name="latents")
+    np.save(tmp_path / "labels.npy", np.arange(39))
+    with pytest.raises(InputError, match="39 labels"):
+        take(0, 1, name="latents", path=packed)

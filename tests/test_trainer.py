@@ -20,6 +20,7 @@ from dydit_jax.trainer import (
     make_update_fn,
     objective,
     passes_at,
+    starting_leaves,
     train_and_evaluate,
 )
 
@@ -84,7 +85,7 @@ def test_finished_run_is_not_trained_further(trained):
 def test_fine_tuning_starts_from_the_static_weights_with_fresh_routers(trained):
     experiment = read_experiment(changed(DYNAMIC, train=dict(init_from=str(trained))))
     model = Model(experiment.model)
-    params = first_params(model, experiment, make_mesh(experiment.mesh))
+    params = first_params(model, experiment, make_mesh(experiment.mesh), starting_leaves(model, experiment))
     source = load_checkpoint(trained).params
     np.testing.assert_array_equal(params["blocks"]["mlp"]["up"], source["blocks"]["mlp"]["up"])
     assert bool((params["head_router"]["bias"] == 15).all())
@@ -96,9 +97,12 @@ def test_fine_tuning_starts_from_the_static_weights_with_fresh_routers(trained):
 
 
 def test_weights_of_another_shape_are_not_started_from(trained):
-    experiment = read_experiment(changed(DYNAMIC, model=dict(width=64), train=dict(init_from=str(trained))))
+    workdir = trained.parent / "wider"
     with pytest.raises(InputError, match="is another model: .*attention/out"):
-        first_params(Model(experiment.model), experiment, make_mesh(experiment.mesh))
+        train_and_evaluate(changed(DYNAMIC, model=dict(width=64), train=dict(init_from=str(trained))), workdir)
+    with pytest.raises(InputError, match="no published model"):
+        train_and_evaluate(changed(DYNAMIC, train=dict(init_from="nowhere")), workdir)
+    assert not workdir.exists()
 
 
 def test_work_directory_of_another_run_is_left_alone(trained):

@@ -8,8 +8,10 @@ import dataclasses
 
 import grain
 import numpy as np
+from etils import epath
 
 from dydit_jax.errors import InputError, require_known
+from dydit_jax.models.autoencoder import LATENT_SCALE
 
 DIGITS_HELD_OUT = 360
 
@@ -20,6 +22,7 @@ class DataConfig:
 
     Attributes:
       name: a key of `SOURCES`.
+      path: folder of a dataset that lies in files, "" for the others.
       batch_size: B over all devices and processes.
       seed: of the order.
       threads: that read ahead, per process; 0 reads when asked.
@@ -27,6 +30,7 @@ class DataConfig:
 
     name: str
     batch_size: int
+    path: str = ""
     seed: int = 0
     threads: int = 2
 
@@ -60,7 +64,7 @@ def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 class Digits:
     """The training split of scikit-learn's digits."""
 
-    def __init__(self, model):
+    def __init__(self, config, model):
         self.images, self.labels = digits("train")
         _require_shape("digits", self.images.shape[1:], 10, model)
 
@@ -74,7 +78,7 @@ class Digits:
 class Synthetic:
     """Gaussian noise and random labels in the model's shape: for timing, never for training."""
 
-    def __init__(self, model):
+    def __init__(self, config, model):
         self.shape, self.classes = (model.side, model.side, model.channels), model.classes
 
     def __len__(self):
@@ -86,7 +90,44 @@ class Synthetic:
         return {"image": image, "label": np.int32(generator.integers(self.classes))}
 
 
-SOURCES = {"digits": Digits, "synthetic": Synthetic}
+class Latents:
+    """Moments of an autoencoder, computed once and packed; every epoch draws flip and latent anew.
+
+    <path>/moments.npy   [n,2,side,side,8], of the image and of its mirror image: mean, then log-variance
+    <path>/labels.npy    integers [n]
+    """
+
+    def __init__(self, config, model):
+        folder = epath.Path(config.path) if config.path else None
+        if folder is None or not all((folder / name).is_file() for name in ("moments.npy", "labels.npy")):
+            raise InputError(
+                f"Dataset latents needs data.path, a folder with moments.npy and labels.npy, not {config.path!r}."
+            )
+        self.moments = np.load(folder / "moments.npy", mmap_mode="r")
+        self.labels = np.load(folder / "labels.npy").astype(np.int32)
+        shape = self.moments.shape
+        if len(shape) != 5 or shape[1] != 2 or shape[0] != len(self.labels):
+            raise InputError(
+                f"{folder} holds moments {shape} and {len(self.labels)} labels; see `Latents` for the form."
+            )
+        _require_shape("latents", (*shape[2:4], shape[4] // 2), max(int(self.labels.max()) + 1, model.classes), model)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"moments": self.moments[index], "label": self.labels[index]}
+
+    @staticmethod
+    def draw(example, generator: np.random.Generator):
+        """Choose the image or its mirror image, and a latent from its Gaussian."""
+        moments = np.asarray(example["moments"][generator.integers(2)], np.float32)
+        mean, log_variance = np.split(moments, 2, axis=-1)
+        noise = generator.standard_normal(mean.shape, np.float32)
+        return {"image": LATENT_SCALE * (mean + np.exp(0.5 * log_variance) * noise), "label": example["label"]}
+
+
+SOURCES = {"digits": Digits, "latents": Latents, "synthetic": Synthetic}
 
 
 def _require_shape(name: str, shape: tuple[int, ...], classes: int, model) -> None:
@@ -109,7 +150,11 @@ def batches(config: DataConfig, model, *, start: int):
     Returns:
       An iterator of {"image": [B,side,side,C], "label": [B]}; every epoch is shuffled anew.
     """
-    source = SOURCES[config.name](model)
-    dataset = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat().batch(config.batch_size)
+    source = SOURCES[config.name](config, model)
+    dataset = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
+    if hasattr(source, "draw"):
+        # Before any slicing by process, so that the draws belong to the global batch.
+        dataset = dataset.random_map(source.draw)
+    dataset = dataset.batch(config.batch_size)
     options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4 * config.threads)
     return iter(dataset[start:].to_iter_dataset(options))
