@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 from absl import flags
 from etils import epath
 
@@ -87,7 +86,7 @@ def main():
     results = []
     for name, source in write_sources(folder).items():
         target = folder / "converted.safetensors"
-        size = np.round(source.stat().length / 1e9, 2)
+        size = round(source.stat().length / 1e9, 2)
         command = [sys.executable, "convert_torch_weights.py", f"--source={source}", f"--out={target}", "--overwrite"]
         results.append(dict(file=name, gigabytes=size, **watch(command)))
         sys.stdout.write(f"{results[-1]}\n")

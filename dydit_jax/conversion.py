@@ -23,7 +23,7 @@ from dydit_jax.convert.autoencoders import convert_autoencoder, is_autoencoder
 from dydit_jax.convert.detect import detect_config
 from dydit_jax.convert.ordering import order_by_magnitude
 from dydit_jax.convert.tables import convert_state_dict, export_state_dict
-from dydit_jax.convert.torch_files import read_tensors, write_tensors
+from dydit_jax.convert.torch_files import read_tensors, release_pages, write_tensors
 from dydit_jax.convert.torch_network import run_torch
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
@@ -193,8 +193,12 @@ def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
     Raises:
       InputError: naming the tensors and how many numbers of each are not.
     """
-    wrong = {name: int(np.size(t) - np.isfinite(np.asarray(t, np.float32)).sum()) for name, t in tensors.items()}
-    wrong = [f"{name} ({count} of {tensors[name].size})" for name, count in wrong.items() if count]
+    wrong = []
+    for name, tensor in tensors.items():
+        finite = np.isfinite(np.asarray(tensor, np.float32)).sum()
+        if finite < tensor.size:
+            wrong.append(f"{name} ({tensor.size - finite} of {tensor.size})")
+        release_pages(tensor)
     if wrong:
         raise InputError(f"{len(wrong)} tensors hold NaN or infinite numbers: {'; '.join(wrong)}.")
 

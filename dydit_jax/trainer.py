@@ -139,8 +139,8 @@ def passes_at(step: int, experiment: Experiment) -> tuple[str, ...]:
 
 def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
     """Make the state before the first step; the EMA starts at the parameters."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, jax.tree.map(jnp.copy, params), optimizer.init(params), zero)
+    zero = lambda: jnp.zeros((), jnp.int32)  # two arrays: an update reuses the memory of each
+    return TrainState(zero(), params, jax.tree.map(jnp.copy, params), optimizer.init(params), zero())
 
 
 def make_update_fn(model: Model, experiment: Experiment, passes: tuple[str, ...]) -> Callable:

@@ -98,3 +98,69 @@ def tiny(tiny_config):
         params[router]["bias"] = params[router]["bias"] - 15.0
     params["blocks"]["token_router"]["bias_out"] = params["blocks"]["token_router"]["bias_out"] - 35.0
     return model, params
+
+
+def diffusers_dit(config: DiTConfig):
+    """Make diffusers' static DiT with random weights.
+
+    Returns:
+      Its forward pass as a function of arrays (x, t, labels), channels last, and the same parameters as our tree.
+    """
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    network = diffusers.DiTTransformer2DModel(
+        num_attention_heads=config.heads,
+        attention_head_dim=config.width // config.heads,
+        in_channels=config.channels,
+        out_channels=2 * config.channels,
+        num_layers=config.depth,
+        sample_size=config.side,
+        patch_size=config.patch,
+        num_embeds_ada_norm=config.classes,
+    ).eval()
+    for block in network.transformer_blocks:
+        # Diffusers divides the exponent by 127 here, DiT by 128.
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(1.4 / config.width**0.5 * torch.randn_like(parameter))
+
+    def forward(x, t, labels):
+        arguments = dict(timestep=torch.tensor(t), class_labels=torch.tensor(labels))
+        with torch.no_grad():
+            return channels_last(network(torch.tensor(x).permute(0, 3, 1, 2), **arguments).sample)
+
+    return forward, _from_diffusers({name: tensor.numpy() for name, tensor in network.state_dict().items()}, config)
+
+
+def _from_diffusers(theirs: dict, config: DiTConfig) -> dict:
+    """Arrange diffusers' tensors as our tree; every block of theirs has its own, equal-sized condition embedder."""
+    # Diffusers embeds timestep and label anew in each block. Ours does so once: take block 0's embedder everywhere.
+    block = "transformer_blocks"
+    for layer in range(1, config.depth):
+        for name in [n for n in theirs if n.startswith(f"{block}.{layer}.norm1.emb.")]:
+            theirs[name][:] = theirs[name.replace(f"{block}.{layer}.", f"{block}.0.")]
+    embedder = f"{block}.0.norm1.emb"
+    source = {
+        "x_embedder.proj": "pos_embed.proj",
+        "t_embedder.mlp.0": f"{embedder}.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": f"{embedder}.timestep_embedder.linear_2",
+        "final_layer.adaLN_modulation.1": "proj_out_1",
+        "final_layer.linear": "proj_out_2",
+    }
+    for layer in range(config.depth):
+        ours, other = f"blocks.{layer}", f"{block}.{layer}"
+        source |= {
+            f"{ours}.attn.proj": f"{other}.attn1.to_out.0",
+            f"{ours}.mlp.fc1": f"{other}.ff.net.0.proj",
+            f"{ours}.mlp.fc2": f"{other}.ff.net.2",
+            f"{ours}.adaLN_modulation.1": f"{other}.norm1.linear",
+        }
+    renamed = {f"{a}.{kind}": theirs[f"{b}.{kind}"] for a, b in source.items() for kind in ("weight", "bias")}
+    renamed["y_embedder.embedding_table.weight"] = theirs[f"{embedder}.class_embedder.embedding_table.weight"]
+    for layer in range(config.depth):
+        for kind in ("weight", "bias"):
+            parts = [theirs[f"{block}.{layer}.attn1.to_{part}.{kind}"] for part in "qkv"]
+            renamed[f"blocks.{layer}.attn.qkv.{kind}"] = np.concatenate(parts)
+    return convert_state_dict(renamed, config)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN, channels_last, relative_error
+from conftest import GOLDEN, channels_last, diffusers_dit, relative_error
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
@@ -92,70 +92,12 @@ def test_tables_equal_the_original():
 
 
 def test_static_model_equals_diffusers():
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    width, heads = 48, 4
-    theirs = diffusers.DiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=width // heads,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-    ).eval()
-    for block in theirs.transformer_blocks:
-        # Diffusers divides the exponent by 127 here, DiT by 128.
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(0.2 * torch.randn_like(parameter))
-    config = DiTConfig(depth=2, width=width, heads=heads, patch=2, side=8, classes=10)
-    params = _from_diffusers({k: v.numpy() for k, v in theirs.state_dict().items()}, config)
+    config = DiTConfig(depth=2, width=48, heads=4, patch=2, side=8, classes=10)
+    theirs, params = diffusers_dit(config)
     x = np.random.default_rng(0).standard_normal((3, 8, 8, 4), np.float32)
     t, labels = np.array([0, 400, 999]), np.array([1, 9, 10])
-    with torch.no_grad():
-        expected = theirs(
-            torch.tensor(x).permute(0, 3, 1, 2), timestep=torch.tensor(t), class_labels=torch.tensor(labels)
-        ).sample
     actual, _ = Model(config, matmul_precision="highest").apply(params, x, t, labels, mode="complete")
-    assert relative_error(actual, channels_last(expected)) < 1e-5
-
-
-def _from_diffusers(theirs: dict, config: DiTConfig) -> dict:
-    """Arrange diffusers' tensors as our tree; every block of theirs has its own, equal-sized condition embedder."""
-    from dydit_jax.convert.tables import convert_state_dict
-
-    # Diffusers embeds timestep and label anew in each block. Ours does so once: take block 0's embedder everywhere.
-    block = "transformer_blocks"
-    for layer in range(1, config.depth):
-        for name in [n for n in theirs if n.startswith(f"{block}.{layer}.norm1.emb.")]:
-            theirs[name][:] = theirs[name.replace(f"{block}.{layer}.", f"{block}.0.")]
-    embedder = f"{block}.0.norm1.emb"
-    source = {
-        "x_embedder.proj": "pos_embed.proj",
-        "t_embedder.mlp.0": f"{embedder}.timestep_embedder.linear_1",
-        "t_embedder.mlp.2": f"{embedder}.timestep_embedder.linear_2",
-        "final_layer.adaLN_modulation.1": "proj_out_1",
-        "final_layer.linear": "proj_out_2",
-    }
-    for layer in range(config.depth):
-        ours, other = f"blocks.{layer}", f"{block}.{layer}"
-        source |= {
-            f"{ours}.attn.proj": f"{other}.attn1.to_out.0",
-            f"{ours}.mlp.fc1": f"{other}.ff.net.0.proj",
-            f"{ours}.mlp.fc2": f"{other}.ff.net.2",
-            f"{ours}.adaLN_modulation.1": f"{other}.norm1.linear",
-        }
-    renamed = {f"{a}.{kind}": theirs[f"{b}.{kind}"] for a, b in source.items() for kind in ("weight", "bias")}
-    renamed["y_embedder.embedding_table.weight"] = theirs[f"{embedder}.class_embedder.embedding_table.weight"]
-    for layer in range(config.depth):
-        for kind in ("weight", "bias"):
-            parts = [theirs[f"{block}.{layer}.attn1.to_{part}.{kind}"] for part in "qkv"]
-            renamed[f"blocks.{layer}.attn.qkv.{kind}"] = np.concatenate(parts)
-    return convert_state_dict(renamed, config)
+    assert relative_error(actual, theirs(x, t, labels)) < 1e-5
 
 
 @pytest.mark.parametrize("name", [f"{size}/{patch}" for size in SIZES for patch in (2, 4, 8)])

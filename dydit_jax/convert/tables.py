@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 import einops
 import numpy as np
 
+from dydit_jax.convert.torch_files import release_pages
 from dydit_jax.errors import InputError
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.layers import position_table
@@ -136,6 +137,8 @@ def convert_state_dict(source: Mapping[str, np.ndarray], config: DiTConfig) -> d
             _rearrange(np.asarray(source[name]), row.theirs, row.ours, sizes) for name in _source_names(row, config)
         )
         leaves[row.path] = _stack(arrays, config.depth) if row.per_layer else _float32(next(arrays))
+        for name in _source_names(row, config):
+            release_pages(source[name])
     return unflatten(leaves)
 
 

@@ -8,6 +8,7 @@ PyTorch itself and its weights-only reader. `.safetensors` files can hold nothin
 
 import collections
 import json
+import mmap
 import pickle
 import struct
 import zipfile
@@ -196,6 +197,14 @@ def _storage(path: Path, entry: zipfile.ZipInfo, dtype, count: int) -> np.ndarra
         name_length, extra_length = struct.unpack("<HH", file.read(4))
     offset = entry.header_offset + ZIP_LOCAL_HEADER + name_length + extra_length
     return np.memmap(path, dtype, "r", offset, (count,))
+
+
+def release_pages(array) -> None:
+    """Give back the memory that reading an array from its file has taken; it is read again when it is used again."""
+    while array is not None and not isinstance(array, mmap.mmap):
+        array = getattr(array, "base", None)
+    if array is not None and hasattr(mmap, "MADV_DONTNEED"):
+        array.madvise(mmap.MADV_DONTNEED)
 
 
 # --- Other files ---------------------------------------------------------------------------------
