@@ -130,22 +130,39 @@ def read_arrays(path, wanted_format: str) -> tuple[dict[str, np.ndarray], dict[s
     Raises:
       InputError: no such file, a broken one, or one of another format.
     """
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != wanted_format:
+            raise InputError(
+                f"{path} is not of the format {wanted_format!r}, but {metadata.get('format')!r}; "
+                "convert files of other programs with convert_torch_weights.py."
+            )
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
+
+
+def format_of(path) -> str | None:
+    """Return which format of this project a `.safetensors` file has, None for a foreign one.
+
+    Raises:
+      InputError: no such file, or a broken one.
+    """
+    with _opened(path) as file:
+        return (file.metadata() or {}).get("format")
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """Open a `.safetensors` file on any kind of path; what is not on this machine is copied first."""
     path = epath.Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path}.")
     with contextlib.ExitStack() as stack:
+        local = path
         if not _is_local(path):
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            path = path.copy(epath.Path(folder) / path.name)
+            local = path.copy(epath.Path(folder) / path.name)
         try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != wanted_format:
-                    raise InputError(
-                        f"{path} is not of the format {wanted_format!r}, but {metadata.get('format')!r}; "
-                        "convert files of other programs with convert_torch_weights.py."
-                    )
-                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
+            yield stack.enter_context(safetensors.safe_open(local, framework="numpy"))
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(f"{path} is not a readable .safetensors file: {error}.") from error
 

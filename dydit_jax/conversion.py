@@ -14,12 +14,14 @@ from dydit_jax.checkpoints import (
     WEIGHTS_FILE,
     Weights,
     checksum,
+    format_of,
     load_weights,
     package_versions,
+    read_arrays,
     save_weights,
     write_arrays,
 )
-from dydit_jax.convert.autoencoders import convert_autoencoder, is_autoencoder
+from dydit_jax.convert.autoencoders import convert_autoencoder, export_autoencoder, is_autoencoder
 from dydit_jax.convert.detect import detect_config
 from dydit_jax.convert.ordering import order_by_magnitude
 from dydit_jax.convert.tables import convert_state_dict, export_state_dict
@@ -235,20 +237,25 @@ def fresh_routers(config: DiTConfig, seed: int) -> dict:
 
 
 def export(source, out, *, overwrite: bool) -> epath.Path:
-    """Write weights of ours in the PyTorch original's layout.
+    """Write weights of ours in the layout of the PyTorch original.
 
     Args:
-      source: a `.safetensors` file of ours, or a folder with one.
+      source: a `.safetensors` file of ours, of a DiT or an autoencoder, or a folder with one.
       out: file to write; its ending decides the format.
       overwrite: whether an output that exists is replaced.
 
     Raises:
       InputError: unreadable weights, an output that exists, or an unknown ending.
     """
-    out = epath.Path(out)
+    out, source = epath.Path(out), output_file(source)
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; give --overwrite to replace it.")
-    weights = load_weights(output_file(source))
-    write_tensors(out, export_state_dict(weights.params, weights.model))
+    if format_of(source) == AUTOENCODER_FORMAT:
+        leaves, _ = read_arrays(source, AUTOENCODER_FORMAT)
+        tensors = export_autoencoder(unflatten(leaves))
+    else:
+        weights = load_weights(source)
+        tensors = export_state_dict(weights.params, weights.model)
+    write_tensors(out, tensors)
     logger.info("Wrote %s in the original's layout.", out)
     return out

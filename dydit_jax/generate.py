@@ -102,7 +102,7 @@ def _run_piece(params, state: SamplerState, steps, labels, keys, *, model: Model
 
     def predict(x, timestep):
         output, routing = guided_apply(model, params, x, timestep, labels, sampling=sampling, mode=mode)
-        macs = routed_macs(routing, model.config.macs) if mode == "gated" else model.config.macs.complete
+        macs = routed_macs(routing, model.config.macs) if mode == "gated" else float(model.config.macs.complete)
         return output, (jax.tree.map(lambda gates: gates.mean(0), routing), jnp.mean(macs))
 
     shape = state.current.shape[1:]
@@ -149,8 +149,8 @@ def generate(
     keys = image_keys(seed, jnp.arange(len(labels)) if indices is None else jnp.asarray(indices))
     state = make_sampler(sampling).init(_first_noise(keys, (config.side, config.side, config.channels)))
     kept = []
-    # Equal pieces, so that one compiled program serves them all.
-    pieces = next(n for n in range(min(PROGRESS_PIECES, count), count + 1) if count % n == 0)
+    # Equal pieces, so that one compiled program serves them all; a short schedule runs in one.
+    pieces = max(n for n in range(1, PROGRESS_PIECES + 1) if count % n == 0) if count >= 2 * PROGRESS_PIECES else 1
     for piece in np.split(np.arange(count), pieces):
         rows = jax.tree.map(operator.itemgetter(piece), table)
         state, record = _run_piece(params, state, rows, labels, keys, model=model, sampling=sampling, mode=mode)

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from dydit_jax.conversion import Conversion, convert
+from dydit_jax.conversion import Conversion, convert, export
 from dydit_jax.convert.autoencoders import convert_autoencoder, export_autoencoder
-from dydit_jax.convert.torch_files import write_tensors
+from dydit_jax.convert.torch_files import read_tensors, write_tensors
 from dydit_jax.errors import InputError
 from dydit_jax.loading import load_autoencoder
 from dydit_jax.models import autoencoder
@@ -98,6 +98,10 @@ def test_conversion_of_a_file_is_loaded_again(theirs, params, tmp_path):
     report = convert(Conversion(str(tmp_path / "vae.safetensors"), str(tmp_path / "out")))
     assert report.kind == "autoencoder" and report.parameters == 83_653_863
     jax.tree.map(np.testing.assert_array_equal, load_autoencoder(tmp_path / "out"), params)
+    export(tmp_path / "out", tmp_path / "back.bin", overwrite=False)
+    back = read_tensors(tmp_path / "back.bin")
+    for name, tensor in theirs.state_dict().items():
+        np.testing.assert_array_equal(back[name], tensor.numpy(), err_msg=name)
 
 
 def test_latents_are_drawn_from_the_moments(params):

@@ -43,6 +43,13 @@ def test_open_routing_costs_the_complete_model_and_its_routers(tiny):
     np.testing.assert_allclose(routed_ratio(model.open_routing(2), attention=1.0, mlp=1.7), 1.0, rtol=1e-6)
 
 
+def test_counts_of_a_large_model_fit_into_a_compiled_program():
+    config = published_config("XL/2", side=64, routers="first_on")
+    open_gates = Routing(*(jnp.ones((1, config.depth, n)) for n in (config.heads, config.heads, config.tokens)))
+    macs = jax.jit(lambda routing: routed_macs(routing, config.macs))(open_gates)
+    np.testing.assert_allclose(macs, config.macs.complete + config.macs.routers, rtol=1e-6)
+
+
 def test_ratio_weighs_heads_groups_and_tokens_per_image():
     routing = Routing(
         heads=jnp.asarray([[[1.0, 0, 0, 0]], [[1, 1, 1, 1]]]),

@@ -6,7 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import GOLDEN, ROOT, channels_last, relative_error
+
+from dydit_jax.loading import load_checkpoint
+from dydit_jax.models.dit import Model
 
 
 def call(*arguments, expect: int = 0) -> str:
@@ -31,6 +34,20 @@ def test_train_then_sample(tmp_path):
     assert np.load(out / "samples.npz")["arr_0"].shape == (3, 8, 8, 1)
 
 
+def test_convert_check_and_export(tmp_path):
+    pytest.importorskip("torch")
+    source, ours, back = GOLDEN / "dydit_v2_train.pt", tmp_path / "ours", tmp_path / "back.safetensors"
+    said = call("convert_torch_weights.py", f"--source={source}", f"--out={ours}", "--verify")
+    assert "each used once" in said and "Largest difference to PyTorch" in said and "SHA-256" in said
+    golden = np.load(GOLDEN / "v2_forward.npz")
+    weights = load_checkpoint(ours)
+    inputs = (channels_last(golden["x"]), golden["t"], golden["y"])
+    prediction, _ = Model(weights.model).apply(weights.params, *inputs, mode="gated")
+    assert relative_error(prediction, channels_last(golden["out"])) < 1e-5
+    call("convert_torch_weights.py", f"--source={ours}", f"--out={back}", "--export")
+    assert back.exists()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -44,6 +61,8 @@ def test_train_then_sample(tmp_path):
         (("train.py", "--workdir={tmp}"), "--config"),
         (("sample.py", "--checkpoint={tmp}/no.safetensors", "--out={tmp}", "--labels=1"), "There is no file"),
         (("sample.py", "--out={tmp}", "--labels=1"), "--checkpoint"),
+        (("convert_torch_weights.py", "--source=README.md", "--out={tmp}"), "neither a .safetensors file"),
+        (("convert_torch_weights.py", "--source=tests", "--out={tmp}"), "is a folder"),
         (("sample.py", "--checkpoint=x", "--out={tmp}", "--sampling.gidance=2"), "Did you mean: sampling.guidance"),
     ],
 )

@@ -85,12 +85,13 @@ def routed_ratio(routing: Routing, *, attention: float, mlp: float):
     Returns:
       [B], between 0 and 1.
     """
+    share = attention / (attention + mlp)  # the counts themselves do not fit JAX's 32-bit integers
     heads = routing.heads.mean(-1)  # [B,L]
     mlps = routing.groups.mean(-1) * routing.tokens.mean(-1)
-    return (heads * attention + mlps * mlp).mean(-1) / (attention + mlp)
+    return (share * heads + (1 - share) * mlps).mean(-1)
 
 
 def routed_macs(routing: Routing, macs: ModelMacs):
     """Return the MACs per image [B] that a routing needs, routers and fixed parts included."""
     ratio = routed_ratio(routing, attention=macs.attention, mlp=macs.mlp)
-    return macs.fixed + macs.routers + macs.layers * (macs.attention + macs.mlp) * ratio
+    return float(macs.fixed + macs.routers) + float(macs.layers * (macs.attention + macs.mlp)) * ratio
