@@ -22,7 +22,12 @@ NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Number of images with uni
 LABELS_FILE = flags.DEFINE_string("labels_file", None, "File with one label per line: a set with these labels.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise and of uniform labels.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images at once; does not change them.")
-MODE = flags.DEFINE_string("mode", "gated", "complete: every gate open; gated: computed and multiplied by the gates.")
+MODE = flags.DEFINE_string(
+    "mode",
+    "fast",
+    "fast: only what is on is computed; gated: computed and multiplied by its gate; complete: all gates open.",
+)
+SEGMENTS = flags.DEFINE_integer("segments", None, "Programs that fast cuts the schedule into; decides by itself.")
 PRECISION = flags.DEFINE_string("precision", "auto", "auto, bfloat16, float32 or highest.")
 ROUTING = flags.DEFINE_bool("routing", False, "Also draw what was on over the timesteps: routing.png.")
 flags.mark_flags_as_required(["checkpoint", "out"])
@@ -51,6 +56,7 @@ def main():
             seed=SEED.value,
             batch_size=BATCH_SIZE.value,
             mode=MODE.value,
+            segments=SEGMENTS.value,
             precision=PRECISION.value,
             draw_routing=ROUTING.value,
             overrides={name: flag.value for name, flag in SAMPLING.items() if flag.value is not None},

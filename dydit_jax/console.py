@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 
 import absl.logging
+import jax
 from absl import app, flags
 
+from dydit_jax.cache import cache_folder
 from dydit_jax.errors import InputError
 
 
@@ -24,6 +26,10 @@ def run(main: Callable[[], None]) -> None:
         absl.logging.set_verbosity(absl.logging.WARNING)
         # Says on every machine without a TPU that there is none.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+        # A second start finds its programs compiled.
+        jax.config.update(
+            "jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or str(cache_folder() / "programs")
+        )
         try:
             main()
         except InputError as error:

@@ -12,6 +12,7 @@ the images that are missing when it is started again.
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -26,14 +27,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from dydit_jax.build import build_model, resolve_precision
+from dydit_jax.cache import cache_folder
 from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import make_schedule, respace
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.generate import Samples, generate, to_uint8, uniform_labels
+from dydit_jax.generate import MODES, Samples, generate, to_uint8, token_shares, uniform_labels
 from dydit_jax.loading import load_autoencoder, load_checkpoint
 from dydit_jax.models import autoencoder
-from dydit_jax.models.dit import MODES
 from dydit_jax.pictures import draw_grid, draw_routing, image_of, save_figure, save_image
 from dydit_jax.records import read_record
 from dydit_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 WRITERS = 4
+CALIBRATION_IMAGES = 8
+CALIBRATED_FROM_BATCHES = 4  # a job of fewer is over before calibration pays
 DECODE_SLICE = 8  # images per device batch of the decoder
 
 
@@ -59,7 +62,8 @@ class Request:
         `num_images` and `labels_file` is given.
       seed: of noise and uniform labels.
       batch_size: images at once.
-      mode: "complete" or "gated".
+      mode: "fast", "gated" or "complete".
+      segments: into how many programs `fast` cuts the schedule; None decides by itself.
       precision: see `build.PRECISIONS`.
       draw_routing: whether routing.png is drawn.
       overrides: sampling settings that win over the checkpoint's.
@@ -73,7 +77,8 @@ class Request:
     labels_file: str | None = None
     seed: int = 0
     batch_size: int = 100
-    mode: str = "gated"
+    mode: str = "fast"
+    segments: int | None = None
     precision: str = "auto"
     draw_routing: bool = False
     overrides: dict = dataclasses.field(default_factory=dict)
@@ -85,7 +90,7 @@ class Request:
                 "Give one of --labels (a grid), --num_images (a set with uniform labels) and --labels_file (a set with "
                 f"these labels), not {' and '.join(given) or 'none'}."
             )
-        for name in ("rows", "batch_size", "num_images"):
+        for name in ("rows", "batch_size", "num_images", "segments"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}.")
         require_known("mode", self.mode, MODES)
@@ -105,7 +110,9 @@ def sample(request: Request) -> Samples:
     weights = load_checkpoint(request.checkpoint)
     settings = dict(dataclasses.asdict(weights.sampling), **request.overrides)
     weights = dataclasses.replace(weights, sampling=read_record(SamplingConfig, settings, "sampling"))
-    respace(make_schedule(weights.diffusion), weights.sampling.steps)
+    steps = len(respace(make_schedule(weights.diffusion), weights.sampling.steps))
+    if request.segments is not None and request.segments > steps:
+        raise InputError(f"--segments must be at most the {steps} steps of the run, not {request.segments}.")
     labels = _labels(request, weights.model.classes)
     mesh = make_mesh(MeshConfig())
     decode = make_decode_fn(weights, mesh)
@@ -269,20 +276,26 @@ def _draw(request: Request, weights: Weights, mesh: Mesh, decode, labels, missin
         concurrent.futures.ThreadPoolExecutor(WRITERS) as writers,
         tqdm(total=len(batches) * steps, unit="step", desc="sampling") as progress,
     ):
-        params = jax.device_put(weights.params, replicated(mesh))
+        draw = functools.partial(
+            generate,
+            model,
+            jax.device_put(weights.params, replicated(mesh)),
+            sampling=weights.sampling,
+            diffusion=weights.diffusion,
+            seed=request.seed,
+            mesh=mesh if mesh.size > 1 else None,
+        )
+        shares = _token_shares(weights, draw, labels, batches) if request.mode == "fast" else None
         written = []
         for batch in batches:
             # One shape for all batches; the last one is filled up and cut again.
             indices = np.asarray(batch + [batch[-1]] * (size - len(batch)))
-            samples = generate(
-                model,
-                params,
+            samples = draw(
                 labels[indices],
-                sampling=weights.sampling,
-                diffusion=weights.diffusion,
-                seed=request.seed,
                 indices=indices,
                 mode=request.mode,
+                segments=request.segments,
+                shares=shares,
                 report=progress.update,
             )
             pixels = to_uint8(decode(samples.images))
@@ -290,3 +303,19 @@ def _draw(request: Request, weights: Weights, mesh: Mesh, decode, labels, missin
         for future in written:
             future.result()
     return samples
+
+
+def _token_shares(weights: Weights, draw, labels: np.ndarray, batches: list[list[int]]) -> np.ndarray | None:
+    """Return the calibration of `fast`, kept from an earlier job, or made where a long job makes it worth while."""
+    told = json.dumps([checksum(weights.params), str(weights.sampling), str(weights.diffusion)])
+    path = cache_folder() / "plans" / f"{hashlib.sha256(told.encode()).hexdigest()}.npy"
+    if path.exists():
+        return np.load(path)
+    if len(batches) < CALIBRATED_FROM_BATCHES:
+        return None
+    few = np.asarray(batches[0])[np.arange(CALIBRATION_IMAGES) % len(batches[0])]
+    logger.info("Calibrating token capacities on %d images.", len(few))
+    shares = token_shares(draw(labels[few], indices=few, mode="gated"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, shares)
+    return shares

@@ -1,6 +1,7 @@
 """The model is the original's, number by number, and diffusers', and its parts keep their promises."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from conftest import GOLDEN, channels_last, diffusers_dit, relative_error
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
-from dydit_jax.generate import guided_apply
+from dydit_jax.generate import guided
 from dydit_jax.models.dit import SIZES, DiTConfig, Model, count_parameters, published_config
 from dydit_jax.models.layers import position_table, time_features
 
@@ -57,16 +58,15 @@ def test_guided_pass_equals_the_original(golden):
     expected = channels_last(golden.arrays["cfg_out"])
     for timestep in np.unique(t):  # our guidance takes one timestep for the whole batch
         rows = np.flatnonzero(t == timestep)
-        guided, _ = guided_apply(
-            golden.model,
-            golden.params,
+        output, _ = guided(
+            functools.partial(golden.model.apply, golden.params, mode="gated"),
             jnp.asarray(x),
             jnp.asarray(timestep),
             jnp.asarray(labels),
             sampling=SamplingConfig(guidance=4.0),
-            mode="gated",
+            config=golden.config,
         )
-        assert relative_error(np.asarray(guided)[rows], expected[: len(x)][rows]) < 1e-5
+        assert relative_error(np.asarray(output)[rows], expected[: len(x)][rows]) < 1e-5
 
 
 def test_time_gates_equal_the_original_over_all_timesteps(golden):

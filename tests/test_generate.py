@@ -1,6 +1,7 @@
 """An image depends on weights, settings, seed and its index, and on nothing else."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from conftest import relative_error
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
-from dydit_jax.generate import generate, guided_apply, to_uint8, uniform_labels
+from dydit_jax.generate import generate, guided, to_uint8, uniform_labels
 
 SAMPLING = SamplingConfig(sampler="ddim", eta=1.0, steps="6", clip=1.0, guidance=2.0)
 
@@ -53,7 +54,8 @@ def test_guidance_of_one_runs_the_labels_alone(tiny):
     model, params = tiny
     x, labels = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.asarray([1, 2])
     plain = dataclasses.replace(SAMPLING, guidance=1.0)
-    output, routing = guided_apply(model, params, x, jnp.asarray(5), labels, sampling=plain, mode="gated")
+    network = functools.partial(model.apply, params, mode="gated")
+    output, routing = guided(network, x, jnp.asarray(5), labels, sampling=plain, config=model.config)
     expected, _ = model.apply(params, x, jnp.full(2, 5), labels, mode="gated")
     np.testing.assert_array_equal(output, expected)
     assert len(routing.heads) == 2
@@ -62,14 +64,14 @@ def test_guidance_of_one_runs_the_labels_alone(tiny):
 def test_guidance_can_cover_all_channels(golden_v2):
     model, params = golden_v2.model, golden_v2.params
     x, t, labels = golden_v2.inputs
-    run = lambda channels: guided_apply(
-        model,
-        params,
+    network = functools.partial(model.apply, params, mode="gated")
+    run = lambda channels: guided(
+        network,
         jnp.asarray(x),
         jnp.asarray(t[0]),
         jnp.asarray(labels),
         sampling=SamplingConfig(guidance=4.0, guided_channels=channels),
-        mode="gated",
+        config=model.config,
     )[0]
     three, all_four = run("first_three"), run("all")
     np.testing.assert_array_equal(three[..., :3], all_four[..., :3])

@@ -1,6 +1,7 @@
 """Sampling trajectories are the original's, and every registered sampler keeps its promises."""
 
 import dataclasses
+import functools
 import operator
 
 import jax
@@ -13,7 +14,7 @@ from dydit_jax.diffusion.gaussian import coefficients
 from dydit_jax.diffusion.samplers import SAMPLERS, SamplingConfig, make_sampler, run_sampler
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError
-from dydit_jax.generate import guided_apply
+from dydit_jax.generate import guided
 
 GUIDANCE = 2.0
 RUNS = {
@@ -29,21 +30,21 @@ def descending(spacing: str):
     return jax.tree.map(lambda column: column[::-1], table)
 
 
-@pytest.mark.parametrize("run", list(RUNS))
-def test_guided_trajectory_equals_the_original_at_every_step(golden_v2, run):
+@pytest.mark.parametrize("name", list(RUNS))
+def test_guided_trajectory_equals_the_original_at_every_step(golden_v2, name):
     reference = np.load(GOLDEN / "v2_sampling.npz")
-    get = lambda name: channels_last(reference[f"{run}/{name}"])
-    sampling, labels = RUNS[run], jnp.asarray(reference[f"{run}/y"])
+    get = lambda array: channels_last(reference[f"{name}/{array}"])
+    sampling, labels = RUNS[name], jnp.asarray(reference[f"{name}/y"])
     # The file holds conditional and unconditional images; the original's second half feeds nothing.
     half = len(labels) // 2
     noise = jnp.asarray(get("noise"))[:, :half]
     steps = descending(sampling.steps)
-    np.testing.assert_array_equal(steps.timestep[::-1], reference[f"{run}/timestep_map"])
+    np.testing.assert_array_equal(steps.timestep[::-1], reference[f"{name}/timestep_map"])
 
-    def predict(x, timestep):
-        output, _ = guided_apply(
-            golden_v2.model, golden_v2.params, x, timestep, labels[:half], sampling=sampling, mode="gated"
-        )
+    run = functools.partial(golden_v2.model.apply, golden_v2.params, mode="gated")
+
+    def predict(x, c, _):
+        output, _ = guided(run, x, c.timestep, labels[:half], sampling=sampling, config=golden_v2.config)
         return output, x
 
     state = make_sampler(sampling).init(jnp.asarray(get("z"))[:half])
@@ -81,7 +82,7 @@ def test_sampler_state_survives_a_cut(name):
     sampler = make_sampler(SamplingConfig(sampler=name))
     first = jax.random.normal(jax.random.key(0), (2, 4, 4, 1))
     steps = descending("12")
-    predict = lambda x, t: (jnp.concatenate([0.5 * x, jnp.zeros_like(x)], axis=-1), ())
+    predict = lambda x, c, _: (jnp.concatenate([0.5 * x, jnp.zeros_like(x)], axis=-1), ())
     noise_at = lambda step: jax.random.normal(jax.random.fold_in(jax.random.key(1), step), first.shape)
     run = lambda state, rows: run_sampler(sampler, state, rows, predict=predict, noise_at=noise_at)[0]
     whole = run(sampler.init(first), steps)

@@ -124,6 +124,8 @@ def test_images_made_otherwise_are_left_alone(checkpoint, tmp_path):
         (dict(labels=["1"], precision="half"), "Unknown precision"),
         (dict(labels=["1"], mode="quick"), "Unknown mode"),
         (dict(labels=["1"], out=""), "--out is empty"),
+        (dict(labels=["1"], segments=0), "--segments must be at least 1"),
+        (dict(labels=["1"], segments=3), "at most the 2 steps"),
         (dict(labels=["1"], out="/proc/x"), "Can't write"),
     ],
 )

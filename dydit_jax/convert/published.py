@@ -7,7 +7,6 @@ download that breaks off goes on where it stopped, and is checked against the se
 import dataclasses
 import hashlib
 import logging
-import os
 import re
 import urllib.error
 import urllib.request
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dydit_jax.cache import cache_folder
 from dydit_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,6 @@ PUBLISHED = {
     "sd-vae-ft-ema": Published(AUTOENCODER_LICENCE, _AUTOENCODER_FILE, repository="stabilityai/sd-vae-ft-ema"),
     "sd-vae-ft-mse": Published(AUTOENCODER_LICENCE, _AUTOENCODER_FILE, repository="stabilityai/sd-vae-ft-mse"),
 }
-
-
-def cache_folder() -> Path:
-    """Return the folder of downloads and converted weights."""
-    return Path(os.environ.get("DYDIT_JAX_CACHE") or Path.home() / ".cache" / "dydit-jax")
 
 
 def converted_file(name: str) -> Path:

@@ -105,25 +105,27 @@ def ddim(*, eta: float, clip: float | None) -> Sampler:
     return Sampler(_init, step)
 
 
-def run_sampler(sampler: Sampler, state: SamplerState, steps: Coefficients, *, predict: Callable, noise_at: Callable):
+def run_sampler(sampler: Sampler, state: SamplerState, steps: Coefficients, extra=None, *, predict, noise_at):
     """Move a state through consecutive steps inside one compiled program.
 
     Args:
       sampler: the pair.
       state: where to start.
       steps: rows of the coefficients in the order to run, usually descending, [S] each.
-      predict: (x_t, timestep []) -> (output, anything to keep).
+      extra: anything else that differs from step to step and that `predict` wants, [S,...] each.
+      predict: (x_t, coefficients, extra) of a step -> (output, anything to keep).
       noise_at: step index [] -> noise [B,side,side,C].
 
     Returns:
       The state after the last of the steps, and what `predict` kept, stacked [S,...].
     """
 
-    def body(state, c):
-        output, kept = predict(state.current, c.timestep)
+    def body(state, row):
+        c, extra = row
+        output, kept = predict(state.current, c, extra)
         return sampler.step(state, output, c, noise_at(c.step)), kept
 
-    return jax.lax.scan(body, state, steps)
+    return jax.lax.scan(body, state, (steps, extra))
 
 
 SAMPLERS = {

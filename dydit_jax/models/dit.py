@@ -38,7 +38,7 @@ from dydit_jax.models.layers import (
     layer_norm,
     modulate,
 )
-from dydit_jax.models.routing import LAYOUTS, Routing, TimeRouter, TokenRouter, straight_through_gate
+from dydit_jax.models.routing import LAYOUTS, Routing, TimeRouter, TokenRouter, hard_gate, straight_through_gate
 from dydit_jax.records import require_range
 
 # The published sizes: depth, width, heads.
@@ -139,6 +139,11 @@ def published_config(name: str, **fields) -> DiTConfig:
 # --- The network ---------------------------------------------------------------------------------
 
 
+def gate_tokens(function, x, gates):
+    """Compute everything and multiply by the gates, as the original does."""
+    return gates[..., None] * function(x)
+
+
 class Block(nnx.Module):
     """One transformer block. Heads and groups are as many as its arrays have."""
 
@@ -149,14 +154,15 @@ class Block(nnx.Module):
         if config.routers != "none":
             self.token_router = TokenRouter(width=config.width, rngs=rngs)
 
-    def __call__(self, x, condition, heads, groups, route_tokens):
+    def __call__(self, x, condition, heads, groups, route_tokens, run_on_tokens=gate_tokens):
         """Run the block.
 
         Args:
           x: tokens [B,N,D], float32.
           condition: [B,D].
-          heads, groups: gates [B,H] and [B,G]; None opens all.
+          heads, groups: gates [B or 1,H] and [B or 1,G]; None opens all.
           route_tokens: turns the token logits [B,N] into gates; None opens all.
+          run_on_tokens: (function, tokens, gates) -> the function's result where a gate is on, zeros elsewhere.
 
         Returns:
           The new tokens and the token gates [B,N], or None.
@@ -166,8 +172,9 @@ class Block(nnx.Module):
         x = x + gate_a[:, None] * attended
         # The router reads the residual stream as it stands, not its norm.
         tokens = None if route_tokens is None else route_tokens(self.token_router(x))
-        update = gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m), groups)
-        return x + (update if tokens is None else tokens[..., None] * update), tokens
+        modulated, mlp = modulate(layer_norm(x), shift_m, scale_m), functools.partial(self.mlp, gates=groups)
+        update = mlp(modulated) if tokens is None else run_on_tokens(mlp, modulated, tokens)
+        return x + gate_m[:, None] * update, tokens
 
 
 class DiT(nnx.Module):
@@ -283,6 +290,33 @@ class Model:
             )
         return prediction, routing or self.open_routing(x.shape[0])
 
+    def apply_layers(self, params, layers, x, t, labels, *, heads, groups, run_on_tokens):
+        """Run the network with narrowed blocks, one after the other: their widths differ.
+
+        Args:
+          params: the parameter tree; its blocks are not used.
+          layers: one parameter tree per block, with the heads and groups that are kept.
+          x, t, labels: as for `apply`.
+          heads, groups: per layer, gates [1,kept] of what is kept, or None where all of it is on.
+          run_on_tokens: per layer, how the MLP runs on the tokens that are on; see `Block`.
+
+        Returns:
+          The prediction [B,side,side,2C] and the token gates [B,L,N].
+        """
+        graphs = _part_graphs(self.config, self.dtype)
+        part = lambda name: nnx.merge(graphs[name], nnx.State(params[name]))
+        routed = self.config.routers != "none"
+        with jax.default_matmul_precision(self.matmul_precision):
+            tokens = part("patch_embed")(x)  # [B,N,D]
+            condition = part("time_embed")(t) + part("label_embed")(labels)  # [B,D]
+            kept = []
+            for layer, head_gates, group_gates, run in zip(layers, heads, groups, run_on_tokens, strict=True):
+                block = nnx.merge(graphs["block"], nnx.State(layer))
+                tokens, gates = block(tokens, condition, head_gates, group_gates, hard_gate if routed else None, run)
+                kept.append(gates)
+            prediction = part("output")(tokens, condition)
+        return prediction, jnp.stack(kept, 1) if routed else self.open_routing(x.shape[0]).tokens
+
     def time_gates(self, params, t):
         """Return what is on at timesteps t [S]: heads [S,L,H] and groups [S,L,G], float32 0 or 1."""
         if self.config.routers == "none":
@@ -310,6 +344,17 @@ class Model:
 def _graph(config: DiTConfig, dtype):
     """Return nnx's static description of the network; traced once per configuration."""
     return nnx.graphdef(nnx.eval_shape(lambda: DiT(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+@functools.cache
+def _part_graphs(config: DiTConfig, dtype) -> dict:
+    """Return nnx's static descriptions of the parts that narrowed weights are put into."""
+    network = nnx.eval_shape(lambda: DiT(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: Block(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphs = {
+        name: nnx.graphdef(getattr(network, name)) for name in ("patch_embed", "time_embed", "label_embed", "output")
+    }
+    return graphs | {"block": nnx.graphdef(block)}
 
 
 def count_parameters(config: DiTConfig) -> int:

@@ -1,0 +1,191 @@
+"""The fast path computes less and gives the same: plans, narrowed weights, packed tokens, whole trajectories."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, relative_error
+
+from dydit_jax.diffusion.samplers import SAMPLERS, SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.errors import InputError
+from dydit_jax.fast.narrow import narrow
+from dydit_jax.fast.plan import make_plan
+from dydit_jax.fast.tokens import capacities_of, run_on_open_tokens
+from dydit_jax.generate import generate, token_shares
+from dydit_jax.loading import load_checkpoint
+from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.sharding import MeshConfig, make_mesh
+
+
+@pytest.fixture(scope="module")
+def gates():
+    """Gates of heads and groups over twelve steps that drift, with a layer that has none on at times."""
+    generator = np.random.default_rng(0)
+    phase = generator.uniform(0, 12, (1, 3, 4))
+    heads = np.abs(np.arange(12)[:, None, None] - phase) < 4
+    groups = np.abs(np.arange(12)[:, None, None] - phase[..., ::-1]) < 3
+    heads[:, 1], groups[6:, 2] = False, False
+    return heads, groups
+
+
+MACS = DiTConfig(depth=3, width=64, heads=4, patch=2, side=8, routers="free").macs
+
+
+def padded_cost(heads, groups, ends) -> float:
+    """Count the MACs of a cut by hand."""
+    total = 0.0
+    for start, stop in zip(ends[:-1], ends[1:]):
+        kept = heads[start:stop].any(0).sum() * MACS.attention / 4 + groups[start:stop].any(0).sum() * MACS.mlp / 4
+        total += (stop - start) * (kept + MACS.fixed + MACS.routers)
+    return total
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_plan_is_the_cheapest_of_all_cuts(gates, count):
+    plan = make_plan(*gates, MACS, segments=count)
+    ends = [segment.start for segment in plan.segments] + [12]
+    cheapest = min(padded_cost(*gates, [0, *cuts, 12]) for cuts in itertools.combinations(range(1, 12), count - 1))
+    assert ends[0] == 0 and len(plan.segments) == count
+    assert padded_cost(*gates, ends) == pytest.approx(cheapest)
+    exact = padded_cost(*gates, list(range(13)))
+    assert plan.padding == pytest.approx(cheapest / exact - 1)
+
+
+def test_plan_keeps_every_gate(gates):
+    heads, groups = gates
+    for segment in make_plan(heads, groups, MACS, segments=3).segments:
+        for kept, residual, all_gates in (
+            (segment.heads, segment.head_gates, heads),
+            (segment.groups, segment.group_gates, groups),
+        ):
+            for layer, units in enumerate(kept):
+                rebuilt = np.zeros((len(segment), 4), bool)
+                rebuilt[:, list(units)] = True if residual[layer] is None else residual[layer]
+                np.testing.assert_array_equal(rebuilt, all_gates[segment.start : segment.stop, layer])
+
+
+def test_plan_takes_few_segments_within_the_tolerance(gates):
+    plan = make_plan(*gates, MACS)
+    assert plan.padding <= 0.03
+    assert make_plan(*gates, MACS, segments=len(plan.segments) - 1).padding > 0.03
+    assert "segments of" in plan.in_words()
+    constant = np.ones((12, 3, 4), bool)
+    assert len(make_plan(constant, constant, MACS).segments) == 1
+
+
+@pytest.mark.parametrize("count", [0, 13])
+def test_impossible_numbers_of_segments_are_refused(gates, count):
+    with pytest.raises(InputError, match="from 1 to the 12 steps"):
+        make_plan(*gates, MACS, segments=count)
+
+
+def test_narrowed_weights_have_what_is_kept(tiny, gates):
+    model, params = tiny
+    segment = make_plan(gates[0][:, :2], gates[1][:, :2], model.config.macs, segments=2).segments[0]
+    for layer, narrowed in enumerate(narrow(params, segment)):
+        heads, groups = list(segment.heads[layer]), list(segment.groups[layer])
+        np.testing.assert_array_equal(
+            narrowed["attention"]["qkv"], np.asarray(params["blocks"]["attention"]["qkv"])[layer][:, :, heads]
+        )
+        np.testing.assert_array_equal(
+            narrowed["mlp"]["down"], np.asarray(params["blocks"]["mlp"]["down"])[layer][groups]
+        )
+        np.testing.assert_array_equal(narrowed["mlp"]["down_bias"], params["blocks"]["mlp"]["down_bias"][layer])
+
+
+@pytest.mark.parametrize("open_rows", [0, 1, 7, 8, 9, 31, 32])
+@pytest.mark.parametrize("capacities", [(8, 16, 32), (32,), (5, 32)])
+def test_packed_tokens_equal_gated_ones_for_every_count(open_rows, capacities):
+    generator = np.random.default_rng(open_rows)
+    x = generator.standard_normal((2, 16, 4), np.float32)
+    gates = np.zeros(32, np.float32)
+    gates[generator.permutation(32)[:open_rows]] = 1
+    gates = gates.reshape(2, 16)
+    function = lambda rows: jnp.exp(rows) + 1
+    packed = jax.jit(lambda x, gates: run_on_open_tokens(function, x, gates, capacities=capacities))(x, gates)
+    np.testing.assert_allclose(packed, gates[..., None] * function(x), rtol=1e-6)
+
+
+def test_capacities_are_chosen_by_what_calibration_saw():
+    assert capacities_of(None, 64) == (8, 16, 24, 32, 40, 48, 56, 64)
+    assert capacities_of(None, 10) == (8, 10)
+    shares = np.repeat([0.2, 0.5, 0.7], [10, 5, 5])
+    assert capacities_of(shares, 1000) == (256, 552, 752, 1000)
+    assert capacities_of(np.ones(4), 1000) == (1000,)
+    assert capacities_of(np.zeros(4), 1000) == (56, 1000)
+
+
+SAMPLING = SamplingConfig(sampler="ddpm", steps="6", guidance=2.0)
+
+
+def draw(model, params, labels, **settings):
+    defaults = dict(sampling=SAMPLING, diffusion=DiffusionConfig(), segments=2)
+    settings = dict(defaults, **settings)
+    return generate(model, params, labels, **settings)
+
+
+def assert_same(fast, gated):
+    for name in ("heads", "groups", "tokens"):
+        np.testing.assert_array_equal(getattr(fast.routing, name), getattr(gated.routing, name))
+    assert relative_error(fast.images, gated.images) < 1e-5
+    np.testing.assert_allclose(fast.macs, gated.macs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_fast_trajectory_equals_the_gated_one(tiny, sampler):
+    for guidance in (1.0, 2.0) if sampler == "ddpm" else (1.0,):
+        sampling = SamplingConfig(sampler=sampler, steps="6", guidance=guidance, clip=1.0)
+        gated = draw(*tiny, [1, 2, 3], mode="gated", sampling=sampling)
+        assert_same(draw(*tiny, [1, 2, 3], mode="fast", sampling=sampling), gated)
+        assert 0.1 < token_shares(gated).mean() < 0.9
+
+
+def test_number_of_segments_and_calibration_change_nothing(tiny):
+    gated = draw(*tiny, [1, 2], mode="gated")
+    shares = token_shares(gated)
+    # The last calibration is wrong: every step overflows its capacities.
+    for segments, known in ((None, None), (1, shares), (2, np.zeros_like(shares))):
+        assert_same(draw(*tiny, [1, 2], mode="fast", segments=segments, shares=known), gated)
+
+
+def test_fast_equals_gated_on_the_original_weights(golden):
+    if golden.config.routers == "none":
+        pytest.skip("The static model has nothing to leave out.")
+    arguments = (Model(golden.config), jax.tree.map(jnp.asarray, golden.params), [1, 2])
+    assert_same(draw(*arguments, mode="fast"), draw(*arguments, mode="gated"))
+
+
+def test_fast_equals_gated_on_the_digits():
+    weights = load_checkpoint(ROOT / "assets" / "digits_dydit.safetensors")
+    arguments = (Model(weights.model), jax.tree.map(jnp.asarray, weights.params), np.arange(10))
+    settings = dict(sampling=weights.sampling, diffusion=weights.diffusion)
+    assert_same(draw(*arguments, mode="fast", **settings), draw(*arguments, mode="gated", **settings))
+
+
+def test_static_model_runs_fast_as_one_segment(tiny_config):
+    model = Model(DiTConfig(**{**vars(tiny_config), "routers": "none"}))
+    params = jax.jit(model.init)(jax.random.key(0))
+    assert_same(draw(model, params, [1], mode="fast", segments=None), draw(model, params, [1], mode="complete"))
+
+
+def test_blocks_with_nothing_on_are_run(tiny):
+    model, params = tiny
+    free = Model(DiTConfig(**{**vars(model.config), "routers": "free"}))
+    fresh = jax.jit(free.init)(jax.random.key(0))
+    shut = {name: jax.tree.map(jnp.zeros_like, fresh[name]) for name in ("head_router", "group_router")}
+    params = dict(params, **shut)  # a logit of zero is not above the threshold
+    gated = draw(free, params, [1, 2], mode="gated")
+    assert not gated.routing.heads.any() and not gated.routing.groups.any()
+    assert_same(draw(free, params, [1, 2], mode="fast"), gated)
+
+
+def test_fast_on_a_mesh_equals_one_device(tiny):
+    model, params = tiny
+    mesh = make_mesh(MeshConfig())
+    alone = draw(model, params, [1, 2, 3, 4], mode="gated")
+    together = draw(model, params, [1, 2, 3, 4], mode="fast", mesh=mesh)
+    assert relative_error(together.images, alone.images) < 1e-5
+    np.testing.assert_allclose(together.routing.tokens, alone.routing.tokens, atol=1e-6)
