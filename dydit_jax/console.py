@@ -21,7 +21,7 @@ def run(main: Callable[[], None]) -> None:
     """
 
     def guarded(_):
-        logging.basicConfig(format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
         logging.getLogger("dydit_jax").setLevel(logging.INFO)
         absl.logging.set_verbosity(absl.logging.WARNING)
         # Says on every machine without a TPU that there is none.

@@ -33,11 +33,11 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import make_schedule, respace
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.generate import MODES, Samples, generate, to_uint8, token_shares, uniform_labels
+from dydit_jax.latents import decode_latents
 from dydit_jax.loading import load_autoencoder, load_checkpoint
-from dydit_jax.models import autoencoder
 from dydit_jax.pictures import draw_grid, draw_routing, image_of, save_figure, save_image
 from dydit_jax.records import read_record
-from dydit_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+from dydit_jax.sharding import MeshConfig, make_mesh, replicated
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,6 @@ MANIFEST_FILE = "manifest.json"
 WRITERS = 4
 CALIBRATION_IMAGES = 8
 CALIBRATED_FROM_BATCHES = 4  # a job of fewer is over before calibration pays
-DECODE_SLICE = 8  # images per device batch of the decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,23 +166,11 @@ def _label_numbers(labels: list, classes: int, where: str) -> np.ndarray:
 
 
 def make_decode_fn(weights: Weights, mesh: Mesh) -> Callable:
-    """Make the function from samples [B,...] to images [B,side,side,channels] in [-1, 1].
-
-    Latents are decoded in slices, because the decoder works at full resolution; a slice is split over all devices.
-    """
+    """Make the function from samples [B,...] to images [B,side,side,channels] in [-1, 1]."""
     if not weights.sampling.autoencoder:
         return lambda samples: samples
     params = jax.device_put(load_autoencoder(weights.sampling.autoencoder), replicated(mesh))
-    decode = jax.jit(autoencoder.decode, in_shardings=(replicated(mesh), batch_sharding(mesh)))
-
-    def decode_in_slices(latents):
-        latents = np.asarray(latents)
-        size = -(-min(DECODE_SLICE, len(latents)) // mesh.size) * mesh.size
-        filled = np.concatenate([latents, np.repeat(latents[-1:], -len(latents) % size, axis=0)])
-        slices = [np.asarray(decode(params, filled[i : i + size])) for i in range(0, len(filled), size)]
-        return np.concatenate(slices)[: len(latents)]
-
-    return decode_in_slices
+    return functools.partial(decode_latents, params, mesh=mesh)
 
 
 # --- The folder ----------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from dydit_jax.conversion import Conversion, convert, export
 from dydit_jax.convert.autoencoders import convert_autoencoder, export_autoencoder
 from dydit_jax.convert.torch_files import read_tensors, write_tensors
 from dydit_jax.errors import InputError
+from dydit_jax.latents import decode_latents, encode_images
 from dydit_jax.loading import load_autoencoder
 from dydit_jax.models import autoencoder
+from dydit_jax.sharding import MeshConfig, make_mesh
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -111,6 +113,18 @@ def test_latents_are_drawn_from_the_moments(params):
     latents = autoencoder.sample_latents(moments, jax.random.key(0)) / autoencoder.LATENT_SCALE
     assert abs(float(latents.mean()) - 2) < 0.1 and abs(float(latents.std()) - 3) < 0.1
     np.testing.assert_allclose(autoencoder.sample_latents(moments, None), 2 * autoencoder.LATENT_SCALE, rtol=1e-6)
+
+
+def test_batches_are_split_over_devices_and_slices(params, monkeypatch):
+    monkeypatch.setattr("dydit_jax.latents.IMAGES_PER_DEVICE", 1)
+    mesh, generator = make_mesh(MeshConfig()), np.random.default_rng(0)
+    images = generator.uniform(-1, 1, (5, 16, 16, 3)).astype(np.float32)  # two slices of four, the second filled up
+    latents = encode_images(params, images, mesh)
+    expected = autoencoder.sample_latents(jax.jit(autoencoder.encode)(params, images), None)
+    np.testing.assert_allclose(latents, expected, atol=1e-5)
+    decoded = decode_latents(params, latents, mesh)
+    assert decoded.shape == images.shape
+    np.testing.assert_allclose(decoded, jax.jit(autoencoder.decode)(params, latents), atol=1e-5)
 
 
 def test_incomplete_files_are_refused(theirs):

@@ -20,6 +20,7 @@ FLOORS = {
     "convert": 2,
     "data": 2,
     "fast": 2,
+    "latents": 2,
     "metrics": 2,
     "checkpoints": 2,
     "build": 3,

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from dydit_jax.convert.tables import POSITION_NAME
 from dydit_jax.errors import InputError
 from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.layers import position_table
 
 
 def run_torch(source: Mapping[str, np.ndarray], config: DiTConfig, x, t, labels, *, mode: str) -> np.ndarray:
@@ -31,74 +33,88 @@ def run_torch(source: Mapping[str, np.ndarray], config: DiTConfig, x, t, labels,
     """
     try:
         import torch
-        from torch.nn import functional
     except ImportError as error:
         raise InputError("Running the other network needs PyTorch: pip install 'dydit-jax[torch]'.") from error
+    with torch.no_grad():
+        return _TorchNetwork(torch, source, config, mode).run(x, t, labels)
 
-    def tensor(name):
-        return torch.from_numpy(np.array(source[name], np.float32))
 
-    def linear(x, name):
-        return functional.linear(x, tensor(f"{name}.weight"), tensor(f"{name}.bias"))
+class _TorchNetwork:
+    """The forward pass on tensors by name, channels first, with `torch` handed in: it may not be installed."""
 
-    def norm(x):
-        return functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+    def __init__(self, torch, source: Mapping[str, np.ndarray], config: DiTConfig, mode: str):
+        self.torch, self.functional = torch, torch.nn.functional
+        self.source, self.config = source, config
+        self.gated = mode == "gated" and config.routers != "none"
 
-    def modulate(x, shift, scale):
-        return x * (1 + scale[:, None]) + shift[:, None]
+    def run(self, x, t, labels) -> np.ndarray:
+        torch, config = self.torch, self.config
+        image = torch.from_numpy(np.array(x, np.float32)).permute(0, 3, 1, 2)
+        kernel, bias = self.tensor("x_embedder.proj.weight"), self.tensor("x_embedder.proj.bias")
+        tokens = self.functional.conv2d(image, kernel, bias, stride=config.patch).flatten(2).transpose(1, 2)
+        tokens = tokens + self.positions()
+        time = self.embed_time(torch.tensor(np.array(t), dtype=torch.float32))
+        condition = time + self.tensor("y_embedder.embedding_table.weight")[torch.tensor(np.array(labels)).long()]
+        for layer in range(config.depth):
+            tokens = self.block(tokens, f"blocks.{layer}", condition, time)
+        shift, scale = self.modulation(condition, "final_layer.adaLN_modulation.1", 2)
+        patches = self.linear(self.normalised(tokens, shift, scale), "final_layer.linear")
+        grid, patch = config.side // config.patch, config.patch
+        patches = patches.view(-1, grid, grid, patch, patch, 2 * config.channels).permute(0, 1, 3, 2, 4, 5)
+        return patches.reshape(-1, config.side, config.side, 2 * config.channels).numpy()
 
-    def open_units(name, time):
-        """Gates [B,H] of a router; the layout shows in the number of outputs."""
-        gates = (linear(time, name) > 0).float()
-        always = torch.ones(len(gates), config.heads - gates.shape[1])
-        return torch.cat([always, gates], dim=1)
-
-    def attend(x, name, gates):
-        batch, tokens, width = x.shape
-        query, key, value = linear(x, f"{name}.qkv").view(batch, tokens, 3, config.heads, -1).permute(2, 0, 3, 1, 4)
-        heads = functional.scaled_dot_product_attention(query, key, value)
-        if gates is not None:
-            heads = heads * gates[:, :, None, None]
-        return linear(heads.transpose(1, 2).reshape(batch, tokens, width), f"{name}.proj")
-
-    def transform(x, name, gates):
-        hidden = linear(x, f"{name}.fc1")
-        if gates is not None:
-            hidden = hidden * gates.repeat_interleave(config.hidden // config.heads, dim=1)[:, None]
-        return linear(functional.gelu(hidden, approximate="tanh"), f"{name}.fc2")
-
-    def run_block(x, name, condition, time):
-        vectors = linear(functional.silu(condition), f"{name}.adaLN_modulation.1").chunk(6, dim=1)
-        gated = mode == "gated" and config.routers != "none"
-        heads = open_units(f"{name}.attn_rate.router", time) if gated else None
-        groups = open_units(f"{name}.mlp_rate.router", time) if gated else None
-        x = x + vectors[2][:, None] * attend(modulate(norm(x), *vectors[:2]), f"{name}.attn", heads)
-        update = vectors[5][:, None] * transform(modulate(norm(x), *vectors[3:5]), f"{name}.mlp", groups)
-        if gated:
+    def block(self, x, name, condition, time):
+        vectors = self.modulation(condition, f"{name}.adaLN_modulation.1", 6)
+        heads = self.open_units(f"{name}.attn_rate.router", time) if self.gated else None
+        groups = self.open_units(f"{name}.mlp_rate.router", time) if self.gated else None
+        x = x + vectors[2][:, None] * self.attention(self.normalised(x, *vectors[:2]), f"{name}.attn", heads)
+        update = vectors[5][:, None] * self.mlp(self.normalised(x, *vectors[3:5]), f"{name}.mlp", groups)
+        if self.gated:
             router = f"{name}.token_selection.mlp_head"
-            update = update * (linear(functional.relu(linear(x, f"{router}.0")), f"{router}.2") > 0)
+            hidden = self.functional.relu(self.linear(x, f"{router}.0"))
+            update = update * (self.linear(hidden, f"{router}.2") > 0)
         return x + update
 
-    with torch.no_grad():
-        image = torch.from_numpy(np.array(x, np.float32)).permute(0, 3, 1, 2)
-        kernel, bias = tensor("x_embedder.proj.weight"), tensor("x_embedder.proj.bias")
-        tokens = functional.conv2d(image, kernel, bias, stride=config.patch).flatten(2).transpose(1, 2)
-        tokens = tokens + (tensor("pos_embed") if "pos_embed" in source else _positions(torch, config))
-        frequency = torch.exp(-math.log(10_000) * torch.arange(128) / 128)
-        angle = torch.tensor(np.array(t), dtype=torch.float32)[:, None] * frequency
-        features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        time = linear(functional.silu(linear(features, "t_embedder.mlp.0")), "t_embedder.mlp.2")
-        condition = time + tensor("y_embedder.embedding_table.weight")[torch.tensor(np.array(labels)).long()]
-        for layer in range(config.depth):
-            tokens = run_block(tokens, f"blocks.{layer}", condition, time)
-        shift, scale = linear(functional.silu(condition), "final_layer.adaLN_modulation.1").chunk(2, dim=1)
-        patches = linear(modulate(norm(tokens), shift, scale), "final_layer.linear")
-    grid, patch = config.side // config.patch, config.patch
-    patches = patches.view(-1, grid, grid, patch, patch, 2 * config.channels).permute(0, 1, 3, 2, 4, 5)
-    return patches.reshape(-1, config.side, config.side, 2 * config.channels).numpy()
+    def attention(self, x, name, gates):
+        batch, tokens, width = x.shape
+        qkv = self.linear(x, f"{name}.qkv").view(batch, tokens, 3, self.config.heads, -1)
+        heads = self.functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        if gates is not None:
+            heads = heads * gates[:, :, None, None]
+        return self.linear(heads.transpose(1, 2).reshape(batch, tokens, width), f"{name}.proj")
 
+    def mlp(self, x, name, gates):
+        hidden = self.linear(x, f"{name}.fc1")
+        if gates is not None:
+            hidden = hidden * gates.repeat_interleave(self.config.hidden // self.config.heads, dim=1)[:, None]
+        return self.linear(self.functional.gelu(hidden, approximate="tanh"), f"{name}.fc2")
 
-def _positions(torch, config: DiTConfig):
-    from dydit_jax.models.layers import position_table
+    def open_units(self, name, time):
+        """Gates [B,H] of a router; the layout shows in the number of outputs."""
+        gates = (self.linear(time, name) > 0).float()
+        always = self.torch.ones(len(gates), self.config.heads - gates.shape[1])
+        return self.torch.cat([always, gates], dim=1)
 
-    return torch.from_numpy(position_table(config.side // config.patch, config.width))
+    def embed_time(self, t):
+        angle = t[:, None] * self.torch.exp(-math.log(10_000) * self.torch.arange(128) / 128)
+        features = self.torch.cat([angle.cos(), angle.sin()], dim=1)
+        hidden = self.functional.silu(self.linear(features, "t_embedder.mlp.0"))
+        return self.linear(hidden, "t_embedder.mlp.2")
+
+    def positions(self):
+        if POSITION_NAME in self.source:
+            return self.tensor(POSITION_NAME)
+        return self.torch.from_numpy(position_table(self.config.side // self.config.patch, self.config.width))
+
+    def modulation(self, condition, name, parts):
+        return self.linear(self.functional.silu(condition), name).chunk(parts, dim=1)
+
+    def normalised(self, x, shift, scale):
+        x = self.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return x * (1 + scale[:, None]) + shift[:, None]
+
+    def linear(self, x, name):
+        return self.functional.linear(x, self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias"))
+
+    def tensor(self, name):
+        return self.torch.from_numpy(np.array(self.source[name], np.float32))
