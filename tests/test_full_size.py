@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import diffusers_dit, relative_error
+from test_scripts import call
 
 from dydit_jax.checkpoints import Weights, save_weights, write_arrays
 from dydit_jax.conversion import AUTOENCODER_FORMAT
@@ -11,7 +12,6 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.models import autoencoder
 from dydit_jax.models.dit import Model, published_config
-from dydit_jax.sampling import Request, sample
 from dydit_jax.trees import flatten
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,9 @@ def test_dydit_xl2_at_256_pixels_is_sampled_and_decoded(tmp_path):
     write_arrays(tmp_path / "vae.safetensors", flatten(vae), dict(format=AUTOENCODER_FORMAT))
     sampling = SamplingConfig(steps="2", guidance=4.0, autoencoder=str(tmp_path / "vae.safetensors"))
     save_weights(tmp_path / "xl2.safetensors", Weights(config, DiffusionConfig(), sampling, params, {}))
-    sample(Request(str(tmp_path / "xl2.safetensors"), str(tmp_path / "out"), num_images=4, batch_size=4))
+    del params, vae
+    # In a process of its own: the four devices of the tests would each hold a copy of the weights.
+    call("sample.py", f"--checkpoint={tmp_path}/xl2.safetensors", f"--out={tmp_path}/out", "--num_images=4")
     images = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
     assert images.shape == (4, 256, 256, 3) and images.std() > 0
 
