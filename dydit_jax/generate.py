@@ -241,10 +241,16 @@ def _run_whole(batch: _Batch, state: SamplerState, table, mode: str):
     return state, *jax.tree.map(lambda *parts: np.concatenate(parts), *kept)
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def _time_gates(params, timesteps, *, model: Model):
+    """Return the gates of a whole schedule; compiled once per model, not once per batch."""
+    return model.time_gates(params, timesteps)
+
+
 def _run_fast(batch: _Batch, state: SamplerState, table, segments: int | None, shares):
     """Plan the schedule and run each segment on its narrowed weights, one segment's weights in memory at a time."""
     model, config = batch.model, batch.model.config
-    heads, groups = jax.device_get(jax.jit(model.time_gates)(batch.params, jnp.asarray(table.timestep)))
+    heads, groups = jax.device_get(_time_gates(batch.params, table.timestep, model=model))
     devices = 1 if batch.mesh is None else batch.mesh.shape["data"] * batch.mesh.shape["fsdp"]
     images = len(batch.labels) // devices * (1 if batch.sampling.guidance == 1.0 else 2)
     tokens = []
