@@ -1,8 +1,9 @@
 """From noise to images: guidance, per-image randomness, the loop over the schedule.
 
 Every image has its own key, made of the seed and its index, so that an image does not depend on the batch it was made
-in. The loop runs as compiled scans over pieces of the schedule; between two pieces the host only reports progress. In
-the mode `fast`, the default, the pieces are the segments of a plan, each on weights narrowed to what it needs.
+in. The loop runs as compiled scans over segments of the schedule; between two segments the host only reports progress.
+In the mode `fast`, the default, the segments are those of a plan, each on weights narrowed to what it needs; in the
+others they are equal pieces on all weights.
 
 Source of guidance: https://arxiv.org/abs/2207.12598; that only the first three channels are guided is how the published
 DiT models are sampled.
@@ -19,15 +20,15 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from dydit_jax.diffusion.gaussian import coefficients
-from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig, make_sampler, run_sampler
+from dydit_jax.diffusion.samplers import SamplingConfig, make_sampler, run_sampler
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.narrow import narrow
-from dydit_jax.fast.plan import make_plan
-from dydit_jax.fast.tokens import capacities_of, run_on_open_tokens
+from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
+from dydit_jax.fast.tokens import DEFAULT_FORMS, capacities_of, overflows, runners
 from dydit_jax.models.cost import routed_macs
 from dydit_jax.models.dit import MODES as APPLY_MODES
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.dit import DiTConfig, Model, unconstrained
 from dydit_jax.models.routing import Routing
 from dydit_jax.sharding import BATCH, batch_sharding, replicated, require_divisible
 
@@ -45,12 +46,17 @@ class Samples:
       timesteps: what the network was told at each step [S].
       routing: means over the batch: heads [S,L,H], groups [S,L,G], tokens [S,L,N].
       macs: mean MACs of one image's forward pass at each step [S]; guidance runs two.
+      shares: of tokens that were on, the calibration of a plan.
+      over: at each step and in each layer [S,L], how many devices had more tokens on than the largest capacity that
+        saves anything, and computed them all.
     """
 
     images: np.ndarray
     timesteps: np.ndarray
     routing: Routing
     macs: np.ndarray
+    shares: Shares
+    over: np.ndarray
 
 
 def guided(run: Callable, x, t, labels, *, sampling: SamplingConfig, config: DiTConfig):
@@ -106,42 +112,40 @@ def _step_noise(keys, step, shape):
 # --- The loop ------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "mode"))
-def _run_piece(params, state: SamplerState, steps, labels, keys, *, model: Model, sampling: SamplingConfig, mode: str):
-    """Run consecutive steps; returns the state, and per step the mean routing and MACs."""
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "form", "capacities", "mesh"))
+def run_segment(params, layers, state, steps, gates, labels, keys, *, model: Model, sampling, form, capacities, mesh):
+    """Run a segment's steps on its layers, each device on its own images.
 
-    def predict(x, c, _):
-        run = functools.partial(model.apply, params, mode=mode)
-        output, routing = guided(run, x, c.timestep, labels, sampling=sampling, config=model.config)
-        macs = routed_macs(routing, model.config.macs) if mode == "gated" else float(model.config.macs.complete)
-        return output, (jax.tree.map(lambda gates: gates.mean(0), routing), jnp.mean(macs))
-
-    return _run(state, steps, None, keys, predict, sampling)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "capacities", "mesh"))
-def _run_segment(params, layers, state, steps, gates, labels, keys, *, model: Model, sampling, capacities, mesh):
-    """Run a segment's steps on its narrowed layers, each device on its own images.
+    Args:
+      params: the whole parameter tree, on every device.
+      layers: one parameter tree per block, narrowed to the segment.
+      state: of the sampler.
+      steps: coefficients of the segment's steps.
+      gates: of heads and groups, per layer [steps,1,kept] or None.
+      labels, keys: of the images [B].
+      model, sampling: the network and the sampler.
+      form: how tokens run, one of `tokens.FORMS`; None opens all.
+      capacities: per layer, for that form.
+      mesh: whose devices share the images, or None.
 
     Returns:
-      The state, and per device and step the mean token gates [devices,S,L,N].
+      The state, and a `_Record` with a leading axis of devices.
     """
-    run_on_tokens = [functools.partial(run_on_open_tokens, capacities=layer) for layer in capacities]
 
     def run_on_a_device(params, layers, state, steps, gates, labels, keys):
-        def predict(x, c, gates):
-            run = functools.partial(
-                model.apply_layers, params, layers, heads=gates[0], groups=gates[1], run_on_tokens=run_on_tokens
-            )
-            output, tokens = guided(run, x, c.timestep, labels, sampling=sampling, config=model.config)
-            return output, tokens.mean(0)
-
-        state, tokens = _run(state, steps, gates, keys, predict, sampling)
-        return state, tokens[None]
+        predict = functools.partial(
+            _predict, params, layers, labels, model=model, sampling=sampling, form=form, capacities=capacities
+        )
+        shape = state.current.shape[1:]
+        noise_at = lambda step: _step_noise(keys, step, shape)
+        sampler = make_sampler(sampling)
+        state, record = run_sampler(sampler, state, steps, gates, predict=predict, noise_at=noise_at)
+        return state, jax.tree.map(lambda leaf: leaf[None], record)
 
     if mesh is None:
         return run_on_a_device(params, layers, state, steps, gates, labels, keys)
     # Packing tokens over all devices would move them between devices at every layer; this way nothing is moved.
+    model = dataclasses.replace(model, constrain=unconstrained)
     split, whole = BATCH, PartitionSpec()
     return jax.shard_map(
         run_on_a_device,
@@ -152,11 +156,39 @@ def _run_segment(params, layers, state, steps, gates, labels, keys, *, model: Mo
     )(params, layers, state, steps, gates, labels, keys)
 
 
-def _run(state: SamplerState, steps, extra, keys, predict, sampling: SamplingConfig):
-    """Run the sampler over steps, with each image's own noise."""
-    shape = state.current.shape[1:]
-    noise_at = lambda step: _step_noise(keys, step, shape)
-    return run_sampler(make_sampler(sampling), state, steps, extra, predict=predict, noise_at=noise_at)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What a step keeps of its tokens: mean gates [L,N], the fullest image's share [L], layers over capacity [L]."""
+
+    tokens: jax.Array
+    fullest: jax.Array
+    over: jax.Array
+
+
+def _predict(params, layers, labels, x, c, gates, *, model: Model, sampling, form, capacities):
+    """Predict one step; where tokens do not fit into a form's only capacity, compute the step again, in full."""
+    heads, groups = gates
+    narrowed = functools.partial(
+        model.apply_layers,
+        params,
+        layers,
+        heads=heads,
+        groups=groups,
+        run_on_tokens=None if form is None else runners(form, capacities),
+    )
+    run = lambda network: guided(network, x, c.timestep, labels, sampling=sampling, config=model.config)
+    output, tokens = run(narrowed)
+    over = jnp.zeros(model.config.depth, bool) if form is None else overflows(form, capacities, tokens)
+    if form in ("fixed", "one_hot"):
+
+        def in_full(_):
+            output, routing = run(functools.partial(model.apply, params, mode="gated"))
+            return output, routing.tokens
+
+        # Once per step: a branch inside a block would break the compiler's fusions, and cost a GPU a wait.
+        output, tokens = jax.lax.cond(over.any(), in_full, lambda kept: kept, (output, tokens))
+    return output, _Record(tokens.mean(0), tokens.mean(-1).max(0), over)
 
 
 def generate(
@@ -169,8 +201,7 @@ def generate(
     seed: int = 0,
     indices=None,
     mode: str = "fast",
-    segments: int | None = None,
-    shares: np.ndarray | None = None,
+    plan: Plan | None = None,
     mesh: Mesh | None = None,
     report: Callable[[int], None] | None = None,
 ) -> Samples:
@@ -184,9 +215,7 @@ def generate(
       seed: with an image's index it fixes all its noise.
       indices: of the images, [B]; 0 .. B - 1 by default.
       mode: "fast" (only what is on is computed), "gated" (all is computed and multiplied by the gates) or "complete".
-      segments: into how many programs `fast` cuts the schedule; None decides by itself.
-      shares: of tokens that are on, [S,L], from `token_shares` of earlier samples of the same settings: `fast` then
-        chooses its capacities by them. Results do not depend on it.
+      plan: of `fast`, from `plan_sampling`; made here if missing. Results do not depend on it.
       mesh: whose devices share the batch, which they must divide; None computes on one device.
       report: called with the number of steps done since its last call.
 
@@ -194,51 +223,84 @@ def generate(
       The images, and what was on while they were made.
 
     Raises:
-      InputError: labels out of range, an unknown mode, or steps that the schedule does not have.
+      InputError: labels out of range, an unknown mode, steps that the schedule does not have, or a plan of another run.
     """
     require_known("mode", mode, MODES)
     config, labels = model.config, _checked_labels(labels, model.config.classes)
-    table = coefficients(respace(make_schedule(diffusion), sampling.steps))
-    table = jax.tree.map(lambda column: column[::-1], table)  # from the most noise to the least
+    table = steps_of(sampling, diffusion)
     keys = image_keys(seed, jnp.arange(len(labels)) if indices is None else jnp.asarray(indices))
     state = make_sampler(sampling).init(_first_noise(keys, (config.side, config.side, config.channels)))
     if mesh is not None:
         require_divisible(mesh, len(labels))
         params = jax.device_put(params, replicated(mesh))
         state, labels, keys = jax.device_put((state, labels, keys), batch_sharding(mesh))
-    batch = _Batch(model, params, sampling, labels, keys, mesh, report or (lambda steps: None))
+    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    images = len(labels) // devices * (1 if sampling.guidance == 1.0 else 2)
+    heads, groups, programs = _programs(model, params, table, mode, plan, images)
+    records, layers, narrowed_to = [], None, None
+    for segment, form, capacities in programs:
+        if (segment.heads, segment.groups) != narrowed_to:
+            layers, narrowed_to = None, (segment.heads, segment.groups)  # one segment's weights in memory at a time
+            layers = narrow(params["blocks"], heads=segment.heads, groups=segment.groups, dtype=model.dtype)
+        rows = jax.tree.map(operator.itemgetter(slice(segment.start, segment.stop)), table)
+        # [steps,1,kept] per layer: the same for all images.
+        gates = jax.tree.map(lambda gate: gate[:, None].astype(np.float32), (segment.head_gates, segment.group_gates))
+        settings = dict(model=model, sampling=sampling, form=form, capacities=capacities, mesh=mesh)
+        state, record = run_segment(params, layers, state, rows, gates, labels, keys, **settings)
+        records.append(jax.device_get(record))
+        if report is not None:
+            report(len(segment))
+    record = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *records)  # [devices,S,...]
+    routing = Routing(np.float32(heads), np.float32(groups), record.tokens.mean(0))
+    routed = mode != "complete" and config.routers != "none"
+    macs = routed_macs(routing, config.macs) if routed else np.full(len(heads), float(config.macs.complete))
+    shares = Shares(routing.tokens.mean(-1), record.fullest.max(0))
+    return Samples(np.asarray(state.current), table.timestep, routing, np.asarray(macs), shares, record.over.sum(0))
+
+
+def _programs(model: Model, params, table, mode: str, plan: Plan | None, images: int):
+    """Return the gates [S,L,H] and [S,L,G] of a run, and for each of its segments the form and capacities of tokens."""
+    config, steps = model.config, len(table.step)
     if mode == "fast":
-        state, routing, macs = _run_fast(batch, state, table, segments, shares)
+        plan = plan or plan_of(model, params, table)
+        if plan.heads.shape != (steps, config.depth, config.heads):
+            raise InputError(
+                f"The plan is for {plan.heads.shape[0]} steps of a model with {plan.heads.shape[1:]} layers and heads; "
+                f"this run has {steps} steps and {(config.depth, config.heads)}. Make it with `plan_sampling`."
+            )
+        form = plan.form or DEFAULT_FORMS[model.platform]
+        segments, heads, groups = plan.segments, plan.heads, plan.groups
     else:
-        state, routing, macs = _run_whole(batch, state, table, mode)
-    return Samples(np.asarray(state.current), table.timestep, routing, macs)
+        plan, form = None, "multiply" if mode == "gated" else None
+        if mode == "gated":
+            heads, groups = jax.device_get(_time_gates(params, table.timestep, model=model))
+        else:
+            heads = groups = np.ones((steps, config.depth, config.heads), bool)
+        pieces = max(n for n in range(1, PROGRESS_PIECES + 1) if steps % n == 0) if steps >= 2 * PROGRESS_PIECES else 1
+        segments = whole_segments(heads, groups, pieces=pieces)
+    return heads, groups, [(segment, form, _capacities(config, plan, form, segment, images)) for segment in segments]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-    """What stays the same from the first step to the last."""
+def _capacities(config: DiTConfig, plan: Plan | None, form: str | None, segment, images: int):
+    """Return the capacities of every layer of a segment, for the block's tokens on one device."""
+    if form is None:
+        return None
+    seen = [None] * config.depth
+    if plan is not None and plan.shares is not None:
+        shares = plan.shares.fullest if form == "one_hot" else plan.shares.mean
+        seen = shares[segment.start : segment.stop].T
+    sizes = dict(images=images, tokens=config.tokens)
+    return tuple(capacities_of(form, layer, **sizes) for layer in seen)
 
-    model: Model
-    params: dict
-    sampling: SamplingConfig
-    labels: jax.Array
-    keys: jax.Array
-    mesh: Mesh | None
-    report: Callable[[int], None]
 
+def steps_of(sampling: SamplingConfig, diffusion: DiffusionConfig):
+    """Return the coefficients of a run's steps, from the most noise to the least, [S] each.
 
-def _run_whole(batch: _Batch, state: SamplerState, table, mode: str):
-    """Run the full weights over the schedule, in equal pieces: one compiled program serves them all."""
-    count = len(table.step)
-    pieces = max(n for n in range(1, PROGRESS_PIECES + 1) if count % n == 0) if count >= 2 * PROGRESS_PIECES else 1
-    kept = []
-    for piece in np.split(np.arange(count), pieces):
-        rows = jax.tree.map(operator.itemgetter(piece), table)
-        settings = dict(model=batch.model, sampling=batch.sampling, mode=mode)
-        state, record = _run_piece(batch.params, state, rows, batch.labels, batch.keys, **settings)
-        kept.append(jax.device_get(record))
-        batch.report(len(piece))
-    return state, *jax.tree.map(lambda *parts: np.concatenate(parts), *kept)
+    Raises:
+      InputError: steps that the schedule does not have.
+    """
+    table = coefficients(respace(make_schedule(diffusion), sampling.steps))
+    return jax.tree.map(lambda column: column[::-1], table)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -247,31 +309,29 @@ def _time_gates(params, timesteps, *, model: Model):
     return model.time_gates(params, timesteps)
 
 
-def _run_fast(batch: _Batch, state: SamplerState, table, segments: int | None, shares):
-    """Plan the schedule and run each segment on its narrowed weights, one segment's weights in memory at a time."""
-    model, config = batch.model, batch.model.config
-    heads, groups = jax.device_get(_time_gates(batch.params, table.timestep, model=model))
-    devices = 1 if batch.mesh is None else batch.mesh.shape["data"] * batch.mesh.shape["fsdp"]
-    images = len(batch.labels) // devices * (1 if batch.sampling.guidance == 1.0 else 2)
-    tokens = []
-    for segment in make_plan(heads, groups, config.macs, segments=segments).segments:
-        rows = jax.tree.map(operator.itemgetter(slice(segment.start, segment.stop)), table)
-        # [steps,1,kept] per layer: the same for all images.
-        gates = jax.tree.map(lambda gate: gate[:, None].astype(np.float32), (segment.head_gates, segment.group_gates))
-        seen = [None] * config.depth if shares is None else shares[segment.start : segment.stop].T
-        capacities = tuple(capacities_of(layer, images * config.tokens) for layer in seen)
-        settings = dict(model=model, sampling=batch.sampling, capacities=capacities, mesh=batch.mesh)
-        layers = narrow(batch.params, segment)
-        state, record = _run_segment(batch.params, layers, state, rows, gates, batch.labels, batch.keys, **settings)
-        tokens.append(jax.device_get(record).mean(0))
-        batch.report(len(segment))
-    routing = Routing(heads, groups, np.concatenate(tokens))
-    return state, routing, np.asarray(routed_macs(routing, config.macs))
+def plan_of(model: Model, params, table, *, segments: int | None = None) -> Plan:
+    """Plan a run over the steps of a table; see `plan_sampling`."""
+    heads, groups = jax.device_get(_time_gates(params, table.timestep, model=model))
+    return make_plan(heads, groups, model.config.macs, segments=segments)
 
 
-def token_shares(samples: Samples) -> np.ndarray:
-    """Return the share of tokens that were on at each step in each layer [S,L], the calibration of `fast`."""
-    return np.asarray(samples.routing.tokens).mean(-1)
+def plan_sampling(
+    model: Model, params, *, sampling: SamplingConfig, diffusion: DiffusionConfig, segments: int | None = None
+) -> Plan:
+    """Plan `fast` sampling, once for all batches of a job.
+
+    Args:
+      model, params: the network.
+      sampling, diffusion: as for `generate`.
+      segments: into how many programs the schedule is cut; None decides by itself.
+
+    Returns:
+      The plan; with `plan.calibrated(samples.shares)` of any samples it chooses its capacities by what they had on.
+
+    Raises:
+      InputError: fewer segments than one, or more than steps.
+    """
+    return plan_of(model, params, steps_of(sampling, diffusion), segments=segments)
 
 
 def _checked_labels(labels, classes: int):

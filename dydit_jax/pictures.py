@@ -74,6 +74,42 @@ def draw_routing(samples, macs):
     return figure
 
 
+def draw_plan(plan, timesteps):
+    """Draw the segments of a plan: what each layer keeps, and what of that is on.
+
+    Args:
+      plan: a `fast.plan.Plan`.
+      timesteps: of the run [S].
+
+    Returns:
+      A figure, readable in grey: black is on, light grey is kept but off (padding), white is left out.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    axes = figure.subplots(2, 1, sharex=True)
+    steps, layers, _ = plan.heads.shape
+    for axis, gates, name in zip(axes, (plan.heads, plan.groups), ("heads", "groups")):
+        units = gates.shape[-1]
+        kept = np.zeros(gates.shape)
+        for segment in plan.segments:
+            for layer, indices in enumerate(getattr(segment, name)):
+                kept[segment.start : segment.stop, layer, list(indices)] = 1
+        field = (0.2 * kept + 0.8 * gates).transpose(1, 2, 0).reshape(layers * units, steps)
+        axis.imshow(field, cmap="gray_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axis.set_yticks((np.arange(layers) + 0.5) * units - 0.5, [str(layer) for layer in range(layers)])
+        axis.hlines(np.arange(1, layers) * units - 0.5, -0.5, steps - 0.5, color="tab:orange", linewidth=1)
+        axis.vlines([s.start - 0.5 for s in plan.segments[1:]], -0.5, layers * units - 0.5, color="tab:blue")
+        axis.set_ylabel(f"layer and {name[:-1]}")
+        told = f"{name}: {100 * gates.mean():.0f} % on, {100 * kept.mean():.0f} % kept"
+        axis.set_title(told, loc="left", fontsize=10)
+    axes[1].set_xlabel("timestep: noise on the left, image on the right; vertical lines cut segments")
+    shown = np.unique(np.linspace(0, steps - 1, 9).round().astype(int))
+    axes[1].set_xticks(shown, [str(timesteps[step]) for step in shown])
+    figure.suptitle(f"{plan.in_words()}; black: on, light grey: kept but off, white: left out", fontsize=10)
+    return figure
+
+
 def save_figure(path, figure) -> None:
     """Write a figure as PNG, on any kind of path."""
     with epath.Path(path).open("wb") as file:

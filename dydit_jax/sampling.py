@@ -5,6 +5,7 @@
     <out>/images/000000.png  each image, written whole or not at all
     <out>/samples.npz        for a set: arr_0 uint8 [n,side,side,channels] and labels int32 [n]
     <out>/routing.png        what was on over the timesteps
+    <out>/plan.png           the segments of `fast`
 
 An image is a function of the weights, the settings, the seed and its index. A job that was killed therefore makes just
 the images that are missing when it is started again.
@@ -32,10 +33,13 @@ from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import make_schedule, respace
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.generate import MODES, Samples, generate, to_uint8, token_shares, uniform_labels
+from dydit_jax.fast.plan import Plan
+from dydit_jax.generate import MODES, Samples, generate, plan_sampling, steps_of, to_uint8, uniform_labels
 from dydit_jax.latents import decode_latents
 from dydit_jax.loading import load_autoencoder, load_checkpoint
-from dydit_jax.pictures import draw_grid, draw_routing, image_of, save_figure, save_image
+from dydit_jax.models.dit import Model
+from dydit_jax.models.routing import Routing
+from dydit_jax.pictures import draw_grid, draw_plan, draw_routing, image_of, save_figure, save_image
 from dydit_jax.records import read_record
 from dydit_jax.sharding import MeshConfig, make_mesh, replicated
 
@@ -101,7 +105,7 @@ def sample(request: Request) -> Samples:
     """Carry out a request.
 
     Returns:
-      The samples of the last batch.
+      The images of the last batch, with the record of the whole job; None if nothing was missing.
 
     Raises:
       InputError: anything wrong with the request, before anything is compiled or written.
@@ -115,10 +119,13 @@ def sample(request: Request) -> Samples:
     labels = _labels(request, weights.model.classes)
     mesh = make_mesh(MeshConfig())
     decode = make_decode_fn(weights, mesh)
-    out = _prepare_out(request, _manifest(request, weights, labels))
+    manifest = _manifest(request, weights, labels)
+    out = _prepare_out(request, manifest)
     missing = [index for index in range(len(labels)) if not _image_path(out, index).exists()]
     logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)
-    samples = _draw(request, weights, mesh, decode, labels, missing, out) if missing else None
+    samples, plan = None, None
+    if missing:
+        samples, plan = _draw(request, weights, mesh, decode, labels, missing, out, manifest["checksum"])
     if request.labels is not None:
         pixels = np.stack([_read_image(_image_path(out, index)) for index in range(len(labels))])
         save_image(out / "grid.png", draw_grid(pixels, columns=len(request.labels)))
@@ -126,6 +133,8 @@ def sample(request: Request) -> Samples:
         _write_npz(out, labels)
     if request.draw_routing and samples is not None:
         save_figure(out / "routing.png", draw_routing(samples, weights.model.macs))
+        if plan is not None:
+            save_figure(out / "plan.png", draw_plan(plan, samples.timesteps))
     _report(samples, weights, out)
     return samples
 
@@ -138,6 +147,11 @@ def _report(samples: Samples | None, weights: Weights, out) -> None:
             "MACs per image and pass: %.4f G complete, %.4f G here (%.1f %%).",
             *(complete / 1e9, dynamic / 1e9, 100 * dynamic / complete),
         )
+        if samples.over.any():
+            logger.info(
+                "In %d of %d passes through an MLP more tokens were on than its capacity: all were computed.",
+                *(samples.over.sum(), samples.over.size),
+            )
     for path in sorted(path for path in out.iterdir() if path.is_file()):
         logger.info("Wrote %s", path)
 
@@ -252,8 +266,14 @@ def _write_npz(out, labels: np.ndarray) -> None:
 # --- The drawing ---------------------------------------------------------------------------------
 
 
-def _draw(request: Request, weights: Weights, mesh: Mesh, decode, labels, missing: list[int], out) -> Samples:
-    """Draw the missing images batch by batch; files are written while the next batch is computed."""
+def _draw(
+    request: Request, weights: Weights, mesh: Mesh, decode, labels, missing: list[int], out, checksum: str
+) -> tuple[Samples, Plan | None]:
+    """Draw the missing images batch by batch; files are written while the next batch is computed.
+
+    Returns:
+      The last batch's images with the record of the whole job, and the plan of `fast`.
+    """
     size = -(-min(request.batch_size, len(missing)) // mesh.size) * mesh.size
     steps = len(respace(make_schedule(weights.diffusion), weights.sampling.steps))
     batches = [missing[first : first + size] for first in range(0, len(missing), size)]
@@ -263,17 +283,25 @@ def _draw(request: Request, weights: Weights, mesh: Mesh, decode, labels, missin
         concurrent.futures.ThreadPoolExecutor(WRITERS) as writers,
         tqdm(total=len(batches) * steps, unit="step", desc="sampling") as progress,
     ):
+        params = jax.device_put(weights.params, replicated(mesh))
         draw = functools.partial(
             generate,
             model,
-            jax.device_put(weights.params, replicated(mesh)),
+            params,
             sampling=weights.sampling,
             diffusion=weights.diffusion,
             seed=request.seed,
             mesh=mesh if mesh.size > 1 else None,
         )
-        shares = _token_shares(weights, draw, labels, batches) if request.mode == "fast" else None
-        written = []
+        plan = None
+        if request.mode == "fast":
+            path = _plan_path(weights, checksum, request.segments)
+            plan = _plan(path, model, params, weights, request.segments)
+            if plan.shares is None and len(batches) >= CALIBRATED_FROM_BATCHES:
+                few = np.asarray(batches[0])[np.arange(CALIBRATION_IMAGES) % len(batches[0])]
+                logger.info("Calibrating token capacities on %d images.", len(few))
+                plan = plan.calibrated(draw(labels[few], indices=few, mode="gated").shares)
+        written, job, done = [], None, 0
         for batch in batches:
             # One shape for all batches; the last one is filled up and cut again.
             indices = np.asarray(batch + [batch[-1]] * (size - len(batch)))
@@ -281,28 +309,44 @@ def _draw(request: Request, weights: Weights, mesh: Mesh, decode, labels, missin
                 labels[indices],
                 indices=indices,
                 mode=request.mode,
-                segments=request.segments,
-                shares=shares,
+                plan=plan,
                 report=progress.update,
             )
+            job = samples if job is None else _together(job, samples, done, len(batch))
+            done += len(batch)
             pixels = to_uint8(decode(samples.images))
             written += [writers.submit(_write_image, _image_path(out, i), p) for i, p in zip(batch, pixels)]
         for future in written:
             future.result()
-    return samples
+    if plan is not None:
+        plan.calibrated(job.shares).save(path)  # what this job saw makes the capacities of the next one
+    return job, plan
 
 
-def _token_shares(weights: Weights, draw, labels: np.ndarray, batches: list[list[int]]) -> np.ndarray | None:
-    """Return the calibration of `fast`, kept from an earlier job, or made where a long job makes it worth while."""
-    told = json.dumps([checksum(weights.params), str(weights.sampling), str(weights.diffusion)])
-    path = cache_folder() / "plans" / f"{hashlib.sha256(told.encode()).hexdigest()}.npy"
+def _together(job: Samples, samples: Samples, done: int, count: int) -> Samples:
+    """Add a batch of `count` images to the record of a job of `done`; only its own images are kept."""
+    mean = lambda before, now: (done * before + count * now) / (done + count)
+    return Samples(
+        samples.images,
+        job.timesteps,
+        Routing(job.routing.heads, job.routing.groups, mean(job.routing.tokens, samples.routing.tokens)),
+        mean(job.macs, samples.macs),
+        jax.tree.map(np.maximum, job.shares, samples.shares),
+        job.over + samples.over,
+    )
+
+
+def _plan_path(weights: Weights, checksum: str, segments: int | None):
+    told = json.dumps([checksum, str(weights.model), str(weights.sampling), str(weights.diffusion), segments])
+    return epath.Path(cache_folder() / "plans" / f"{hashlib.sha256(told.encode()).hexdigest()}.npz")
+
+
+def _plan(path, model: Model, params, weights: Weights, segments: int | None) -> Plan:
+    """Return the plan kept from an earlier job, or make it."""
     if path.exists():
-        return np.load(path)
-    if len(batches) < CALIBRATED_FROM_BATCHES:
-        return None
-    few = np.asarray(batches[0])[np.arange(CALIBRATION_IMAGES) % len(batches[0])]
-    logger.info("Calibrating token capacities on %d images.", len(few))
-    shares = token_shares(draw(labels[few], indices=few, mode="gated"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, shares)
-    return shares
+        plan = Plan.load(path, weights.model.macs)
+    else:
+        plan = plan_sampling(model, params, sampling=weights.sampling, diffusion=weights.diffusion, segments=segments)
+    timesteps = steps_of(weights.sampling, weights.diffusion).timestep
+    logger.info("Plan: %s.\n%s", plan.in_words(), plan.table(timesteps))
+    return plan

@@ -1,8 +1,8 @@
 """One mesh, one table: which axis of which parameter lies on which axis of the mesh.
 
-The mesh has three axes. `data` copies the parameters and splits the batch; `fsdp` splits both; `tensor` splits heads,
-and units inside MLP groups, so that gates stay local. Parameters, moments and EMA share the table, because their paths
-end alike; a path that no rule matches is an error, never silent replication.
+The mesh has three axes. `data` copies the parameters and splits the batch; `fsdp` splits both; `tensor` splits heads
+and MLP groups, as whole units: their gates are known everywhere. Parameters, moments and EMA share the table, because
+their paths end alike; a path that no rule matches is an error, never silent replication.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ RULES = (
     (r"attention/qkv$", (None, "fsdp", "tensor", None)),
     (r"attention/qkv_bias$", (None, "tensor", None)),
     (r"attention/out$", ("tensor", None, "fsdp")),
-    (r"mlp/up$", ("fsdp", None, "tensor")),
-    (r"mlp/up_bias$", (None, "tensor")),
-    (r"mlp/down$", (None, "tensor", "fsdp")),
+    (r"mlp/up$", ("fsdp", "tensor", None)),
+    (r"mlp/up_bias$", ("tensor", None)),
+    (r"mlp/down$", ("tensor", None, "fsdp")),
     (r"modulation/kernel$", ("fsdp", None, None)),
     (r"time_embed/kernel_(in|out)$", ("fsdp", None)),
     # Small, or read by an index: copied everywhere.

@@ -1,5 +1,6 @@
 """The fast path computes less and gives the same: plans, narrowed weights, packed tokens, whole trajectories."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -12,9 +13,9 @@ from dydit_jax.diffusion.samplers import SAMPLERS, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import narrow
-from dydit_jax.fast.plan import make_plan
-from dydit_jax.fast.tokens import capacities_of, run_on_open_tokens
-from dydit_jax.generate import generate, token_shares
+from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
+from dydit_jax.fast.tokens import FORMS, capacities_of, overflows, run_on_open_tokens
+from dydit_jax.generate import generate, plan_sampling
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.sharding import MeshConfig, make_mesh
@@ -85,7 +86,9 @@ def test_impossible_numbers_of_segments_are_refused(gates, count):
 def test_narrowed_weights_have_what_is_kept(tiny, gates):
     model, params = tiny
     segment = make_plan(gates[0][:, :2], gates[1][:, :2], model.config.macs, segments=2).segments[0]
-    for layer, narrowed in enumerate(narrow(params, segment)):
+    for layer, narrowed in enumerate(
+        narrow(params["blocks"], heads=segment.heads, groups=segment.groups, dtype=jnp.dtype("float32"))
+    ):
         heads, groups = list(segment.heads[layer]), list(segment.groups[layer])
         np.testing.assert_array_equal(
             narrowed["attention"]["qkv"], np.asarray(params["blocks"]["attention"]["qkv"])[layer][:, :, heads]
@@ -97,33 +100,72 @@ def test_narrowed_weights_have_what_is_kept(tiny, gates):
 
 
 @pytest.mark.parametrize("open_rows", [0, 1, 7, 8, 9, 31, 32])
-@pytest.mark.parametrize("capacities", [(8, 16, 32), (32,), (5, 32)])
-def test_packed_tokens_equal_gated_ones_for_every_count(open_rows, capacities):
+@pytest.mark.parametrize(
+    "form, capacities",
+    [("switch", (8, 16, 32)), ("switch", (32,)), ("fixed", (9,)), ("one_hot", (8,)), ("multiply", (32,))],
+)
+def test_packed_tokens_equal_gated_ones_for_every_count(open_rows, form, capacities):
     generator = np.random.default_rng(open_rows)
     x = generator.standard_normal((2, 16, 4), np.float32)
     gates = np.zeros(32, np.float32)
     gates[generator.permutation(32)[:open_rows]] = 1
     gates = gates.reshape(2, 16)
     function = lambda rows: jnp.exp(rows) + 1
-    packed = jax.jit(lambda x, gates: run_on_open_tokens(function, x, gates, capacities=capacities))(x, gates)
-    np.testing.assert_allclose(packed, gates[..., None] * function(x), rtol=1e-6)
+    packed = jax.jit(lambda x, gates: run_on_open_tokens(form, capacities, function, x, gates))(x, gates)
+    fits = {"fixed": open_rows <= 9, "one_hot": gates.sum(1).max() <= 8}.get(form, True)
+    if form != "switch":
+        assert overflows(form, (capacities,), gates[:, None]).tolist() == [not fits]
+    if fits:
+        np.testing.assert_allclose(packed, gates[..., None] * function(x), rtol=1e-6)
 
 
 def test_capacities_are_chosen_by_what_calibration_saw():
-    assert capacities_of(None, 64) == (8, 16, 24, 32, 40, 48, 56, 64)
-    assert capacities_of(None, 10) == (8, 10)
+    switch = lambda shares, tokens: capacities_of("switch", shares, images=1, tokens=tokens)
+    assert switch(None, 64) == (8, 16, 24, 32, 40, 48, 56, 64)
+    assert switch(None, 10) == (8, 10)
     shares = np.repeat([0.2, 0.5, 0.7], [10, 5, 5])
-    assert capacities_of(shares, 1000) == (256, 552, 752, 1000)
-    assert capacities_of(np.ones(4), 1000) == (1000,)
-    assert capacities_of(np.zeros(4), 1000) == (56, 1000)
+    assert switch(shares, 1000) == (256, 552, 752, 1000)
+    assert switch(np.ones(4), 1000) == (1000,)
+    assert switch(np.zeros(4), 1000) == (56, 1000)
+    assert capacities_of("fixed", shares, images=4, tokens=250) == (752,)
+    assert capacities_of("one_hot", shares, images=4, tokens=256) == (192,)
+    assert capacities_of("one_hot", None, images=4, tokens=256) == (256,)
+    assert capacities_of("multiply", shares, images=4, tokens=256) == (1024,)
+
+
+def test_plan_is_kept_and_read_again(tmp_path, gates):
+    plan = make_plan(*gates, MACS, segments=3)
+    shares = Shares(np.full((12, 3), 0.5), np.full((12, 3), 0.75))
+    dataclasses.replace(plan.calibrated(shares), form="fixed").save(tmp_path / "plans" / "plan.npz")
+    read = Plan.load(tmp_path / "plans" / "plan.npz", MACS)
+    assert read.in_words() == plan.in_words() and read.form == "fixed"
+    kept = lambda plan: [(segment.start, segment.heads, segment.groups) for segment in plan.segments]
+    assert kept(read) == kept(plan)
+    np.testing.assert_array_equal(read.shares.fullest, shares.fullest)
+    more = read.calibrated(Shares(np.full((12, 3), 0.6), np.full((12, 3), 0.7)))
+    assert more.shares.mean.max() == 0.6 and more.shares.fullest.max() == 0.75
+    assert len(plan.table(np.arange(12)).splitlines()) == 4
+
+
+def test_whole_segments_are_alike(gates):
+    segments = whole_segments(*gates, pieces=3)
+    assert [(s.start, s.stop) for s in segments] == [(0, 4), (4, 8), (8, 12)]
+    assert all(segment.heads == ((0, 1, 2, 3),) * 3 for segment in segments)
+    np.testing.assert_array_equal(np.concatenate([s.group_gates[2] for s in segments]), gates[1][:, 2])
+    open_gates = np.ones((4, 1, 2), bool)
+    assert whole_segments(open_gates, open_gates, pieces=1)[0].head_gates == (None,)
 
 
 SAMPLING = SamplingConfig(sampler="ddpm", steps="6", guidance=2.0)
 
 
 def draw(model, params, labels, **settings):
-    defaults = dict(sampling=SAMPLING, diffusion=DiffusionConfig(), segments=2)
-    settings = dict(defaults, **settings)
+    settings = dict(dict(sampling=SAMPLING, diffusion=DiffusionConfig(), segments=2), **settings)
+    segments, form, shares = settings.pop("segments"), settings.pop("form", None), settings.pop("shares", None)
+    if settings["mode"] == "fast":
+        run = dict(sampling=settings["sampling"], diffusion=settings["diffusion"], segments=segments)
+        plan = plan_sampling(model, params, **run)
+        settings["plan"] = dataclasses.replace(plan, form=form, shares=shares)
     return generate(model, params, labels, **settings)
 
 
@@ -139,15 +181,24 @@ def test_fast_trajectory_equals_the_gated_one(tiny, sampler):
     sampling = SamplingConfig(sampler=sampler, steps="6", guidance=2.0 if sampler == "ddpm" else 1.0, clip=1.0)
     gated = draw(*tiny, [1, 2, 3], mode="gated", sampling=sampling)
     assert_same(draw(*tiny, [1, 2, 3], mode="fast", sampling=sampling), gated)
-    assert 0.1 < token_shares(gated).mean() < 0.9
+    assert 0.1 < gated.shares.mean.mean() < 0.9
 
 
-def test_number_of_segments_and_calibration_change_nothing(tiny):
+def test_number_of_segments_changes_nothing(tiny):
     gated = draw(*tiny, [1, 2], mode="gated")
-    shares = token_shares(gated)
-    # The last calibration is wrong: every step overflows its capacities.
-    for segments, known in ((None, None), (1, shares), (2, np.zeros_like(shares))):
-        assert_same(draw(*tiny, [1, 2], mode="fast", segments=segments, shares=known), gated)
+    assert_same(draw(*tiny, [1, 2], mode="fast", segments=None), gated)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_form_of_tokens_and_calibration_change_nothing(tiny, form):
+    gated = draw(*tiny, [1, 2], mode="gated")
+    known = draw(*tiny, [1, 2], mode="fast", segments=1, form=form, shares=gated.shares)
+    assert_same(known, gated)
+    assert form == "switch" or not known.over.any()
+    # A wrong calibration: steps overflow its capacities, are computed in full, and counted.
+    wrong = draw(*tiny, [1, 2], mode="fast", form=form, shares=jax.tree.map(np.zeros_like, gated.shares))
+    assert_same(wrong, gated)
+    assert bool(wrong.over.any()) == (form != "multiply")
 
 
 def test_fast_equals_gated_on_the_original_weights(golden):
@@ -181,10 +232,11 @@ def test_blocks_with_nothing_on_are_run(tiny):
     assert_same(draw(free, params, [1, 2], mode="fast"), gated)
 
 
-def test_fast_on_a_mesh_equals_one_device(tiny):
+@pytest.mark.parametrize("form", ["switch", "one_hot"])
+def test_fast_on_a_mesh_equals_one_device(tiny, form):
     model, params = tiny
     mesh = make_mesh(MeshConfig())
     alone = draw(model, params, [1, 2, 3, 4], mode="gated")
-    together = draw(model, params, [1, 2, 3, 4], mode="fast", mesh=mesh)
+    together = draw(model, params, [1, 2, 3, 4], mode="fast", form=form, shares=alone.shares, mesh=mesh)
     assert relative_error(together.images, alone.images) < 1e-5
     np.testing.assert_allclose(together.routing.tokens, alone.routing.tokens, atol=1e-6)

@@ -3,10 +3,11 @@
 import numpy as np
 from PIL import Image
 
+from dydit_jax.fast.plan import Shares, make_plan
 from dydit_jax.generate import Samples
 from dydit_jax.models.dit import DiTConfig
 from dydit_jax.models.routing import Routing
-from dydit_jax.pictures import draw_grid, draw_routing, save_figure, save_image
+from dydit_jax.pictures import draw_grid, draw_plan, draw_routing, save_figure, save_image
 
 
 def test_grid_places_images_row_by_row(tmp_path):
@@ -33,10 +34,21 @@ def test_routing_figure_is_labelled(tmp_path):
     config = DiTConfig(depth=2, width=32, heads=4, patch=2, side=8, channels=1, routers="first_on")
     steps = np.random.default_rng(0)
     routing = Routing(steps.random((5, 2, 4)), steps.random((5, 2, 4)), steps.random((5, 2, 16)))
-    samples = Samples(np.zeros((1, 8, 8, 1)), np.array([999, 749, 499, 250, 0]), routing, np.linspace(1e5, 2e5, 5))
+    timesteps, seen = np.array([999, 749, 499, 250, 0]), np.zeros((5, 2))
+    samples = Samples(np.zeros((1, 8, 8, 1)), timesteps, routing, np.linspace(1e5, 2e5, 5), Shares(seen, seen), seen)
     figure = draw_routing(samples, config.macs)
     labels = " ".join(axis.get_ylabel() + axis.get_xlabel() + axis.get_title(loc="left") for axis in figure.axes)
     for word in ("heads", "groups", "tokens", "GMACs per pass", "timestep"):
         assert word in labels
     save_figure(tmp_path / "routing.png", figure)
     assert Image.open(tmp_path / "routing.png").size[0] > 800
+
+
+def test_plan_figure_says_what_is_kept(tmp_path):
+    config = DiTConfig(depth=2, width=32, heads=4, patch=2, side=8, channels=1, routers="first_on")
+    gates = np.random.default_rng(0).random((6, 2, 4)) < 0.5
+    plan = make_plan(gates, gates, config.macs, segments=3)
+    figure = draw_plan(plan, np.arange(6)[::-1])
+    assert "heads: " in figure.axes[0].get_title(loc="left") and "% kept" in figure.axes[1].get_title(loc="left")
+    save_figure(tmp_path / "plan.png", figure)
+    assert Image.open(tmp_path / "plan.png").size[0] > 800

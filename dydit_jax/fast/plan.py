@@ -10,7 +10,9 @@ cuts finds the cheapest plan for every number of segments. More segments waste l
 
 import dataclasses
 
+import jax
 import numpy as np
+from etils import epath
 
 from dydit_jax.errors import InputError
 from dydit_jax.models.cost import ModelMacs
@@ -40,17 +42,95 @@ class Segment:
         return self.stop - self.start
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """What a calibration saw of the tokens that are on, per step and layer [S,L]: 0 .. 1.
+
+    Attributes:
+      mean: of the whole batch.
+      fullest: of the image with the most.
+    """
+
+    mean: np.ndarray
+    fullest: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The segments of a run in order, and the share of MACs spent on what is in a union but off."""
+    """How a schedule is run.
 
+    Attributes:
+      heads, groups: gates in the order of the run, bool [S,L,H] and [S,L,G].
+      segments: consecutive, from the first step to the last.
+      padding: share of MACs spent on what is in a union but off, of the MACs that an exact fit would need.
+      shares: of tokens that are on, or None before a calibration.
+      form: how tokens are run, one of `tokens.FORMS`, or None: the default of the platform.
+    """
+
+    heads: np.ndarray
+    groups: np.ndarray
     segments: tuple[Segment, ...]
     padding: float
+    shares: Shares | None = None
+    form: str | None = None
 
     def in_words(self) -> str:
         """Return the plan as a line for people."""
         lengths = " + ".join(str(len(segment)) for segment in self.segments)
         return f"{len(self.segments)} segments of {lengths} steps, {100 * self.padding:.1f} % of the MACs are padding"
+
+    def table(self, timesteps) -> str:
+        """Return a line of text per segment: its timesteps, and the share of heads and groups that it keeps and needs.
+
+        Args:
+          timesteps: of the run [S].
+        """
+        lines = ["segment  steps   timesteps  heads kept (on)  groups kept (on)"]
+        for number, segment in enumerate(self.segments):
+            steps = slice(segment.start, segment.stop)
+            shares = (
+                sum(map(len, segment.heads)) / self.heads[0].size,
+                self.heads[steps].mean(),
+                sum(map(len, segment.groups)) / self.groups[0].size,
+                self.groups[steps].mean(),
+            )
+            heads, heads_on, groups, groups_on = (f"{100 * share:.0f} %" for share in shares)
+            told = f"{timesteps[segment.start]}..{timesteps[segment.stop - 1]}"
+            lines.append(
+                f"{number + 1:7d}  {len(segment):5d}  {told:>10}  {f'{heads} ({heads_on})':>15}  "
+                f"{f'{groups} ({groups_on})':>16}"
+            )
+        return "\n".join(lines)
+
+    def calibrated(self, shares: Shares) -> "Plan":
+        """Return the plan with what was seen added to what it knows: the larger of both, where it knows something."""
+        if self.shares is not None:
+            shares = jax.tree.map(np.maximum, shares, self.shares)
+        return dataclasses.replace(self, shares=shares)
+
+    def save(self, path) -> None:
+        """Write the plan as one .npz, whole or not at all."""
+        path = epath.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = dict(heads=self.heads, groups=self.groups, ends=[segment.stop for segment in self.segments])
+        if self.shares is not None:
+            arrays |= dict(mean=self.shares.mean, fullest=self.shares.fullest)
+        if self.form is not None:
+            arrays |= dict(form=self.form)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path, macs: ModelMacs) -> "Plan":
+        """Read what `save` wrote."""
+        with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            plan = _cut(arrays["heads"], arrays["groups"], [0, *arrays["ends"].tolist()], macs)
+            shares = Shares(arrays["mean"], arrays["fullest"]) if "mean" in arrays else None
+            form = str(arrays["form"]) if "form" in arrays else None
+        return dataclasses.replace(plan, shares=shares, form=form)
 
 
 def make_plan(heads, groups, macs: ModelMacs, *, segments: int | None = None) -> Plan:
@@ -72,15 +152,48 @@ def make_plan(heads, groups, macs: ModelMacs, *, segments: int | None = None) ->
     if segments is not None and not 1 <= segments <= steps:
         raise InputError(f"The number of segments must be from 1 to the {steps} steps of the run, not {segments}.")
     cost = _segment_costs(heads, groups, macs)
-    exact = cost[np.arange(steps), np.arange(steps) + 1].sum()
     most = segments or min(MAX_SEGMENTS, steps)
     best, cuts = _cheapest_cuts(cost, most)
     if segments is None:
-        enough = [count for count in range(1, most + 1) if best[count] <= (1 + TOLERATED_PADDING) * exact]
+        enough = [n for n in range(1, most + 1) if best[n] <= (1 + TOLERATED_PADDING) * _exact_cost(cost)]
         segments = enough[0] if enough else most
-    ends = _path(cuts, segments, steps)
-    made = tuple(_segment(heads, groups, start, stop) for start, stop in zip(ends[:-1], ends[1:]))
-    return Plan(made, float(best[segments] / exact - 1))
+    return _cut(heads, groups, _path(cuts, segments, steps), macs)
+
+
+def whole_segments(heads, groups, *, pieces: int) -> tuple[Segment, ...]:
+    """Cut a schedule into equal pieces that leave nothing out, so that one compiled program serves them all.
+
+    Args:
+      heads, groups: gates [S,L,H] and [S,L,G]; a layer whose gates are all open needs no products.
+      pieces: how many, a divisor of S.
+    """
+    heads, groups = np.asarray(heads, bool), np.asarray(groups, bool)
+    steps, layers, units = heads.shape
+    all_heads, all_groups = (tuple(range(units)),) * layers, (tuple(range(groups.shape[-1])),) * layers
+    length = steps // pieces
+
+    def by_layer(gates, start: int) -> tuple:
+        layered = gates.swapaxes(0, 1)
+        return tuple(None if layer.all() else layer[start : start + length] for layer in layered)
+
+    return tuple(
+        Segment(start, start + length, all_heads, all_groups, by_layer(heads, start), by_layer(groups, start))
+        for start in range(0, steps, length)
+    )
+
+
+def _cut(heads: np.ndarray, groups: np.ndarray, ends: list[int], macs: ModelMacs) -> Plan:
+    """Return the plan with these cuts: ends of segments, from 0 to S."""
+    cost = _segment_costs(heads, groups, macs)
+    segments = tuple(_segment(heads, groups, start, stop) for start, stop in zip(ends[:-1], ends[1:]))
+    padded = sum(cost[segment.start, segment.stop] for segment in segments)
+    return Plan(heads, groups, segments, float(padded / _exact_cost(cost) - 1))
+
+
+def _exact_cost(cost: np.ndarray) -> float:
+    """Return the cost with a segment for every step."""
+    steps = np.arange(len(cost))
+    return cost[steps, steps + 1].sum()
 
 
 def _segment_costs(heads: np.ndarray, groups: np.ndarray, macs: ModelMacs) -> np.ndarray:

@@ -1,43 +1,65 @@
 """Running a function on those tokens alone that are on, with static shapes and nothing dropped.
 
-The number of tokens that are on depends on the data, so a program needs a capacity. Tokens of the whole batch are
-packed to the front, and the smallest of a few static capacities that holds them is taken; the last capacity is the
-whole batch, so that every count has one. Rows that are off get zeros, exactly as if multiplied by their gate.
+The number of tokens that are on depends on the data, so a program needs a capacity. Each backend has its own best form:
+
+    switch    the tokens of the batch are packed to the front; every layer takes the smallest of a few capacities that
+              holds them, the last of which is the whole batch. For CPUs: a branch costs nothing there.
+    fixed     packed likewise, into one capacity per layer
+    multiply  everything is computed and multiplied by the gates: the mode `gated`
+    one_hot   each image packs its own tokens into one capacity per layer, by a product with zeros and ones. For TPUs: a
+              branch inside a block, or a gather of short rows, breaks the fusions around it.
+
+With one capacity per layer a step may not fit. `overflows` then says so once per step, and the caller computes that
+step in full: what does not fit costs time, never exactness.
 
 Never under `vmap`: a branch that is mapped becomes a selection, and every branch is computed.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dydit_jax.models.tokens import multiply_by_gates, run_on_places
+
+FORMS = ("switch", "fixed", "one_hot", "multiply")
+DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "one_hot"}
 UNIFORM_CAPACITIES = 8  # when nothing is known about the counts
 CALIBRATED_CAPACITIES = 3  # beside the whole batch
 MARGIN = 0.05  # of the rows, above what calibration saw
 ROW_MULTIPLE = 8
 
 
-def capacities_of(shares, rows: int) -> tuple[int, ...]:
+def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, ...]:
     """Choose the capacities of one layer within one segment.
 
     Args:
-      shares: of tokens that were on, one per step of the segment, from a calibration; None if there was none.
-      rows: B * N.
+      form: one of `FORMS`.
+      shares: of tokens that were on in a calibration, one per step of the segment: of the whole batch, and for
+        "one_hot" of its fullest image. None if there was none.
+      images: B on one device, guidance included.
+      tokens: N.
 
     Returns:
-      Ascending numbers of rows, the last one `rows`: evenly spaced without shares, otherwise the three that leave the
-      least unused over the steps, with a margin.
+      Ascending numbers of rows. "switch": up to three that leave the least unused over the steps, evenly spaced ones
+      without shares, and the whole batch. Other forms: a single one, with a margin; everything without shares.
     """
+    rows = tokens if form == "one_hot" else images * tokens
+    if form == "multiply" or (form != "switch" and shares is None):
+        return (rows,)
+    if form != "switch":
+        return _rounded([rows * (np.max(shares) + MARGIN)], rows)
     if shares is None:
         wanted = rows * np.arange(1, UNIFORM_CAPACITIES + 1) / UNIFORM_CAPACITIES
-        return _rounded(wanted, rows)
+        return _rounded([*wanted, rows], rows)
     wanted = np.sort(np.minimum(rows, rows * (np.asarray(shares) + MARGIN)))
-    return _rounded(_best_of(wanted, CALIBRATED_CAPACITIES), rows)
+    return _rounded([*_best_of(wanted, CALIBRATED_CAPACITIES), rows], rows)
 
 
 def _rounded(wanted, rows: int) -> tuple[int, ...]:
     sizes = np.minimum(rows, np.ceil(np.asarray(wanted) / ROW_MULTIPLE).astype(int) * ROW_MULTIPLE)
-    return tuple(sorted({*sizes.tolist(), rows}))
+    return tuple(sorted(set(sizes.tolist())))
 
 
 def _best_of(wanted: np.ndarray, count: int) -> list[float]:
@@ -57,34 +79,64 @@ def _best_of(wanted: np.ndarray, count: int) -> list[float]:
     return picked
 
 
-def run_on_open_tokens(function, x, gates, *, capacities: tuple[int, ...]):
+def run_on_open_tokens(form: str, capacities: tuple[int, ...], function, x, gates):
     """Apply a row-wise function to the tokens that are on.
 
     Args:
-      function: maps rows [1,R,D] to [1,R,D], each row by itself.
+      form: one of `FORMS`.
+      capacities: from `capacities_of`.
+      function: maps tokens [b,n,D] to [b,n,D], each by itself.
       x: tokens [B,N,D].
       gates: [B,N], 0 or 1.
-      capacities: ascending numbers of rows; the last is B * N.
 
     Returns:
-      [B,N,D]: the function's result where the gate is 1, zeros elsewhere.
+      [B,N,D]: the function's result where the gate is 1, zeros elsewhere. Meaningless where `overflows` says so.
     """
+    batch, tokens, _ = x.shape
+    if form == "one_hot":
+        if capacities == (tokens,):
+            return multiply_by_gates(function, x, gates)
+        places = jnp.where(gates > 0, jnp.cumsum(gates.astype(jnp.int32), axis=-1) - 1, tokens)
+        return run_on_places(function, x, gates, places, capacity=capacities[0], platform="tpu")
+    if capacities == (batch * tokens,):
+        return multiply_by_gates(function, x, gates)
+    return _run_packed(function, x, gates, capacities)
+
+
+def _run_packed(function, x, gates, capacities: tuple[int, ...]):
     batch, tokens, width = x.shape
     rows = batch * tokens
     is_open = gates.reshape(rows) > 0
     position = jnp.cumsum(is_open.astype(jnp.int32)) - 1  # of each open row among the open ones
-    count = position[-1] + 1
     source = jnp.full(rows, rows, jnp.int32)
     source = source.at[jnp.where(is_open, position, rows)].set(
         jnp.arange(rows, dtype=jnp.int32), mode="drop", unique_indices=True
     )
-    packed = x.reshape(rows, width).at[source].get(mode="clip")
+    packed = x.reshape(rows, width).at[source[: capacities[-1]]].get(mode="clip")  # [capacity,D]
 
     def branch(capacity: int):
-        return lambda packed: jnp.pad(function(packed[None, :capacity])[0], ((0, rows - capacity), (0, 0)))
+        padding = ((0, capacities[-1] - capacity), (0, 0))
+        return lambda packed: jnp.pad(function(packed[None, :capacity])[0], padding)
 
-    chosen = jnp.searchsorted(jnp.asarray(capacities, jnp.int32), count)
+    # One branch is no switch; otherwise the smallest capacity that is not below the count.
+    chosen = jnp.searchsorted(jnp.asarray(capacities, jnp.int32), position[-1] + 1)
     result = jax.lax.switch(chosen, [branch(capacity) for capacity in capacities], packed)
     # `where`, not a product: rows beyond the count hold whatever the function made of copies.
     result = jnp.where(is_open[:, None], result.at[position].get(mode="clip"), 0)
     return result.reshape(batch, tokens, width)
+
+
+def overflows(form: str, capacities: tuple[tuple[int, ...], ...], gates):
+    """Return per layer whether the open tokens exceed the largest capacity that saves anything: bool [L] from [B,L,N].
+
+    Under "switch" the layer was then computed in full; under the other forms its result is void.
+    """
+    last = -2 if form == "switch" else -1
+    largest = jnp.asarray([layer[last] if len(layer) > 1 else layer[-1] for layer in capacities])
+    counts = gates.sum(-1)  # [B,L]
+    return (counts.max(0) if form == "one_hot" else counts.sum(0)) > largest
+
+
+def runners(form: str, capacities: tuple[tuple[int, ...], ...]) -> list:
+    """Return for each layer what `Block` wants as `run_on_tokens`."""
+    return [functools.partial(run_on_open_tokens, form, layer) for layer in capacities]

@@ -19,6 +19,8 @@ Sources: DiT, https://arxiv.org/abs/2212.09748; DyDiT, https://arxiv.org/abs/241
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable
 
 import jax
@@ -27,6 +29,7 @@ from flax import nnx
 
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models import cost
+from dydit_jax.models.attention import PLATFORMS
 from dydit_jax.models.layers import (
     MLP,
     Attention,
@@ -38,7 +41,8 @@ from dydit_jax.models.layers import (
     layer_norm,
     modulate,
 )
-from dydit_jax.models.routing import LAYOUTS, Routing, TimeRouter, TokenRouter, hard_gate, straight_through_gate
+from dydit_jax.models.routing import LAYOUTS, Routing, TimeRouter, TokenRouter, straight_through_gate
+from dydit_jax.models.tokens import multiply_by_gates, ranks, run_on_places
 from dydit_jax.records import require_range
 
 # The published sizes: depth, width, heads.
@@ -63,6 +67,8 @@ class DiTConfig:
       routers: "none", "free" or "first_on", see `routing`.
       positions: "sine_cosine", the fixed table that DiT is trained with, or "stored": a table of the checkpoint's own,
         which training leaves alone.
+      token_capacity: share of an image's tokens that pass the MLP at most, one number for all blocks or one per block;
+        empty leaves the choice to the routers alone. See `tokens`.
       label_deviation, time_deviation: standard deviation of the initial label table and timestep layers.
     """
 
@@ -76,6 +82,7 @@ class DiTConfig:
     mlp_ratio: int = 4
     routers: str = "none"
     positions: str = "sine_cosine"
+    token_capacity: tuple[float, ...] = ()
     label_deviation: float = 0.02
     time_deviation: float = 0.02
 
@@ -86,6 +93,16 @@ class DiTConfig:
             require_range(f"model.{name}", getattr(self, name), low=0.0)
         require_known("model.routers", self.routers, LAYOUTS)
         require_known("model.positions", self.positions, POSITIONS)
+        if len(self.token_capacity) not in (0, 1, self.depth):
+            raise InputError(
+                f"model.token_capacity must have no number, one, or one for each of the {self.depth} blocks, not "
+                f"{len(self.token_capacity)}."
+            )
+        if self.token_capacity and self.routers == "none":
+            raise InputError("model.token_capacity needs routers that choose the tokens; model.routers is 'none'.")
+        for share in self.token_capacity:
+            if not 0 < share <= 1:
+                raise InputError(f"model.token_capacity must be above 0 and at most 1, not {share!r}.")
         if self.width % self.heads:
             raise InputError(f"model.heads must divide model.width: {self.width} / {self.heads} leaves a rest.")
         if self.width % 4:
@@ -103,6 +120,13 @@ class DiTConfig:
     def tokens(self) -> int:
         """N, the number of tokens of one image."""
         return (self.side // self.patch) ** 2
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """How many tokens of an image may pass each block's MLP; N where there is no limit."""
+        shares = self.token_capacity or (1.0,)
+        shares = shares * self.depth if len(shares) == 1 else shares
+        return tuple(math.ceil(round(share * self.tokens, 6)) for share in shares)
 
     @property
     def hidden(self) -> int:
@@ -139,30 +163,29 @@ def published_config(name: str, **fields) -> DiTConfig:
 # --- The network ---------------------------------------------------------------------------------
 
 
-def gate_tokens(function, x, gates):
-    """Compute everything and multiply by the gates, as the original does."""
-    return gates[..., None] * function(x)
-
-
 class Block(nnx.Module):
     """One transformer block. Heads and groups are as many as its arrays have."""
 
-    def __init__(self, config: DiTConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, dtype, platform: str, rngs: nnx.Rngs):
         self.modulation = Modulation(width=config.width, parts=6, dtype=dtype)
-        self.attention = Attention(width=config.width, heads=config.heads, dtype=dtype, rngs=rngs)
+        attention = dict(width=config.width, heads=config.heads, dtype=dtype, platform=platform)
+        self.attention = Attention(**attention, rngs=rngs)
         self.mlp = MLP(width=config.width, groups=config.heads, hidden=config.hidden, dtype=dtype, rngs=rngs)
         if config.routers != "none":
             self.token_router = TokenRouter(width=config.width, rngs=rngs)
 
-    def __call__(self, x, condition, heads, groups, route_tokens, run_on_tokens=gate_tokens):
+    def __call__(self, x, condition, heads, groups, *, routed, noise=None, capacity=None, run_on_tokens=None):
         """Run the block.
 
         Args:
           x: tokens [B,N,D], float32.
           condition: [B,D].
           heads, groups: gates [B or 1,H] and [B or 1,G]; None opens all.
-          route_tokens: turns the token logits [B,N] into gates; None opens all.
-          run_on_tokens: (function, tokens, gates) -> the function's result where a gate is on, zeros elsewhere.
+          routed: whether tokens are routed; False opens all.
+          noise: logistic noise for the tokens' logits [B,N], or None.
+          capacity: places for tokens of one image; None or N gives every token one.
+          run_on_tokens: (function, tokens, gates) -> the function's result where a gate is on, zeros elsewhere; None
+            multiplies. Not used where `capacity` is below N.
 
         Returns:
           The new tokens and the token gates [B,N], or None.
@@ -170,22 +193,30 @@ class Block(nnx.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
         attended = self.attention(modulate(layer_norm(x), shift_a, scale_a), heads)
         x = x + gate_a[:, None] * attended
-        # The router reads the residual stream as it stands, not its norm.
-        tokens = None if route_tokens is None else route_tokens(self.token_router(x))
         modulated, mlp = modulate(layer_norm(x), shift_m, scale_m), functools.partial(self.mlp, gates=groups)
-        update = mlp(modulated) if tokens is None else run_on_tokens(mlp, modulated, tokens)
-        return x + gate_m[:, None] * update, tokens
+        if not routed:
+            return x + gate_m[:, None] * mlp(modulated), None
+        # The router reads the residual stream as it stands, not its norm.
+        logits = self.token_router(x)
+        gates = straight_through_gate(logits, noise)
+        if capacity is None or capacity == x.shape[1]:
+            update = (run_on_tokens or multiply_by_gates)(mlp, modulated, gates)
+        else:
+            places = ranks(logits if noise is None else logits + noise)
+            gates = jnp.where(places < capacity, gates, 0)
+            update = run_on_places(mlp, modulated, gates, places, capacity=capacity, platform=self.attention.platform)
+        return x + gate_m[:, None] * update, gates
 
 
 class DiT(nnx.Module):
     """The whole network: embeddings, stacked blocks, output, and the routers that know only the timestep."""
 
-    def __init__(self, config: DiTConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
-        width = config.width
+    def __init__(self, config: DiTConfig, *, dtype=jnp.float32, platform: str = "cpu", rngs: nnx.Rngs):
+        width, self.capacities = config.width, config.capacities
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.time_embed = TimeEmbed(width=width, deviation=config.time_deviation, rngs=rngs)
         self.label_embed = LabelEmbed(classes=config.classes, width=width, deviation=config.label_deviation, rngs=rngs)
-        make_block = lambda rngs: Block(config, dtype=dtype, rngs=rngs)
+        make_block = lambda rngs: Block(config, dtype=dtype, platform=platform, rngs=rngs)
         self.blocks = nnx.vmap(make_block)(rngs.split(config.depth))  # every parameter [L,...]
         self.output = Output(width=width, patch=config.patch, channels=2 * config.channels, dtype=dtype)
         if config.routers != "none":
@@ -206,17 +237,31 @@ class DiT(nnx.Module):
         heads, groups = self.time_gates(t, noise) if gated else (None, None)
         by_layer = lambda gates: None if gates is None else gates.swapaxes(0, 1)
         graph, blocks = nnx.split(self.blocks)
-
-        def run_block(tokens, layer):
-            block, heads, groups, token_noise = layer
-            route = functools.partial(straight_through_gate, noise=token_noise) if gated else None
-            tokens, gates = nnx.merge(graph, block)(tokens, condition, heads, groups, route)
-            return constrain(tokens), gates
-
         layers = (blocks, by_layer(heads), by_layer(groups), by_layer(noise.tokens) if gated and noise else None)
-        tokens, token_gates = jax.lax.scan(_rematerialised(run_block, remat), tokens, layers)
-        routing = Routing(heads, groups, by_layer(token_gates)) if gated else None
+        kept = []
+        for first, last, capacity in capacity_runs(self.capacities):
+
+            def run_block(tokens, layer, capacity=capacity):
+                block, heads, groups, noise = layer
+                routing = dict(routed=gated, noise=noise, capacity=capacity)
+                tokens, gates = nnx.merge(graph, block)(tokens, condition, heads, groups, **routing)
+                return constrain(tokens), gates
+
+            run = jax.tree.map(lambda leaf, first=first, last=last: leaf[first:last], layers)
+            tokens, gates = jax.lax.scan(_rematerialised(run_block, remat), tokens, run)
+            kept.append(gates)
+        routing = Routing(heads, groups, by_layer(jnp.concatenate(kept))) if gated else None
         return self.output(tokens, condition), routing
+
+
+def capacity_runs(capacities: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """Return (first, last + 1, capacity) of consecutive layers with the same capacity: each run is one scan."""
+    runs, first = [], 0
+    for capacity, layers in itertools.groupby(capacities):
+        last = first + len(list(layers))
+        runs.append((first, last, capacity))
+        first = last
+    return runs
 
 
 def _rematerialised(function, remat: str):
@@ -231,7 +276,8 @@ def _rematerialised(function, remat: str):
 # --- The model as pure functions -----------------------------------------------------------------
 
 
-def _unconstrained(x):
+def unconstrained(x):
+    """Return x: what `Model.constrain` is where nothing needs pinning."""
     return x
 
 
@@ -245,16 +291,19 @@ class Model:
       matmul_precision: JAX's name of the precision of float32 products: "default" or "highest".
       remat: what the backward pass recomputes: "none", "block" (all of a block) or "dots" (all but products).
       constrain: called on tokens [B,N,D] between blocks, to pin their sharding.
+      platform: "cpu", "gpu" or "tpu": for which one attention is written; that of this process by default.
     """
 
     config: DiTConfig
     dtype: jnp.dtype = jnp.float32
     matmul_precision: str = "default"
     remat: str = "none"
-    constrain: Callable = _unconstrained
+    constrain: Callable = unconstrained
+    platform: str = dataclasses.field(default_factory=jax.default_backend)
 
     def __post_init__(self):
         require_known("remat", self.remat, REMATS)
+        require_known("platform", self.platform, PLATFORMS)
 
     def init(self, key) -> dict:
         """Make the initial parameters, a nested dict of float32 arrays, from a PRNG key."""
@@ -290,29 +339,32 @@ class Model:
             )
         return prediction, routing or self.open_routing(x.shape[0])
 
-    def apply_layers(self, params, layers, x, t, labels, *, heads, groups, run_on_tokens):
-        """Run the network with narrowed blocks, one after the other: their widths differ.
+    def apply_layers(self, params, layers, x, t, labels, *, heads, groups, run_on_tokens=None):
+        """Run the network with blocks of their own, one after the other: narrowed ones have different widths.
 
         Args:
           params: the parameter tree; its blocks are not used.
           layers: one parameter tree per block, with the heads and groups that are kept.
           x, t, labels: as for `apply`.
           heads, groups: per layer, gates [1,kept] of what is kept, or None where all of it is on.
-          run_on_tokens: per layer, how the MLP runs on the tokens that are on; see `Block`.
+          run_on_tokens: per layer, how the MLP runs on the tokens that are on, see `Block`; None opens all tokens.
 
         Returns:
           The prediction [B,side,side,2C] and the token gates [B,L,N].
         """
-        graphs = _part_graphs(self.config, self.dtype)
+        graphs = _part_graphs(self.config, self.dtype, self.platform)
         part = lambda name: nnx.merge(graphs[name], nnx.State(params[name]))
-        routed = self.config.routers != "none"
+        routed = self.config.routers != "none" and run_on_tokens is not None
         with jax.default_matmul_precision(self.matmul_precision):
             tokens = part("patch_embed")(x)  # [B,N,D]
             condition = part("time_embed")(t) + part("label_embed")(labels)  # [B,D]
             kept = []
-            for layer, head_gates, group_gates, run in zip(layers, heads, groups, run_on_tokens, strict=True):
-                block = nnx.merge(graphs["block"], nnx.State(layer))
-                tokens, gates = block(tokens, condition, head_gates, group_gates, hard_gate if routed else None, run)
+            for layer in range(self.config.depth):
+                block = nnx.merge(graphs["block"], nnx.State(layers[layer]))
+                routing = dict(routed=routed, capacity=self.config.capacities[layer])
+                if routed:
+                    routing["run_on_tokens"] = run_on_tokens[layer]
+                tokens, gates = block(tokens, condition, heads[layer], groups[layer], **routing)
                 kept.append(gates)
             prediction = part("output")(tokens, condition)
         return prediction, jnp.stack(kept, 1) if routed else self.open_routing(x.shape[0]).tokens
@@ -337,20 +389,20 @@ class Model:
         return jax.tree.map(draw, keys, shapes)
 
     def _network(self, params) -> DiT:
-        return nnx.merge(_graph(self.config, self.dtype), nnx.State(params))
+        return nnx.merge(_graph(self.config, self.dtype, self.platform), nnx.State(params))
 
 
 @functools.cache
-def _graph(config: DiTConfig, dtype):
+def _graph(config: DiTConfig, dtype, platform: str):
     """Return nnx's static description of the network; traced once per configuration."""
-    return nnx.graphdef(nnx.eval_shape(lambda: DiT(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: DiT(config, dtype=dtype, platform=platform, rngs=nnx.Rngs(0))))
 
 
 @functools.cache
-def _part_graphs(config: DiTConfig, dtype) -> dict:
+def _part_graphs(config: DiTConfig, dtype, platform: str) -> dict:
     """Return nnx's static descriptions of the parts that narrowed weights are put into."""
-    network = nnx.eval_shape(lambda: DiT(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    block = nnx.eval_shape(lambda: Block(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    network = nnx.eval_shape(lambda: DiT(config, dtype=dtype, platform=platform, rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: Block(config, dtype=dtype, platform=platform, rngs=nnx.Rngs(0)))
     graphs = {
         name: nnx.graphdef(getattr(network, name)) for name in ("patch_embed", "time_embed", "label_embed", "output")
     }

@@ -1,0 +1,94 @@
+"""Multi-head attention in the form that each platform does best, behind one function.
+
+The same arithmetic three times, with the axes in the order that costs no copies:
+
+    cpu   plain matrix products; the division by the softmax's sum comes last, on N * K numbers instead of N * N
+    tpu   three einsums straight into [B,H,K,N], tokens last: a reshape of [B,N,H*K] would move every value once more
+    gpu   cuDNN's fused attention where it accepts the head size and the dtype, XLA's own kernels elsewhere
+
+Scores are in the dtype of the products, the softmax in float32. What led to these forms: docs/benchmarks.md.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dydit_jax.errors import require_known
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+TRIAL_TOKENS = 64
+
+
+def attend(x, qkv, bias, out, gates, *, platform: str):
+    """Attend over tokens and project back.
+
+    Args:
+      x: tokens [B,N,D], in the dtype of the products, like all other arrays.
+      qkv: kernels of queries, keys and values [3,D,H,K].
+      bias: theirs [3,H,K].
+      out: kernel of the output projection [H,K,D].
+      gates: of the heads, [B or 1,H], or None (all on).
+      platform: one of `PLATFORMS`.
+
+    Returns:
+      [B,N,D], without the projection's bias.
+
+    Raises:
+      InputError: an unknown platform.
+    """
+    require_known("platform", platform, PLATFORMS)
+    return {"cpu": _attend_cpu, "gpu": _attend_gpu, "tpu": _attend_tpu}[platform](x, qkv, bias, out, gates)
+
+
+def _attend_cpu(x, qkv, bias, out, gates):
+    batch, tokens, width = x.shape
+    _, _, heads, size = qkv.shape
+
+    def project(kernel, bias):
+        projected = x @ kernel.reshape(width, heads * size) + bias.reshape(heads * size)
+        return projected.reshape(batch, tokens, heads, size).swapaxes(1, 2)  # [B,H,N,K]
+
+    query, key, value = map(project, qkv, bias)
+    scores = jnp.einsum("bhnk,bhmk->bhnm", query * (1 / math.sqrt(size)), key).astype(jnp.float32)  # [B,H,N,N]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    attended = jnp.einsum("bhnm,bhmk->bhnk", weights.astype(x.dtype), value)  # [B,H,N,K]
+    attended = (attended / weights.sum(-1, keepdims=True)).astype(x.dtype)
+    if gates is not None:
+        attended = attended * gates[:, :, None, None].astype(x.dtype)
+    return attended.swapaxes(1, 2).reshape(batch, tokens, heads * size) @ out.reshape(heads * size, width)
+
+
+def _attend_tpu(x, qkv, bias, out, gates):
+    # Three products, not one and a split: splitting [B,N,3HK] into heads costs a third of a block.
+    query, key, value = (jnp.einsum("bnd,dhk->bhkn", x, qkv[i]) + bias[i][..., None] for i in range(3))
+    scores = jnp.einsum("bhkn,bhkm->bhnm", query, key) * (1 / math.sqrt(qkv.shape[-1]))  # [B,H,N,N]
+    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(x.dtype)
+    attended = jnp.einsum("bhnm,bhkm->bhkn", weights, value)  # [B,H,K,N]
+    if gates is not None:
+        attended = attended * gates[:, :, None, None].astype(x.dtype)
+    return jnp.einsum("bhkn,hkd->bnd", attended, out)
+
+
+def _attend_gpu(x, qkv, bias, out, gates):
+    query, key, value = (jnp.einsum("bnd,dhk->bnhk", x, qkv[i]) + bias[i] for i in range(3))
+    implementation = "cudnn" if _cudnn_accepts(qkv.shape[-1], x.dtype) else "xla"
+    attended = jax.nn.dot_product_attention(query, key, value, implementation=implementation)  # [B,N,H,K]
+    if gates is not None:
+        attended = attended * gates[:, None, :, None].astype(x.dtype)
+    return jnp.einsum("bnhk,hkd->bnd", attended, out)
+
+
+@functools.cache
+def _cudnn_accepts(size: int, dtype) -> bool:
+    """Try cuDNN's fused attention once: which devices, versions and head sizes it takes is its own affair."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    probe = jax.ShapeDtypeStruct((1, TRIAL_TOKENS, 1, size), dtype)
+    attention = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    try:
+        jax.jit(attention).lower(probe, probe, probe).compile()
+    except Exception:  # it raises ValueError, RuntimeError or NotImplementedError, by version
+        return False
+    return True
