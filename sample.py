@@ -28,6 +28,9 @@ MODE = flags.DEFINE_string(
     "fast: only what is on is computed; gated: computed and multiplied by its gate; complete: all gates open.",
 )
 SEGMENTS = flags.DEFINE_integer("segments", None, "Programs that fast cuts the schedule into; decides by itself.")
+TOKEN_CAPACITY = flags.DEFINE_list(
+    "token_capacity", None, "Share of each image's tokens that pass an MLP at most: one number, or one per block."
+)
 PRECISION = flags.DEFINE_string("precision", "auto", "auto, bfloat16, float32 or highest.")
 ROUTING = flags.DEFINE_bool("routing", False, "Also draw what was on over the timesteps: routing.png.")
 flags.mark_flags_as_required(["checkpoint", "out"])
@@ -57,6 +60,7 @@ def main():
             batch_size=BATCH_SIZE.value,
             mode=MODE.value,
             segments=SEGMENTS.value,
+            token_capacity=TOKEN_CAPACITY.value,
             precision=PRECISION.value,
             draw_routing=ROUTING.value,
             overrides={name: flag.value for name, flag in SAMPLING.items() if flag.value is not None},

@@ -1,75 +1,208 @@
-"""Measure complete, gated and fast sampling of one checkpoint in one run.
+"""Measure complete, gated and fast sampling in one run, on request beside PyTorch.
 
-    python benchmarks/speed.py --batch_size 100 --out docs/speed_digits.json
+    python benchmarks/speed.py --checkpoint assets/digits_dydit.safetensors --batch_size 100 --out digits.json
+    python benchmarks/speed.py --model B/2 --profile 65,65,65 --batch_size 4 --steps 32 --peers --out b2_65.json
 
-The modes take turns, so that whatever else the machine does meets all of them; medians are reported. The ideal speed-up
-is the ratio of MACs, the efficiency is the measured speed-up over the ideal one. The first call includes compilation.
+The contestants take turns, so that whatever else the machine does meets all of them; medians are reported. The ideal
+speed-up is the ratio of MACs, the efficiency is the measured speed-up over the ideal one. The first call includes
+compilation. Peers are diffusers' DiT of the same size, eager and compiled: as many forward passes as a run has steps.
 """
 
 import json
 import platform
+import resource
+import subprocess
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from profiles import profiled_params
 
 from dydit_jax.build import resolve_precision
 from dydit_jax.console import run
-from dydit_jax.generate import MODES, generate, token_shares
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.fast.narrow import narrow
+from dydit_jax.fast.tokens import DEFAULT_FORMS, capacities_of, runners
+from dydit_jax.generate import MODES, generate, plan_sampling, steps_of
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.models.dit import Model
+from dydit_jax.models.dit import Model, published_config
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", "assets/digits_dydit.safetensors", "Weights to sample.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images at once.")
-ROUNDS = flags.DEFINE_integer("rounds", 9, "Timed calls of each mode.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights to sample; or give --model.")
+MODEL = flags.DEFINE_string("model", None, "A published size with random weights: S/2, B/2, L/2, XL/2.")
+PROFILE = flags.DEFINE_list("profile", ["65", "65", "65"], "With --model: per cent of heads, groups and tokens on.")
+STEPS = flags.DEFINE_string("steps", "32", "With --model: steps of the DDPM run.")
+GUIDANCE = flags.DEFINE_float("guidance", 1.0, "With --model: scale of guidance; 1 is none.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Images at once.")
+SEGMENTS = flags.DEFINE_integer("segments", None, "Programs that fast cuts the schedule into; decides by itself.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each contestant.")
 PRECISION = flags.DEFINE_string("precision", "auto", "auto, bfloat16, float32 or highest.")
+PEERS = flags.DEFINE_bool("peers", False, "Also time diffusers' DiT in PyTorch.")
 OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
 
 
 def main():
-    weights = load_checkpoint(CHECKPOINT.value)
-    dtype, matmul_precision = resolve_precision(PRECISION.value)
-    model, params = Model(weights.model, dtype, matmul_precision), jax.device_put(weights.params)
-    labels = np.arange(BATCH_SIZE.value) % weights.model.classes
-
-    def draw(mode, **settings):
-        began = time.monotonic()
-        settings = dict(sampling=weights.sampling, diffusion=weights.diffusion, mode=mode, **settings)
-        samples = generate(model, params, labels, **settings)
-        return samples, time.monotonic() - began
-
-    shares = token_shares(draw("gated")[0])
-    settings = {mode: dict(shares=shares) if mode == "fast" else {} for mode in MODES}
-    first = {mode: draw(mode, **settings[mode]) for mode in MODES}
-    seconds = {mode: [] for mode in MODES}
+    model, params, run_settings = _subject()
+    labels = np.arange(BATCH_SIZE.value) % model.config.classes
+    draw = lambda mode, plan=None: generate(model, params, labels, mode=mode, plan=plan, **run_settings)
+    plan = plan_sampling(model, params, segments=SEGMENTS.value, **run_settings)
+    first, peak, samples = {}, {}, {}
+    samples["gated"], first["gated"] = _timed(lambda: draw("gated"))
+    plan = plan.calibrated(samples["gated"].shares)
+    plans = dict(complete=None, gated=None, fast=plan)
+    contestants = {mode: lambda mode=mode: draw(mode, plans[mode]) for mode in MODES}
+    steps = len(plan.heads)
+    if PEERS.value:
+        passes = BATCH_SIZE.value * (1 if run_settings["sampling"].guidance == 1.0 else 2)
+        contestants |= _peers(model, passes, steps)
+    for name, contestant in contestants.items():
+        if name not in first:
+            samples[name], first[name] = _timed(contestant)
+        peak[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds = {name: [] for name in contestants}
     for _ in range(ROUNDS.value):
-        for mode in MODES:
-            seconds[mode].append(draw(mode, **settings[mode])[1])
-    median = {mode: float(np.median(taken)) for mode, taken in seconds.items()}
-    macs = {mode: float(first[mode][0].macs.mean()) for mode in MODES}
-    ideal, measured = macs["complete"] / macs["fast"], median["complete"] / median["fast"]
-    images = {mode: first[mode][0].images for mode in MODES}
+        for name, contestant in contestants.items():
+            seconds[name].append(_timed(contestant)[1])
+    median = {name: float(np.median(taken)) for name, taken in seconds.items()}
+    macs = {mode: float(samples[mode].macs.mean()) for mode in ("complete", "fast")}
+    ideal = macs["complete"] / macs["fast"]
+    scale = np.abs(samples["gated"].images).max()
     report = dict(
-        command=" ".join(sys.argv),
-        machine=f"{platform.machine()}, {jax.devices()[0].device_kind}",
+        command="python " + " ".join(sys.argv),
+        machine=f"{_processor()}, {jax.local_device_count()} x {jax.devices()[0].device_kind}",
         date=time.strftime("%Y-%m-%d"),
-        precision=dtype.name,
+        precision=model.dtype.name,
+        batch_size=BATCH_SIZE.value,
+        steps=steps,
+        plan=plan.in_words(),
+        form_of_tokens=DEFAULT_FORMS[model.platform],
+        share_on={
+            name: float(np.mean(getattr(samples["fast"].routing, name))) for name in ("heads", "groups", "tokens")
+        },
         median_seconds=median,
-        first_call_seconds={mode: taken for mode, (_, taken) in first.items()},
-        macs_per_pass=macs,
+        seconds_per_step={name: taken / steps for name, taken in median.items()},
+        spread_of_seconds={name: [min(taken), max(taken)] for name, taken in seconds.items()},
+        first_call_seconds=first,
+        peak_process_gib_so_far=peak,
+        giga_macs_per_pass={mode: count / 1e9 for mode, count in macs.items()},
+        padding=plan.padding,
         ideal_speedup=ideal,
-        measured_speedup=measured,
-        speedup_over_gated=median["gated"] / median["fast"],
-        efficiency=measured / ideal,
-        largest_difference_to_gated=float(
-            np.abs(images["fast"] - images["gated"]).max() / np.abs(images["gated"]).max()
-        ),
+        speedup_over={name: median[name] / median["fast"] for name in contestants if name != "fast"},
+        efficiency=median["complete"] / median["fast"] / ideal,
+        layers_computed_in_full=int(samples["fast"].over.sum()),
+        largest_difference_to_gated=float(np.abs(samples["fast"].images - samples["gated"].images).max() / scale),
+        one_pass=_one_pass(model, params, plan, run_settings),
     )
-    epath.Path(OUT.value).write_text(json.dumps(report, indent=2) + "\n")
+    path = epath.Path(OUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def _timed(function):
+    began = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - began
+
+
+def _processor() -> str:
+    """Return the processor's name where the system tells it."""
+    told = (
+        subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
+        if platform.system() == "Linux"
+        else ""
+    )
+    names = [line.split(":", 1)[1].strip() for line in told.splitlines() if line.startswith("Model name")]
+    return " ".join(names) or platform.machine()
+
+
+def _subject():
+    """Return the model, its weights and the settings of the run."""
+    dtype, matmul_precision = resolve_precision(PRECISION.value)
+    if (CHECKPOINT.value is None) == (MODEL.value is None):
+        raise SystemExit("Give one of --checkpoint and --model.")
+    if CHECKPOINT.value:
+        weights = load_checkpoint(CHECKPOINT.value)
+        settings = dict(sampling=weights.sampling, diffusion=weights.diffusion)
+        return Model(weights.model, dtype, matmul_precision), jax.device_put(weights.params), settings
+    model = Model(published_config(MODEL.value, side=32, routers="free"), dtype, matmul_precision)
+    # Clipping keeps the images of a random network in the range of real ones.
+    sampling = SamplingConfig(sampler="ddpm", steps=STEPS.value, guidance=GUIDANCE.value, clip=1.0)
+    settings = dict(sampling=sampling, diffusion=DiffusionConfig())
+    shares = tuple(int(per_cent) / 100 for per_cent in PROFILE.value)
+    return model, profiled_params(model, steps_of(**settings).timestep, shares), settings
+
+
+def _one_pass(model: Model, params, plan, run_settings) -> dict:
+    """Compare fast and gated on the same input, in float32 and in bfloat16: outputs, and gates that differ."""
+    table, config, found = steps_of(**run_settings), model.config, {}
+    x = jax.random.normal(jax.random.key(1), (BATCH_SIZE.value, config.side, config.side, config.channels))
+    labels = jnp.arange(BATCH_SIZE.value) % config.classes
+    for dtype in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+        model = Model(config, dtype)
+        differences, flips, decisions = [], 0, 0
+        for segment in plan.segments[:: max(1, len(plan.segments) // 2)]:
+            layers = narrow(params["blocks"], heads=segment.heads, groups=segment.groups, dtype=dtype)
+            gates = jax.tree.map(lambda gate: gate[:1].astype(np.float32), (segment.head_gates, segment.group_gates))
+            t = jnp.full(BATCH_SIZE.value, table.timestep[segment.start])
+            rows = capacities_of("switch", None, images=BATCH_SIZE.value, tokens=config.tokens)
+            run_on_tokens = runners("switch", (rows,) * config.depth)
+            arguments = dict(heads=gates[0], groups=gates[1], run_on_tokens=run_on_tokens)
+            fast = jax.jit(
+                lambda p, layers, t, model=model, a=arguments: model.apply_layers(p, layers, x, t, labels, **a)
+            )
+            gated = jax.jit(lambda p, t, model=model: model.apply(p, x, t, labels, mode="gated"))
+            (output, tokens), (expected, routing) = fast(params, layers, t), gated(params, t)
+            differences.append(float(jnp.abs(output - expected).max() / jnp.abs(expected).max()))
+            flips += int((tokens != routing.tokens).sum())
+            decisions += tokens.size
+        per_million = 1e6 * flips / decisions
+        found[dtype.name] = dict(difference=max(differences), flips_per_million=per_million, decisions=decisions)
+    return found
+
+
+def _peers(model: Model, passes: int, steps: int) -> dict:
+    """Return diffusers' static DiT of the same size as two contestants."""
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    config = model.config
+    network = DiTTransformer2DModel(
+        num_attention_heads=config.heads,
+        attention_head_dim=config.width // config.heads,
+        in_channels=config.channels,
+        out_channels=2 * config.channels,
+        num_layers=config.depth,
+        sample_size=config.side,
+        patch_size=config.patch,
+        num_embeds_ada_norm=config.classes,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+    ).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network.to(device, getattr(torch, model.dtype.name))
+    x = torch.randn(
+        passes, config.channels, config.side, config.side, device=device, dtype=next(network.parameters()).dtype
+    )
+    t, labels = torch.full((passes,), 500, device=device), torch.arange(passes, device=device) % config.classes
+
+    def repeat(network):
+        def go():
+            with torch.inference_mode():
+                for _ in range(steps):
+                    network(x, t, labels)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+
+        return go
+
+    return dict(torch_eager=repeat(network), torch_compiled=repeat(torch.compile(network)))
 
 
 if __name__ == "__main__":

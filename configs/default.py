@@ -24,6 +24,7 @@ def get_config():
     config.model.mlp_ratio = 4
     config.model.routers = "none"  # none: static DiT; first_on, free: DyDiT
     config.model.positions = "sine_cosine"
+    config.model.token_capacity = ()  # (0.5,): at most half of each image's tokens pass an MLP; or one share per block
     config.model.label_deviation = 0.02
     config.model.time_deviation = 0.02
 

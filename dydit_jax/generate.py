@@ -289,8 +289,10 @@ def _capacities(config: DiTConfig, plan: Plan | None, form: str | None, segment,
     if plan is not None and plan.shares is not None:
         shares = plan.shares.fullest if form == "one_hot" else plan.shares.mean
         seen = shares[segment.start : segment.stop].T
+    # A block with places of its own needs no capacity of the form.
+    forms = [form if places == config.tokens else "multiply" for places in config.capacities]
     sizes = dict(images=images, tokens=config.tokens)
-    return tuple(capacities_of(form, layer, **sizes) for layer in seen)
+    return tuple(capacities_of(own, layer, **sizes) for own, layer in zip(forms, seen))
 
 
 def steps_of(sampling: SamplingConfig, diffusion: DiffusionConfig):

@@ -34,6 +34,7 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import make_schedule, respace
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.plan import Plan
+from dydit_jax.fast.trial import fastest_form
 from dydit_jax.generate import MODES, Samples, generate, plan_sampling, steps_of, to_uint8, uniform_labels
 from dydit_jax.latents import decode_latents
 from dydit_jax.loading import load_autoencoder, load_checkpoint
@@ -67,6 +68,7 @@ class Request:
       batch_size: images at once.
       mode: "fast", "gated" or "complete".
       segments: into how many programs `fast` cuts the schedule; None decides by itself.
+      token_capacity: shares of an image's tokens, see `DiTConfig`; None leaves the checkpoint's.
       precision: see `build.PRECISIONS`.
       draw_routing: whether routing.png is drawn.
       overrides: sampling settings that win over the checkpoint's.
@@ -82,6 +84,7 @@ class Request:
     batch_size: int = 100
     mode: str = "fast"
     segments: int | None = None
+    token_capacity: list | None = None
     precision: str = "auto"
     draw_routing: bool = False
     overrides: dict = dataclasses.field(default_factory=dict)
@@ -113,6 +116,9 @@ def sample(request: Request) -> Samples:
     weights = load_checkpoint(request.checkpoint)
     settings = dict(dataclasses.asdict(weights.sampling), **request.overrides)
     weights = dataclasses.replace(weights, sampling=read_record(SamplingConfig, settings, "sampling"))
+    if request.token_capacity is not None:
+        capacity = tuple(_number(share, "--token_capacity") for share in request.token_capacity)
+        weights = dataclasses.replace(weights, model=dataclasses.replace(weights.model, token_capacity=capacity))
     steps = len(respace(make_schedule(weights.diffusion), weights.sampling.steps))
     if request.segments is not None and request.segments > steps:
         raise InputError(f"--segments must be at most the {steps} steps of the run, not {request.segments}.")
@@ -154,6 +160,13 @@ def _report(samples: Samples | None, weights: Weights, out) -> None:
             )
     for path in sorted(path for path in out.iterdir() if path.is_file()):
         logger.info("Wrote %s", path)
+
+
+def _number(text, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"{where} must be a number, or several with commas between them, not {text!r}.") from error
 
 
 def _labels(request: Request, classes: int) -> np.ndarray:
@@ -297,10 +310,8 @@ def _draw(
         if request.mode == "fast":
             path = _plan_path(weights, checksum, request.segments)
             plan = _plan(path, model, params, weights, request.segments)
-            if plan.shares is None and len(batches) >= CALIBRATED_FROM_BATCHES:
-                few = np.asarray(batches[0])[np.arange(CALIBRATION_IMAGES) % len(batches[0])]
-                logger.info("Calibrating token capacities on %d images.", len(few))
-                plan = plan.calibrated(draw(labels[few], indices=few, mode="gated").shares)
+            if len(batches) >= CALIBRATED_FROM_BATCHES:
+                plan = _tuned(plan, model, params, weights, draw, labels, batches[0])
         written, job, done = [], None, 0
         for batch in batches:
             # One shape for all batches; the last one is filled up and cut again.
@@ -336,8 +347,24 @@ def _together(job: Samples, samples: Samples, done: int, count: int) -> Samples:
     )
 
 
+def _tuned(plan: Plan, model: Model, params, weights: Weights, draw, labels, batch: list[int]) -> Plan:
+    """Find out for a long job how many tokens are on and how to run them, unless an earlier one did."""
+    if weights.model.routers == "none":
+        return plan
+    if plan.shares is None:
+        few = np.asarray(batch)[np.arange(CALIBRATION_IMAGES) % len(batch)]
+        logger.info("Calibrating token capacities on %d images.", len(few))
+        plan = plan.calibrated(draw(labels[few], indices=few, mode="gated").shares)
+    if plan.form is None:
+        passes = 1 if weights.sampling.guidance == 1.0 else 2
+        images = passes * -(-len(batch) // jax.device_count())
+        plan = dataclasses.replace(plan, form=fastest_form(model, params, plan, images=images))
+    return plan
+
+
 def _plan_path(weights: Weights, checksum: str, segments: int | None):
-    told = json.dumps([checksum, str(weights.model), str(weights.sampling), str(weights.diffusion), segments])
+    device = jax.devices()[0].device_kind
+    told = json.dumps([checksum, device, segments, *map(str, (weights.model, weights.sampling, weights.diffusion))])
     return epath.Path(cache_folder() / "plans" / f"{hashlib.sha256(told.encode()).hexdigest()}.npz")
 
 

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Which axis of a layer's parameter counts heads, and which counts groups.
-HEAD_AXES = {("attention", "qkv"): 2, ("attention", "qkv_bias"): 1, ("attention", "out"): 0}
-GROUP_AXES = {("mlp", "up"): 1, ("mlp", "up_bias"): 0, ("mlp", "down"): 0}
+# Which axis of a part's parameters counts heads, and which counts groups.
+UNIT_AXES = {
+    "attention": {"qkv": 2, "qkv_bias": 1, "out": 0},
+    "mlp": {"up": 1, "up_bias": 0, "down": 0},
+}
 
 
-@functools.partial(jax.jit, static_argnames=("heads", "groups", "dtype"))
 def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> tuple[dict, ...]:
     """Return one parameter tree per layer with the units that a segment keeps.
 
@@ -20,20 +21,35 @@ def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> tuple[dict, .
     Args:
       blocks: the parameters of all blocks, stacked [L,...].
       heads, groups: per layer, the kept units, ascending.
-      dtype: of the kernels of attention and MLP, which are only read in it.
+      dtype: of the kernels of attention, MLP and modulation, which are only read in it.
     """
+    index = lambda kept: np.asarray(kept, np.int32)
     return tuple(
-        _narrow_layer(jax.tree.map(lambda leaf, layer=layer: leaf[layer], blocks), kept_heads, kept_groups, dtype)
+        _narrow_layer(blocks, layer, index(kept_heads), index(kept_groups), dtype)
         for layer, (kept_heads, kept_groups) in enumerate(zip(heads, groups, strict=True))
     )
 
 
-def _narrow_layer(layer: dict, heads: tuple[int, ...], groups: tuple[int, ...], dtype) -> dict:
-    narrowed = {name: dict(part) if isinstance(part, dict) else part for name, part in layer.items()}
-    for axes, kept in ((HEAD_AXES, heads), (GROUP_AXES, groups)):
-        for (part, name), axis in axes.items():
-            leaf = narrowed[part][name]
-            if len(kept) < leaf.shape[axis]:
-                leaf = jnp.take(leaf, np.asarray(kept, np.int32), axis=axis)
-            narrowed[part][name] = leaf.astype(dtype)
+def _narrow_layer(blocks: dict, layer: int, heads: np.ndarray, groups: np.ndarray, dtype) -> dict:
+    narrowed = dict(_take_rest({name: part for name, part in blocks.items() if name not in UNIT_AXES}, layer, dtype))
+    for (name, axes), kept in zip(UNIT_AXES.items(), (heads, groups)):
+        narrowed[name] = _take_units(blocks[name], layer, kept, tuple(axes.items()), dtype)
     return narrowed
+
+
+# Compiled once per number of kept units, not once per segment: which units they are, and of which layer, is data.
+@functools.partial(jax.jit, static_argnames=("axes", "dtype"))
+def _take_units(part: dict, layer, kept, axes, dtype) -> dict:
+    taken = {name: leaf[layer] for name, leaf in part.items()}
+    for name, axis in axes:
+        units = taken[name].shape[axis]
+        leaf = taken[name] if len(kept) == units else jnp.take(taken[name], kept, axis=axis)
+        taken[name] = leaf.astype(dtype)
+    return taken
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _take_rest(parts: dict, layer, dtype) -> dict:
+    taken = jax.tree.map(lambda leaf: leaf[layer], parts)
+    taken["modulation"]["kernel"] = taken["modulation"]["kernel"].astype(dtype)
+    return taken

@@ -18,6 +18,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.models.cost import ModelMacs
 
 MAX_SEGMENTS = 12
+STEPS_PER_SEGMENT = 4  # on average; a program that runs less often is not worth compiling
 TOLERATED_PADDING = 0.03  # of the MACs that an exact fit would need
 
 
@@ -139,7 +140,8 @@ def make_plan(heads, groups, macs: ModelMacs, *, segments: int | None = None) ->
     Args:
       heads, groups: gates in the order of the run, [S,L,H] and [S,L,G], 0 or 1.
       macs: the model's counts.
-      segments: how many; None takes as few as keep the padding within 3 %, at most 12.
+      segments: how many; None takes as few as keep the padding within 3 %, at most 12, and at most one
+        for four steps.
 
     Returns:
       The cheapest plan.
@@ -152,7 +154,7 @@ def make_plan(heads, groups, macs: ModelMacs, *, segments: int | None = None) ->
     if segments is not None and not 1 <= segments <= steps:
         raise InputError(f"The number of segments must be from 1 to the {steps} steps of the run, not {segments}.")
     cost = _segment_costs(heads, groups, macs)
-    most = segments or min(MAX_SEGMENTS, steps)
+    most = segments or min(MAX_SEGMENTS, -(-steps // STEPS_PER_SEGMENT))
     best, cuts = _cheapest_cuts(cost, most)
     if segments is None:
         enough = [n for n in range(1, most + 1) if best[n] <= (1 + TOLERATED_PADDING) * _exact_cost(cost)]

@@ -26,8 +26,9 @@ from dydit_jax.models.tokens import multiply_by_gates, run_on_places
 FORMS = ("switch", "fixed", "one_hot", "multiply")
 DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "one_hot"}
 UNIFORM_CAPACITIES = 8  # when nothing is known about the counts
-CALIBRATED_CAPACITIES = 3  # beside the whole batch
+CALIBRATED_CAPACITIES = 4  # beside the whole batch
 MARGIN = 0.05  # of the rows, above what calibration saw
+TIGHT_MARGIN = 0.015  # tried first where the next capacity is only a branch away
 ROW_MULTIPLE = 8
 
 
@@ -42,7 +43,7 @@ def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, 
       tokens: N.
 
     Returns:
-      Ascending numbers of rows. "switch": up to three that leave the least unused over the steps, evenly spaced ones
+      Ascending numbers of rows. "switch": up to four that leave the least unused over the steps, evenly spaced ones
       without shares, and the whole batch. Other forms: a single one, with a margin; everything without shares.
     """
     rows = tokens if form == "one_hot" else images * tokens
@@ -53,7 +54,8 @@ def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, 
     if shares is None:
         wanted = rows * np.arange(1, UNIFORM_CAPACITIES + 1) / UNIFORM_CAPACITIES
         return _rounded([*wanted, rows], rows)
-    wanted = np.sort(np.minimum(rows, rows * (np.asarray(shares) + MARGIN)))
+    shares = np.asarray(shares)
+    wanted = np.sort(np.minimum(rows, rows * np.concatenate([shares + TIGHT_MARGIN, shares + MARGIN])))
     return _rounded([*_best_of(wanted, CALIBRATED_CAPACITIES), rows], rows)
 
 

@@ -63,9 +63,12 @@ def _attend_cpu(x, qkv, bias, out, gates):
 def _attend_tpu(x, qkv, bias, out, gates):
     # Three products, not one and a split: splitting [B,N,3HK] into heads costs a third of a block.
     query, key, value = (jnp.einsum("bnd,dhk->bhkn", x, qkv[i]) + bias[i][..., None] for i in range(3))
-    scores = jnp.einsum("bhkn,bhkm->bhnm", query, key) * (1 / math.sqrt(qkv.shape[-1]))  # [B,H,N,N]
-    weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(x.dtype)
-    attended = jnp.einsum("bhnm,bhkm->bhkn", weights, value)  # [B,H,K,N]
+    scores = jnp.einsum("bhkn,bhkm->bhnm", query, key).astype(jnp.float32) * (1 / math.sqrt(qkv.shape[-1]))
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))).astype(x.dtype)  # [B,H,N,N]
+    # A row of ones below the values: the product that weighs them gives the sum of the weights as well.
+    value = jnp.concatenate([value, jnp.ones_like(value[:, :, :1])], axis=2)  # [B,H,K+1,N]
+    attended = jnp.einsum("bhnm,bhkm->bhkn", weights, value)
+    attended = attended[:, :, :-1] / attended[:, :, -1:]  # [B,H,K,N]
     if gates is not None:
         attended = attended * gates[:, :, None, None].astype(x.dtype)
     return jnp.einsum("bhkn,hkd->bnd", attended, out)

@@ -172,7 +172,8 @@ class Block(nnx.Module):
         self.attention = Attention(**attention, rngs=rngs)
         self.mlp = MLP(width=config.width, groups=config.heads, hidden=config.hidden, dtype=dtype, rngs=rngs)
         if config.routers != "none":
-            self.token_router = TokenRouter(width=config.width, rngs=rngs)
+            self.token_router = TokenRouter(width=config.width, platform=platform, rngs=rngs)
+        self.platform = platform
 
     def __call__(self, x, condition, heads, groups, *, routed, noise=None, capacity=None, run_on_tokens=None):
         """Run the block.
@@ -193,7 +194,10 @@ class Block(nnx.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
         attended = self.attention(modulate(layer_norm(x), shift_a, scale_a), heads)
         x = x + gate_a[:, None] * attended
-        modulated, mlp = modulate(layer_norm(x), shift_m, scale_m), functools.partial(self.mlp, gates=groups)
+        modulated, mlp = (
+            modulate(layer_norm(x, single_pass=self.platform == "tpu"), shift_m, scale_m),
+            functools.partial(self.mlp, gates=groups),
+        )
         if not routed:
             return x + gate_m[:, None] * mlp(modulated), None
         # The router reads the residual stream as it stands, not its norm.
@@ -204,7 +208,7 @@ class Block(nnx.Module):
         else:
             places = ranks(logits if noise is None else logits + noise)
             gates = jnp.where(places < capacity, gates, 0)
-            update = run_on_places(mlp, modulated, gates, places, capacity=capacity, platform=self.attention.platform)
+            update = run_on_places(mlp, modulated, gates, places, capacity=capacity, platform=self.platform)
         return x + gate_m[:, None] * update, gates
 
 

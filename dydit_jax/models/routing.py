@@ -95,16 +95,21 @@ class TimeRouter(nnx.Module):
 
 
 class TokenRouter(nnx.Module):
-    """Linear, ReLU, Linear from each token to one logit, in float32: its sign is a discontinuity."""
+    """Linear, ReLU, Linear from each token to one logit, in float32: its sign is a discontinuity.
 
-    def __init__(self, *, width: int, rngs: nnx.Rngs):
+    On a TPU three bfloat16 passes make a product instead of six: the logit's error is then about 1e-6 of its scale, and
+    the step 3 % shorter.
+    """
+
+    def __init__(self, *, width: int, platform: str = "cpu", rngs: nnx.Rngs):
         reduced = width // TOKEN_ROUTER_REDUCTION
         self.kernel_in = nnx.Param(xavier_uniform(width, reduced)(rngs.params(), (width, reduced)))
         self.bias_in = nnx.Param(jnp.zeros(reduced))
         self.kernel_out = nnx.Param(xavier_uniform(reduced, 1)(rngs.params(), (reduced, 1)))
         self.bias_out = nnx.Param(constant(TOKEN_ROUTER_BIAS)(None, (1,)))
+        self.precision = "high" if platform == "tpu" else "highest"
 
     def __call__(self, x):
         """Return the logits [B,N] of tokens x [B,N,D]."""
-        hidden = jax.nn.relu(jnp.dot(x, self.kernel_in[...], precision="highest") + self.bias_in[...])
-        return (jnp.dot(hidden, self.kernel_out[...], precision="highest") + self.bias_out[...])[..., 0]
+        hidden = jax.nn.relu(jnp.dot(x, self.kernel_in[...], precision=self.precision) + self.bias_in[...])
+        return (jnp.dot(hidden, self.kernel_out[...], precision=self.precision) + self.bias_out[...])[..., 0]

@@ -33,7 +33,7 @@ def run_on_places(function, x, gates, places, *, capacity: int, platform: str):
     Returns:
       [B,N,D]: gate times the function's result where a token has a place, zeros elsewhere.
     """
-    batch, tokens, _ = x.shape
+    tokens = x.shape[1]
     inside = (places >= 0) & (places < capacity)
     gates = jnp.where(inside, gates, 0)
     if platform == "tpu":
@@ -41,9 +41,8 @@ def run_on_places(function, x, gates, places, *, capacity: int, platform: str):
         chosen = (places[:, None, :] == jnp.arange(capacity)[:, None]).astype(x.dtype)  # [B,C,N]
         packed = jnp.einsum("bcn,bnd->bcd", chosen, x)
         return gates[:, :, None] * jnp.einsum("bcn,bcd->bnd", chosen, function(packed))
-    index = jnp.broadcast_to(jnp.arange(tokens), (batch, tokens))
-    source = jnp.zeros((batch, capacity), index.dtype)
-    source = source.at[jnp.arange(batch)[:, None], jnp.where(inside, places, capacity)].set(index, mode="drop")
+    # A sort along the image's own axis, not a scatter: a scatter gathers the batch from all devices first.
+    source = jnp.argsort(jnp.where(inside, places, tokens), axis=-1)[:, :capacity]  # [B,C]
     packed = jnp.take_along_axis(x, source[:, :, None], axis=1)  # [B,C,D]
     spread = jnp.take_along_axis(function(packed), jnp.where(inside, places, 0)[:, :, None], axis=1)
     return gates[:, :, None] * jnp.where(inside[:, :, None], spread, 0)

@@ -1,0 +1,69 @@
+"""Which form of running tokens is fastest on this device: a short race between two narrowed blocks in each form."""
+
+import dataclasses
+import functools
+import logging
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dydit_jax.fast.narrow import narrow
+from dydit_jax.fast.plan import Plan
+from dydit_jax.fast.tokens import FORMS, capacities_of, run_on_open_tokens
+from dydit_jax.models.dit import Model
+
+logger = logging.getLogger(__name__)
+
+TRIAL_LAYERS = 2
+ROUNDS = 5
+
+
+def fastest_form(model: Model, params, plan: Plan, *, images: int) -> str:
+    """Time every form on the first blocks of a plan's longest segment, with as many tokens on as its calibration saw.
+
+    Args:
+      model, params: the network.
+      plan: calibrated.
+      images: B on one device, guidance included.
+
+    Returns:
+      One of `tokens.FORMS`.
+    """
+    depth = min(TRIAL_LAYERS, model.config.depth)
+    config = dataclasses.replace(model.config, depth=depth, token_capacity=())
+    segment = max(plan.segments, key=len)
+    blocks = jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])
+    layers = narrow(blocks, heads=segment.heads[:depth], groups=segment.groups[:depth], dtype=model.dtype)
+    steps = slice(segment.start, segment.stop)
+    keys = jax.random.split(jax.random.key(0), depth)
+    gates = [
+        jax.random.bernoulli(key, float(plan.shares.mean[steps, layer].mean()), (images, config.tokens))
+        for layer, key in enumerate(keys)
+    ]
+    x = jnp.zeros((images, config.side, config.side, config.channels))
+    zeros = jnp.zeros(images, jnp.int32)
+
+    def racer(form: str):
+        def on_these(layer, function, x, _):
+            shares = plan.shares.fullest if form == "one_hot" else plan.shares.mean
+            capacities = capacities_of(form, shares[steps, layer], images=images, tokens=config.tokens)
+            return run_on_open_tokens(form, capacities, function, x, gates[layer].astype(jnp.float32))
+
+        small = dataclasses.replace(model, config=config)
+        run_on_tokens = [functools.partial(on_these, layer) for layer in range(depth)]
+        routing = dict(heads=(None,) * depth, groups=(None,) * depth, run_on_tokens=run_on_tokens)
+        return jax.jit(lambda params, layers: small.apply_layers(params, layers, x, zeros, zeros, **routing)[0])
+
+    racers = {form: racer(form) for form in FORMS}
+    seconds = {form: [] for form in FORMS}
+    for _ in range(1 + ROUNDS):  # the first round compiles
+        for form, run in racers.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run(params, layers))
+            seconds[form].append(time.perf_counter() - began)
+    median = {form: float(np.median(taken[1:])) for form, taken in seconds.items()}
+    told = ", ".join(f"{form} {1e3 * taken:.2f}" for form, taken in sorted(median.items(), key=lambda item: item[1]))
+    logger.info("Tokens, milliseconds for %d blocks: %s.", depth, told)
+    return min(median, key=median.get)
