@@ -32,6 +32,8 @@ $(VENV)/installed: $(VENV)/python-version pyproject.toml requirements.txt
 $(VENV)/installed-test: $(VENV)/installed
 	@echo "Installing what the tests compare with."
 	$(BIN)/pip install --quiet --editable '.[test]'
+	@# Without what it depends on: it would bring a torchvision that does not fit every build of torch.
+	$(BIN)/pip install --quiet --no-deps torch-fidelity
 	touch $@
 
 clean:

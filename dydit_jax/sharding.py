@@ -6,6 +6,7 @@ their paths end alike; a path that no rule matches is an error, never silent rep
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -125,3 +126,30 @@ def require_divisible(mesh: Mesh, batch_size: int) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % parts:
         raise InputError(f"A batch of {batch_size} does not divide over {parts} devices (mesh.data x mesh.fsdp).")
+
+
+def map_in_slices(function, params, batch: np.ndarray, mesh: Mesh, *, slice_size: int):
+    """Apply `function(params, slice)` to slices of a batch, each split over all devices, and join the results.
+
+    The last slice is filled up, so that one compiled program serves all.
+
+    Args:
+      function: compiled once per mesh; its results may be any tree.
+      params: on every device.
+      batch: [n,...] on the host.
+      mesh: from `make_mesh`.
+      slice_size: rounded up to a multiple of the devices.
+
+    Returns:
+      The function's results for the whole batch, on the host.
+    """
+    size = -(-min(slice_size, len(batch)) // mesh.size) * mesh.size
+    filled = np.concatenate([batch, np.repeat(batch[-1:], -len(batch) % size, axis=0)])
+    run = _compiled(function, mesh)
+    results = [jax.device_get(run(params, filled[first : first + size])) for first in range(0, len(filled), size)]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(batch)], *results)
+
+
+@functools.cache
+def _compiled(function, mesh: Mesh):
+    return jax.jit(function, in_shardings=(replicated(mesh), batch_sharding(mesh)))

@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import pathlib
+import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -165,3 +167,27 @@ def _from_diffusers(theirs: dict, config: DiTConfig) -> dict:
             parts = [theirs[f"{block}.{layer}.attn1.to_{part}.{kind}"] for part in "qkv"]
             renamed[f"blocks.{layer}.attn.qkv.{kind}"] = np.concatenate(parts)
     return convert_state_dict(renamed, config)
+
+
+def fidelity_network():
+    """Make torch-fidelity's Inception network with random weights, its own file is not needed, and its resize."""
+    torch = pytest.importorskip("torch")
+    # It imports torchvision for datasets alone.
+    names = ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional")
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in names}):
+        module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.manual_seed(0)
+    with (
+        mock.patch.object(torch, "load", lambda *_, **__: {}),
+        mock.patch.object(torch.nn.Module, "load_state_dict", lambda *_, **__: None),
+    ):
+        network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], "none").eval()
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if name.endswith(("running_var", "bn.weight")):
+                tensor.uniform_(0.5, 1.5)
+            elif name.endswith(("running_mean", "bias")):
+                tensor.normal_(0, 0.1)
+            elif tensor.dtype.is_floating_point:
+                torch.nn.init.kaiming_normal_(tensor)
+    return network, module.interpolate_bilinear_2d_like_tensorflow1x

@@ -27,6 +27,7 @@ FLOORS = {
     "conversion": 3,
     "generate": 4,
     "loading": 4,
+    "evaluation": 4,
     "sampling": 5,
     "trainer": 5,
 }

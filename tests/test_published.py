@@ -128,6 +128,7 @@ def test_every_published_model_states_its_licence():
         "dydit-xl2-256-0.5",
         "sd-vae-ft-ema",
         "sd-vae-ft-mse",
+        "inception-2015",
     }
     for entry in PUBLISHED.values():
         assert entry.licence and entry.file and bool(entry.address) != bool(entry.repository)

@@ -23,16 +23,25 @@ CHUNK_BYTES = 1 << 20
 DIT_LICENCE = "CC BY-NC 4.0 (facebookresearch/DiT): not for commercial use"
 DYDIT_LICENCE = "none stated by its authors (alibaba-damo-academy/DyDiT); ask them before you redistribute it"
 AUTOENCODER_LICENCE = "MIT (stabilityai)"
+INCEPTION_LICENCE = "Apache-2.0 (TensorFlow's Inception, in the port of mseitzer/pytorch-fid)"
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """One published file: either a plain address, or a repository on Hugging Face and a file in it."""
+    """One published file: either a plain address, or a repository on Hugging Face and a file in it.
+
+    Attributes:
+      licence: in words.
+      file: its name there.
+      address, repository: where it is.
+      sha256: the beginning of its checksum, where it is known.
+    """
 
     licence: str
     file: str
     address: str = ""
     repository: str = ""
+    sha256: str = ""
 
 
 _DIT_ADDRESS = "https://dl.fbaipublicfiles.com/DiT/models"
@@ -47,6 +56,12 @@ PUBLISHED = {
     "dydit-xl2-256-0.5": Published(DYDIT_LICENCE, f"{_DYDIT_FOLDER}/new_dydit0.5.pt", repository=_DYDIT_REPOSITORY),
     "sd-vae-ft-ema": Published(AUTOENCODER_LICENCE, _AUTOENCODER_FILE, repository="stabilityai/sd-vae-ft-ema"),
     "sd-vae-ft-mse": Published(AUTOENCODER_LICENCE, _AUTOENCODER_FILE, repository="stabilityai/sd-vae-ft-mse"),
+    "inception-2015": Published(
+        INCEPTION_LICENCE,
+        "pt_inception-2015-12-05-6726825d.pth",
+        address="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights",
+        sha256="6726825d",  # its name ends with the beginning of its checksum
+    ),
 }
 
 
@@ -80,6 +95,7 @@ def fetch(name: str) -> Path:
             _fetch_from_hub(entry, partial)
         else:
             fetch_address(f"{entry.address}/{entry.file}", partial)
+            require_checksum(partial, entry.sha256)
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 (the hub's and the network's errors have no common base)
@@ -104,16 +120,16 @@ def _fetch_from_hub(entry: Published, partial: Path) -> None:
 
 
 def require_checksum(path: Path, told: str | None) -> None:
-    """Raise unless a file has the SHA-256 that a server told; anything else it may have told is no checksum.
+    """Raise unless a file has the SHA-256 that was told, or its beginning; anything else told is no checksum.
 
     Raises:
       InputError: another checksum; the file is deleted.
     """
-    if not told or not re.fullmatch(r"[0-9a-f]{64}", told):
+    if not told or not re.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{64}", told):
         return
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != told:
+    if not found.startswith(told):
         path.unlink()
         raise InputError(f"{path.name} was damaged on the way: SHA-256 {found}, should be {told}. Try again.")
 

@@ -1,0 +1,157 @@
+"""Sets of finished images, to be judged: an `.npz` batch, a folder of pictures, a prepared tfds dataset.
+
+Images come as uint8 [n,height,width,3], a few at a time: 50,000 images of 256 px need 10 GB when they lie open.
+"""
+
+import dataclasses
+import hashlib
+import math
+import zipfile
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from etils import epath
+from PIL import Image, UnidentifiedImageError
+
+from dydit_jax.errors import InputError
+
+IMAGES_ENTRY = "arr_0"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+DATASET_PREFIX = "tfds:"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images that can be gone through once or more often.
+
+    Attributes:
+      name: for messages.
+      count: how many.
+      checksum: SHA-256 of the file, or of the names and contents of a folder's files; "" for a dataset.
+      images: makes an iterator over single images, uint8 [height,width,3].
+    """
+
+    name: str
+    count: int
+    checksum: str
+    images: Callable[[], Iterator[np.ndarray]]
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Iterate over uint8 [b,height,width,3], b the size but for the last.
+
+        Raises:
+          InputError: images of different sizes.
+        """
+        batch = []
+        for number, image in enumerate(self.images()):
+            if batch and image.shape != batch[0].shape:
+                raise InputError(f"Image {number} of {self.name} is {image.shape}, those before {batch[0].shape}.")
+            batch.append(image)
+            if len(batch) == size:
+                yield np.stack(batch)
+                batch = []
+        if batch:
+            yield np.stack(batch)
+
+
+def open_images(path) -> ImageSet:
+    """Open a set of images.
+
+    Args:
+      path: an `.npz` with the key arr_0, uint8 [n,height,width,3]; a folder of pictures, with or without a sub-folder
+        `images` (what `sample.py` writes); or "tfds:name/split" of a dataset that is prepared.
+
+    Raises:
+      InputError: nothing of the kind, or other content.
+    """
+    if str(path).startswith(DATASET_PREFIX):
+        return _open_dataset(str(path))
+    path = epath.Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise InputError(f"There is no file or folder {path}.")
+    return _open_npz(path)
+
+
+def npz_shapes(path) -> dict[str, tuple]:
+    """Return the shape and dtype of every array of an `.npz`, without reading them.
+
+    Raises:
+      InputError: not an `.npz`.
+    """
+    try:
+        with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
+            found = {}
+            for entry in archive.namelist():
+                with archive.open(entry) as array:
+                    found[entry.removesuffix(".npy")] = _read_header(array)
+            return found
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise InputError(f"{path} is not an .npz file of arrays: {error}.") from error
+
+
+def _read_header(file) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in read:
+        raise ValueError(f"array format {version}")
+    shape, fortran_order, dtype = read[version](file)
+    if fortran_order and len(shape) > 1:
+        raise ValueError("array in Fortran order")
+    return shape, dtype
+
+
+def _open_npz(path) -> ImageSet:
+    shapes = npz_shapes(path)
+    if IMAGES_ENTRY not in shapes:
+        raise InputError(f"{path} has no {IMAGES_ENTRY}; it has {', '.join(sorted(shapes)) or 'nothing'}.")
+    shape, dtype = shapes[IMAGES_ENTRY]
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not shape[0]:
+        raise InputError(f"{IMAGES_ENTRY} of {path} must be uint8 [n,height,width,3], not {dtype} {list(shape)}.")
+
+    def images():
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(f"{IMAGES_ENTRY}.npy") as array:
+            _read_header(array)
+            for _ in range(shape[0]):
+                yield np.frombuffer(array.read(math.prod(shape[1:])), np.uint8).reshape(shape[1:])
+
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return ImageSet(str(path), shape[0], checksum, images)
+
+
+def _open_folder(path) -> ImageSet:
+    folder = path / "images" if (path / "images").is_dir() else path
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(f"{folder} has no pictures ({', '.join(SUFFIXES)}).")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return ImageSet(str(path), len(files), digest.hexdigest(), lambda: map(_read_picture, files))
+
+
+def _read_picture(file) -> np.ndarray:
+    try:
+        with file.open("rb") as opened, Image.open(opened) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"{file} is not a readable picture: {error}.") from error
+
+
+def _open_dataset(name: str) -> ImageSet:
+    import tensorflow_datasets as tfds
+
+    dataset, _, split = name.removeprefix(DATASET_PREFIX).rpartition("/")
+    try:
+        source = tfds.data_source(dataset, split=split, download=False)
+    except Exception as error:  # noqa: BLE001 (tfds has no common error for "is not there")
+        raise InputError(f"{name} can't be opened as tfds:name/split of a prepared dataset: {error}.") from error
+
+    def images():
+        for index in range(len(source)):
+            image = np.asarray(source[index]["image"])
+            yield np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+
+    return ImageSet(name, len(source), "", images)

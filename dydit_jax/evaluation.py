@@ -1,0 +1,232 @@
+"""The job behind `evaluate.py`: sets of images in, FID, sFID, Inception score, precision and recall out.
+
+The features are those of the Inception network of 2015 (`models/inception`), computed in float32 on all devices. A
+result tells all that made it: checksums and counts of both sides, the network, devices and versions.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import time
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from dydit_jax.checkpoints import checksum, package_versions
+from dydit_jax.convert.published import PUBLISHED, fetch
+from dydit_jax.convert.torch_files import read_tensors
+from dydit_jax.data.image_sets import IMAGES_ENTRY, ImageSet, npz_shapes, open_images
+from dydit_jax.errors import InputError
+from dydit_jax.metrics.distances import frechet_distance, inception_score, moments, precision_recall
+from dydit_jax.models.inception import convert_inception, features
+from dydit_jax.sharding import MeshConfig, make_mesh, map_in_slices
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_INCEPTION = "inception-2015"
+MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # the names in ADM's reference batches
+ENOUGH = dict(fid=50_000, sfid=50_000, inception_score=50_000, precision=10_000, recall=10_000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a user asks of `evaluate.py`.
+
+    Attributes:
+      samples: sets of images, see `image_sets.open_images`.
+      reference: another set, an ADM reference batch, or statistics that were saved; "" gives the Inception score alone.
+      out: file for the results; "" writes none.
+      inception: file of the published PyTorch port of the network, or its name to have it fetched.
+      save_statistics: file for the reference's statistics, "" for none.
+      batch_size: images at once.
+    """
+
+    samples: tuple[str, ...]
+    reference: str = ""
+    out: str = ""
+    inception: str = DEFAULT_INCEPTION
+    save_statistics: str = ""
+    batch_size: int = 64
+
+    def __post_init__(self):
+        if not self.samples:
+            raise InputError("--samples is empty; name one set of images or several, with commas between them.")
+        if self.batch_size < 1:
+            raise InputError(f"--batch_size must be at least 1, not {self.batch_size}.")
+        if self.save_statistics and not self.reference:
+            raise InputError("--save_statistics keeps those of --reference; name one.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What is known of a set of images.
+
+    Attributes:
+      told: name, count and checksum, for the record.
+      moments: "mu" [2048], "sigma" [2048,2048], "mu_s" [2023], "sigma_s" [2023,2023], float64.
+      pool: features [n,2048], or None where only the moments are known.
+      logits: [n,1008], or None.
+    """
+
+    told: dict
+    moments: dict
+    pool: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+
+def evaluate(request: Evaluation) -> list[dict]:
+    """Carry out a request.
+
+    Returns:
+      One record per set of samples.
+
+    Raises:
+      InputError: anything wrong with the files, as far as possible before anything is computed.
+    """
+    sets = [open_images(path) for path in request.samples]
+    params, network = load_inception(request.inception)
+    mesh = make_mesh(MeshConfig())
+    measure = functools.partial(image_statistics, params=params, mesh=mesh, batch_size=request.batch_size)
+    reference = None
+    if request.reference:
+        reference = _reference_statistics(request.reference, network, measure)
+        if request.save_statistics:
+            save_statistics(request.save_statistics, reference, network)
+    records = []
+    for images in sets:
+        began = time.monotonic()
+        found = measure(images)
+        scores = compare(found, reference)
+        _warn_of_few(scores, found, reference)
+        records.append(
+            dict(
+                samples=found.told,
+                reference=reference and reference.told,
+                **scores,
+                network=network,
+                precision_of_features="float32",
+                device=f"{mesh.size} x {jax.devices()[0].device_kind}",
+                seconds=time.monotonic() - began,
+                versions=package_versions(),
+            )
+        )
+    logger.info("%s", _table(records))
+    if request.out:
+        path = epath.Path(request.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(records, indent=2) + "\n")
+        logger.info("Wrote %s", path)
+    return records
+
+
+def load_inception(inception: str) -> tuple[dict, str]:
+    """Return the network's parameters and their checksum.
+
+    Args:
+      inception: a file of the published PyTorch port, or its name.
+
+    Raises:
+      InputError: no such file, or another network.
+    """
+    path = epath.Path(inception)
+    if not path.exists():
+        if inception not in PUBLISHED:
+            raise InputError(
+                f"There is no file {inception}; --inception wants one, or {DEFAULT_INCEPTION} to fetch it."
+            )
+        path = fetch(inception)
+    params = convert_inception(read_tensors(path))
+    return params, checksum(params)
+
+
+def image_statistics(images: ImageSet, *, params: dict, mesh, batch_size: int) -> Statistics:
+    """Compute the features of all images, and their moments.
+
+    Raises:
+      InputError: features that are not finite, with the number of the image.
+    """
+    parts = []
+    with tqdm(total=images.count, unit="image", desc=f"features of {images.name}") as progress:
+        for batch in images.batches(batch_size):
+            found = map_in_slices(features, params, batch, mesh, slice_size=batch_size)
+            wrong = np.flatnonzero(~np.isfinite(found["pool"]).all(1))
+            if wrong.size:
+                raise InputError(f"Image {progress.n + wrong[0]} of {images.name} has features that are not finite.")
+            parts.append(found)
+            progress.update(len(batch))
+    pool, spatial, logits = (np.concatenate([part[name] for part in parts]) for name in ("pool", "spatial", "logits"))
+    if len(pool) < 2:
+        raise InputError(f"{images.name} has one image; a distance needs at least two.")
+    told = dict(name=images.name, count=images.count, checksum=images.checksum)
+    return Statistics(told, dict(zip(MOMENTS, (*moments(pool), *moments(spatial)))), pool, logits)
+
+
+def compare(samples: Statistics, reference: Statistics | None) -> dict:
+    """Return the metrics that the two sides allow."""
+    scores = dict(inception_score=inception_score(samples.logits))
+    if reference is None:
+        return scores
+    ours, theirs = samples.moments, reference.moments
+    scores["fid"] = frechet_distance(ours["mu"], ours["sigma"], theirs["mu"], theirs["sigma"])
+    scores["sfid"] = frechet_distance(ours["mu_s"], ours["sigma_s"], theirs["mu_s"], theirs["sigma_s"])
+    if reference.pool is not None:
+        scores["precision"], scores["recall"] = precision_recall(reference.pool, samples.pool)
+    return scores
+
+
+def _reference_statistics(path: str, network: str, measure) -> Statistics:
+    """Read or compute the reference: saved statistics, an ADM batch with moments, or plain images."""
+    shapes = npz_shapes(path) if path.endswith(".npz") and epath.Path(path).is_file() else {}
+    has_moments = all(name in shapes for name in MOMENTS)
+    if not has_moments:
+        return measure(open_images(path))
+    with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        if "network" in arrays and str(arrays["network"]) != network:
+            raise InputError(f"{path} holds statistics of another network; make them anew with --save_statistics.")
+        known = {name: np.asarray(arrays[name], np.float64) for name in MOMENTS}
+        told = json.loads(str(arrays["told"])) if "told" in arrays else dict(name=path)
+        pool = arrays.get("pool")
+    if [known[name].shape for name in MOMENTS] != [(2048,), (2048, 2048), (2023,), (2023, 2023)]:
+        raise InputError(f"{path} holds moments of other features: {[list(known[name].shape) for name in MOMENTS]}.")
+    if pool is None and IMAGES_ENTRY in shapes:
+        # The moments of ADM's batches are those of the whole training set, the images a part of it.
+        images = measure(open_images(path))
+        told, pool = images.told | dict(moments="from the file"), images.pool
+    return Statistics(told, known, pool)
+
+
+def save_statistics(path, statistics: Statistics, network: str) -> None:
+    """Write what later evaluations need of a reference, whole or not at all."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = dict(statistics.moments, network=network, told=json.dumps(statistics.told))
+    if statistics.pool is not None:
+        arrays["pool"] = statistics.pool
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(path)
+    logger.info("Wrote %s", path)
+
+
+def _warn_of_few(scores: dict, samples: Statistics, reference: Statistics | None) -> None:
+    count = samples.told["count"]
+    few = [f"{name} ({ENOUGH[name]:,})" for name in scores if count < ENOUGH[name]]
+    if few:
+        logger.warning("%s has %d images; usual are, by metric: %s.", samples.told["name"], count, ", ".join(few))
+    if reference is not None and reference.pool is not None and len(reference.pool) < ENOUGH["precision"]:
+        logger.warning("The reference has %d images; precision and recall usually take 10,000.", len(reference.pool))
+
+
+def _table(records: list[dict]) -> str:
+    """Return the records as lines of text, one per set of samples."""
+    names = [name for name in ("fid", "sfid", "inception_score", "precision", "recall") if name in records[0]]
+    width = max(len(record["samples"]["name"]) for record in records)
+    lines = [f"{'samples':{width}s}  " + "  ".join(f"{name:>15s}" for name in names)]
+    for record in records:
+        values = "  ".join(f"{record[name]:15.4f}" for name in names)
+        lines.append(f"{record['samples']['name']:{width}s}  {values}")
+    return "\n".join(lines)

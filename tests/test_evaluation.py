@@ -1,0 +1,111 @@
+"""`evaluate.py`: sets in every form, saved statistics, ADM's reference batches, and an error for each mistake."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import fidelity_network
+from PIL import Image
+
+from dydit_jax.convert.torch_files import write_tensors
+from dydit_jax.data.image_sets import open_images
+from dydit_jax.errors import InputError
+from dydit_jax.evaluation import MOMENTS, Evaluation, evaluate
+
+
+def pictures(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The network with random weights, two sets as .npz, and one of them as a folder."""
+    folder = tmp_path_factory.mktemp("sets")
+    tensors = {name: tensor.numpy() for name, tensor in fidelity_network()[0].state_dict().items()}
+    write_tensors(folder / "inception.safetensors", tensors)
+    for name, seed in (("a", 0), ("b", 1)):
+        np.savez(folder / f"{name}.npz", arr_0=pictures(6, seed))
+    (folder / "a" / "images").mkdir(parents=True)
+    for number, picture in enumerate(pictures(6, 0)):
+        Image.fromarray(picture).save(folder / "a" / "images" / f"{number:06d}.png")
+    return folder
+
+
+def run(files, *samples: str, **settings) -> list[dict]:
+    inception = str(files / "inception.safetensors")
+    return evaluate(Evaluation(tuple(str(files / name) for name in samples), inception=inception, **settings))
+
+
+def test_sets_are_judged_in_every_form(files, tmp_path):
+    settings = dict(reference=str(files / "b.npz"), save_statistics=str(tmp_path / "b_stats.npz"), batch_size=4)
+    packed, folder = run(files, "a.npz", "a", out=str(tmp_path / "out.json"), **settings)
+    names = ("fid", "sfid", "inception_score", "precision", "recall")
+    assert all(packed[name] == pytest.approx(folder[name], rel=1e-5) for name in names)
+    assert packed["fid"] > 0 and packed["sfid"] > 0 and packed["inception_score"] >= 1
+    assert json.loads((tmp_path / "out.json").read_text())[0]["fid"] == packed["fid"]
+    # The statistics that were kept give the same, and a set is at no distance from itself.
+    [again] = run(files, "a.npz", reference=str(tmp_path / "b_stats.npz"), batch_size=6)
+    assert all(again[name] == pytest.approx(packed[name], rel=1e-4) for name in names)
+    [same] = run(files, "b.npz", reference=str(tmp_path / "b_stats.npz"))
+    assert same["fid"] == pytest.approx(0, abs=1e-6 * packed["fid"]) and same["precision"] == same["recall"] == 1
+    # ADM's reference batches hold the moments of another set beside their images.
+    with np.load(tmp_path / "b_stats.npz") as kept:
+        moments = {name: kept[name] for name in MOMENTS}
+    np.savez(tmp_path / "adm.npz", arr_0=pictures(6, 1), **moments)
+    [adm] = run(files, "a.npz", reference=str(tmp_path / "adm.npz"))
+    assert all(adm[name] == pytest.approx(packed[name], rel=1e-4) for name in names)
+    with np.load(tmp_path / "b_stats.npz") as kept:
+        np.savez(tmp_path / "other.npz", **dict(kept, network="other"))
+    with pytest.raises(InputError, match="another network"):
+        run(files, "a.npz", reference=str(tmp_path / "other.npz"))
+
+
+def test_without_a_reference_the_inception_score_remains(files):
+    [found] = run(files, "a.npz")
+    assert "inception_score" in found and "fid" not in found
+
+
+@pytest.mark.parametrize(
+    "arrays, told",
+    [
+        (dict(images=pictures(2, 0)), "has no arr_0; it has images"),
+        (dict(arr_0=pictures(2, 0).astype(np.float32)), "must be uint8"),
+        (dict(arr_0=pictures(2, 0)[..., 0]), "must be uint8"),
+        (dict(arr_0=pictures(0, 0)), "must be uint8"),
+    ],
+)
+def test_wrong_batches_are_refused(tmp_path, arrays, told):
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    with pytest.raises(InputError, match=told):
+        open_images(tmp_path / "wrong.npz")
+
+
+def test_wrong_files_are_refused(tmp_path):
+    (tmp_path / "text.npz").write_text("no archive")
+    with pytest.raises(InputError, match=r"not an \.npz"):
+        open_images(tmp_path / "text.npz")
+    with pytest.raises(InputError, match="no file or folder"):
+        open_images(tmp_path / "missing.npz")
+    with pytest.raises(InputError, match="has no pictures"):
+        open_images(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"broken\.png is not a readable picture"):
+        list(open_images(tmp_path).batches(2))
+    (tmp_path / "broken.png").unlink()
+    for side in (8, 16):
+        Image.fromarray(pictures(1, 0)[0, :side, :side]).save(tmp_path / f"{side:02d}.png")
+    with pytest.raises(InputError, match="Image 1 of"):
+        list(open_images(tmp_path).batches(2))
+    with pytest.raises(InputError, match="can't be opened as tfds"):
+        open_images("tfds:no_such_dataset/train")
+
+
+def test_wrong_requests_are_refused(files):
+    with pytest.raises(InputError, match="--samples is empty"):
+        Evaluation(())
+    with pytest.raises(InputError, match="--batch_size"):
+        Evaluation(("a",), batch_size=0)
+    with pytest.raises(InputError, match="name one"):
+        Evaluation(("a",), save_statistics="b")
+    with pytest.raises(InputError, match="There is no file nowhere"):
+        evaluate(Evaluation((str(files / "a.npz"),), inception="nowhere"))
