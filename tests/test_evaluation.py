@@ -1,6 +1,8 @@
 """`evaluate.py`: sets in every form, saved statistics, ADM's reference batches, and an error for each mistake."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,18 +35,19 @@ def files(tmp_path_factory):
 
 def run(files, *samples: str, **settings) -> list[dict]:
     inception = str(files / "inception.safetensors")
+    settings = dict(dict(batch_size=4), **settings)  # one program for all
     return evaluate(Evaluation(tuple(str(files / name) for name in samples), inception=inception, **settings))
 
 
 def test_sets_are_judged_in_every_form(files, tmp_path):
-    settings = dict(reference=str(files / "b.npz"), save_statistics=str(tmp_path / "b_stats.npz"), batch_size=4)
+    settings = dict(reference=str(files / "b.npz"), save_statistics=str(tmp_path / "b_stats.npz"))
     packed, folder = run(files, "a.npz", "a", out=str(tmp_path / "out.json"), **settings)
     names = ("fid", "sfid", "inception_score", "precision", "recall")
     assert all(packed[name] == pytest.approx(folder[name], rel=1e-5) for name in names)
     assert packed["fid"] > 0 and packed["sfid"] > 0 and packed["inception_score"] >= 1
     assert json.loads((tmp_path / "out.json").read_text())[0]["fid"] == packed["fid"]
     # The statistics that were kept give the same, and a set is at no distance from itself.
-    [again] = run(files, "a.npz", reference=str(tmp_path / "b_stats.npz"), batch_size=6)
+    [again] = run(files, "a.npz", reference=str(tmp_path / "b_stats.npz"))
     assert all(again[name] == pytest.approx(packed[name], rel=1e-4) for name in names)
     [same] = run(files, "b.npz", reference=str(tmp_path / "b_stats.npz"))
     assert same["fid"] == pytest.approx(0, abs=1e-6 * packed["fid"]) and same["precision"] == same["recall"] == 1
@@ -109,3 +112,19 @@ def test_wrong_requests_are_refused(files):
         Evaluation(("a",), save_statistics="b")
     with pytest.raises(InputError, match="There is no file nowhere"):
         evaluate(Evaluation((str(files / "a.npz"),), inception="nowhere"))
+
+
+@pytest.mark.slow
+def test_published_figures_of_adm_are_found():
+    """Runs where $ADM_BATCHES names a folder with ADM's own samples, its reference batch, and the network's file."""
+    folder = Path(os.environ.get("ADM_BATCHES", "/nowhere"))
+    names = ("admnet_guided_upsampled_imagenet256.npz", "VIRTUAL_imagenet256_labeled.npz")
+    inception = folder / "pt_inception-2015-12-05-6726825d.pth"
+    if not all((folder / name).is_file() for name in names) or not inception.is_file():
+        pytest.skip("The published files are not here.")
+    samples, reference = (str(folder / name) for name in names)
+    [found] = evaluate(Evaluation((samples,), reference=reference, inception=str(inception)))
+    assert found["inception_score"] == pytest.approx(215.84, rel=1e-3)
+    assert found["fid"] == pytest.approx(3.943, rel=2e-3) and found["sfid"] == pytest.approx(6.140, rel=2e-3)
+    # The official distances are float16, which moves these by up to 0.007.
+    assert found["precision"] == pytest.approx(0.8265, abs=0.01) and found["recall"] == pytest.approx(0.5309, abs=0.01)

@@ -12,6 +12,7 @@ from dydit_jax.conversion import AUTOENCODER_FORMAT
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
+from dydit_jax.fast.tokens import FORMS
 from dydit_jax.models import autoencoder
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.sampling import Request, sample
@@ -126,6 +127,8 @@ def test_images_made_otherwise_are_left_alone(checkpoint, tmp_path):
         (dict(labels=["1"], out=""), "--out is empty"),
         (dict(labels=["1"], segments=0), "--segments must be at least 1"),
         (dict(labels=["1"], segments=3), "at most the 2 steps"),
+        (dict(labels=["1"], token_capacity=["half"]), "--token_capacity must be a number"),
+        (dict(labels=["1"], token_capacity=["1.5"]), "at most 1, not 1.5"),
         (dict(labels=["1"], out="/proc/x"), "Can't write"),
     ],
 )
@@ -133,3 +136,31 @@ def test_impossible_requests_are_refused_before_anything_is_written(checkpoint, 
     with pytest.raises(InputError, match=message):
         sample(Request(**dict(dict(checkpoint=checkpoint, out=str(tmp_path / "out")), **fields)))
     assert not (tmp_path / "out").exists()
+
+
+def test_long_job_calibrates_itself_and_leaves_a_plan(checkpoint, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "cache"))
+    caplog.set_level("INFO")
+    short, long, again = ({"out": str(tmp_path / name)} for name in ("short", "long", "again"))
+    sample(Request(checkpoint, num_images=4, batch_size=4, **short))
+    assert "Calibrating" not in caplog.text and "Plan: 1 segments of 2 steps" in caplog.text
+    [kept] = (tmp_path / "cache" / "plans").iterdir()
+    with np.load(kept) as plan:
+        assert plan["heads"].shape == (2, 2, 4) and 0 < plan["mean"].max() <= 1 and "form" not in plan
+    sample(Request(checkpoint, num_images=16, batch_size=4, **long))
+    assert "Tokens, milliseconds for 2 blocks" in caplog.text
+    with np.load(kept) as plan:
+        assert str(plan["form"]) in FORMS
+    caplog.clear()
+    sample(Request(checkpoint, num_images=16, batch_size=4, **again))
+    assert "Tokens, milliseconds" not in caplog.text
+    for index in range(4):  # whatever the plan, the images are the same
+        path = f"images/{index:06d}.png"
+        np.testing.assert_array_equal(*(np.asarray(Image.open(job["out"] + "/" + path)) for job in (long, again)))
+
+
+def test_token_capacity_is_part_of_the_record(checkpoint, tmp_path):
+    samples = sample(Request(checkpoint, str(tmp_path / "half"), labels=["1"], token_capacity=["0.5"]))
+    assert samples.shares.fullest.max() <= 0.5
+    manifest = json.loads((tmp_path / "half" / "manifest.json").read_text())
+    assert manifest["model"]["token_capacity"] == [0.5]

@@ -1,0 +1,105 @@
+"""Time a training step: static, dynamic, and dynamic with top-k tokens; on this machine, or by the TPU compiler.
+
+    python benchmarks/train_step.py --model S/2 --batch_size 8 --out docs/speed/train_s2.json
+    python benchmarks/train_step.py --model XL/2 --batch_size 16 --chip v5e --remat block --out train_xl2_v5e.json
+
+The steps take turns and medians are reported. With --chip nothing runs: the cycles are the compiler's, by both models of
+`tpu_compiler.py`, and `pip install "jax[tpu]"` must have been done.
+"""
+
+import json
+import sys
+import time
+
+if any(argument.startswith("--chip") for argument in sys.argv):
+    import tpu_compiler  # before jax: it sets the compiler's flags
+# isort: split
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+
+from dydit_jax.build import build_optimizer, read_experiment
+from dydit_jax.console import run
+from dydit_jax.models.dit import Model, published_config
+from dydit_jax.trainer import init_state, make_update_fn
+
+MODEL = flags.DEFINE_string("model", "S/2", "A published size.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images of a step, on one device.")
+CAPACITY = flags.DEFINE_float("token_capacity", 0.5, "Share of tokens of the top-k step.")
+REMAT = flags.DEFINE_string("remat", "none", "none, block or dots.")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
+CHIP = flags.DEFINE_string("chip", None, "v5e, v6e or v5p: ask the TPU compiler, time nothing.")
+OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
+
+
+def main():
+    config = published_config(MODEL.value, side=32, routers="first_on")
+    limited = dataclasses.replace(config, token_capacity=(CAPACITY.value,))
+    kinds = {
+        "static": (config, ("complete",)),
+        "dynamic": (config, ("gated",)),
+        f"dynamic, top-k {CAPACITY.value}": (limited, ("gated",)),
+        "dynamic and complete": (config, ("gated", "complete")),
+    }
+    dtype, platform = (jnp.dtype("bfloat16"), "tpu") if CHIP.value else (jnp.dtype("float32"), jax.default_backend())
+    sections = {name: {} for name in ("diffusion", "data", "loss", "optimizer", "train", "mesh", "sampling")}
+    experiment = read_experiment(dict(sections, model=dataclasses.asdict(config)))
+    state = jax.eval_shape(
+        lambda: init_state(Model(config).init(jax.random.key(0)), build_optimizer(experiment.optimizer))
+    )
+    shape = (BATCH_SIZE.value, config.side, config.side, config.channels)
+    batch = dict(image=jax.ShapeDtypeStruct(shape, jnp.float32), label=jax.ShapeDtypeStruct(shape[:1], jnp.int32))
+    updates = {
+        kind: make_update_fn(Model(own, dtype, remat=REMAT.value, platform=platform), experiment, passes)
+        for kind, (own, passes) in kinds.items()
+    }
+    rows = _costed(updates, state, batch) if CHIP.value else _timed(updates, state, batch)
+    static = rows["static"]
+    for row in rows.values():
+        row["times_static"] = {name: value / static[name] for name, value in row.items() if name in static}
+    macs = config.macs
+    report = dict(
+        command="python " + " ".join(sys.argv),
+        machine=CHIP.value or jax.devices()[0].device_kind,
+        date=time.strftime("%Y-%m-%d"),
+        precision=dtype.name,
+        share_of_mlp_in_macs=macs.layers * macs.mlp / macs.complete,
+        rows=rows,
+    )
+    path = epath.Path(OUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def _timed(updates: dict, state, batch) -> dict:
+    """Return the median seconds of each kind of step."""
+    fill = lambda tree: jax.tree.map(lambda leaf: 0.01 * jnp.ones(leaf.shape, leaf.dtype), tree)
+    state, batch = jax.jit(lambda: (fill(state), fill(batch)))()
+    compiled = {kind: jax.jit(update) for kind, update in updates.items()}
+    seconds = {kind: [] for kind in updates}
+    for _ in range(1 + ROUNDS.value):  # the first round compiles
+        for kind, update in compiled.items():
+            began = time.perf_counter()
+            jax.block_until_ready(update(state, batch))
+            seconds[kind].append(time.perf_counter() - began)
+    return {kind: dict(seconds=float(np.median(taken[1:]))) for kind, taken in seconds.items()}
+
+
+def _costed(updates: dict, state, batch) -> dict:
+    """Return the compiler's cycles of each kind of step, and its temporary memory."""
+    rows = {}
+    for kind, update in updates.items():
+        cost = tpu_compiler.compile_and_cost(update, state, batch, chip=CHIP.value)
+        rows[kind] = dict(
+            estimated=cost.estimated, scheduled=cost.scheduled, temporary_gib=cost.temporary_bytes / 2**30
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    run(main)
