@@ -3,8 +3,8 @@
     python benchmarks/train_step.py --model S/2 --batch_size 8 --out docs/speed/train_s2.json
     python benchmarks/train_step.py --model XL/2 --batch_size 16 --chip v5e --remat block --out train_xl2_v5e.json
 
-The steps take turns and medians are reported. With --chip nothing runs: the cycles are the compiler's, by both models of
-`tpu_compiler.py`, and `pip install "jax[tpu]"` must have been done.
+The steps take turns and medians are reported. With --chip nothing runs: the cycles are the compiler's, by both models
+of cost in `tpu_compiler.py`; that needs `pip install "jax[tpu]"`.
 """
 
 import json
@@ -46,8 +46,13 @@ def main():
         "dynamic and complete": (config, ("gated", "complete")),
     }
     dtype, platform = (jnp.dtype("bfloat16"), "tpu") if CHIP.value else (jnp.dtype("float32"), jax.default_backend())
-    sections = {name: {} for name in ("diffusion", "data", "loss", "optimizer", "train", "mesh", "sampling")}
-    experiment = read_experiment(dict(sections, model=dataclasses.asdict(config)))
+    sections = dict(
+        model=dataclasses.asdict(config),
+        data=dict(name="synthetic", batch_size=BATCH_SIZE.value),
+        optimizer=dict(learning_rate=1e-4),
+        train=dict(steps=1),
+    )
+    experiment = read_experiment(sections)
     state = jax.eval_shape(
         lambda: init_state(Model(config).init(jax.random.key(0)), build_optimizer(experiment.optimizer))
     )
@@ -78,7 +83,7 @@ def main():
 
 def _timed(updates: dict, state, batch) -> dict:
     """Return the median seconds of each kind of step."""
-    fill = lambda tree: jax.tree.map(lambda leaf: 0.01 * jnp.ones(leaf.shape, leaf.dtype), tree)
+    fill = lambda tree: jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01).astype(leaf.dtype), tree)
     state, batch = jax.jit(lambda: (fill(state), fill(batch)))()
     compiled = {kind: jax.jit(update) for kind, update in updates.items()}
     seconds = {kind: [] for kind in updates}

@@ -141,11 +141,11 @@ def sample(request: Request) -> Samples:
         save_figure(out / "routing.png", draw_routing(samples, weights.model.macs))
         if plan is not None:
             save_figure(out / "plan.png", draw_plan(plan, samples.timesteps))
-    _report(samples, weights, out)
+    _report(samples, plan, weights, out)
     return samples
 
 
-def _report(samples: Samples | None, weights: Weights, out) -> None:
+def _report(samples: Samples | None, plan: Plan | None, weights: Weights, out) -> None:
     """Say what it cost and where the results are."""
     if samples is not None:
         complete, dynamic = weights.model.macs.complete, samples.macs.mean()
@@ -153,9 +153,9 @@ def _report(samples: Samples | None, weights: Weights, out) -> None:
             "MACs per image and pass: %.4f G complete, %.4f G here (%.1f %%).",
             *(complete / 1e9, dynamic / 1e9, 100 * dynamic / complete),
         )
-        if samples.over.any():
+        if plan is not None and plan.shares is not None and samples.over.any():
             logger.info(
-                "In %d of %d passes through an MLP more tokens were on than its capacity: all were computed.",
+                "In %d of %d passes through an MLP more tokens were on than calibrated: all were computed.",
                 *(samples.over.sum(), samples.over.size),
             )
     for path in sorted(path for path in out.iterdir() if path.is_file()):
