@@ -97,8 +97,8 @@ class TimeRouter(nnx.Module):
 class TokenRouter(nnx.Module):
     """Linear, ReLU, Linear from each token to one logit, in float32: its sign is a discontinuity.
 
-    On a TPU three bfloat16 passes make a product instead of six: the logit's error is then about 1e-6 of its scale, and
-    the step 3 % shorter.
+    On a TPU three bfloat16 passes make a product instead of six, which is shorter and nearly as exact: what reaches the
+    router has passed products in bfloat16 anyway.
     """
 
     def __init__(self, *, width: int, platform: str = "cpu", rngs: nnx.Rngs):
