@@ -1,0 +1,66 @@
+"""Every platform's form of attention computes the same, alone and inside the reference model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative_error
+
+from dydit_jax.errors import InputError
+from dydit_jax.models.attention import PLATFORMS, attend
+from dydit_jax.models.layers import layer_norm
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    generator = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(generator.standard_normal(shape, np.float32) / shape[-1] ** 0.5)
+    gates = jnp.asarray([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    return 4 * draw(2, 16, 24), draw(3, 24, 3, 8), draw(3, 3, 8), draw(3, 8, 24), gates
+
+
+def by_hand(x, qkv, bias, out, gates):
+    """The definition, in float64."""
+    x, qkv, bias, out, gates = (np.asarray(array, np.float64) for array in (x, qkv, bias, out, gates))
+    query, key, value = np.einsum("bnd,pdhk->pbhnk", x, qkv) + bias[:, None, :, None]
+    scores = np.exp(query @ key.swapaxes(-1, -2) / np.sqrt(qkv.shape[-1]))
+    heads = scores / scores.sum(-1, keepdims=True) @ value * gates[:, :, None, None]
+    return np.einsum("bhnk,hkd->bnd", heads, out)
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_form_computes_attention(arrays, platform):
+    *rest, gates = arrays
+    assert relative_error(attend(*arrays, platform=platform), by_hand(*arrays)) < 1e-6
+    every = jnp.ones_like(gates)
+    assert relative_error(attend(*rest, None, platform=platform), by_hand(*rest, every)) < 1e-6
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_gradients_are_the_same(arrays, platform):
+    gradient = lambda platform: jax.grad(
+        lambda qkv: (attend(arrays[0], qkv, *arrays[2:], platform=platform) ** 2).sum()
+    )
+    assert relative_error(gradient(platform)(arrays[1]), gradient("cpu")(arrays[1])) < 1e-5
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_reference_model_is_the_same_in_every_form(golden_v2, platform):
+    x, t, labels = (jnp.asarray(array) for array in golden_v2.inputs)
+    model = dataclasses.replace(golden_v2.model, platform=platform)
+    expected, gates = golden_v2.model.apply(golden_v2.params, x, t, labels, mode="gated")
+    output, found = model.apply(golden_v2.params, x, t, labels, mode="gated")
+    assert relative_error(output, expected) < 1e-5
+    np.testing.assert_array_equal(found.tokens, gates.tokens)
+
+
+def test_norm_in_one_pass_is_the_norm():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 64)) + 0.5
+    assert relative_error(layer_norm(x, single_pass=True), layer_norm(x)) < 1e-6
+
+
+def test_unknown_platform_is_refused(arrays):
+    with pytest.raises(InputError, match="Unknown platform 'abacus'"):
+        attend(*arrays, platform="abacus")
