@@ -12,6 +12,7 @@ the images that are missing when it is started again.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -294,7 +295,7 @@ def _draw(
     with (
         jax.set_mesh(mesh),
         concurrent.futures.ThreadPoolExecutor(WRITERS) as writers,
-        tqdm(total=len(batches) * steps, unit="step", desc="sampling") as progress,
+        contextlib.ExitStack() as stack,
     ):
         params = jax.device_put(weights.params, replicated(mesh))
         draw = functools.partial(
@@ -312,6 +313,7 @@ def _draw(
             plan = _plan(path, model, params, weights, request.segments)
             if len(batches) >= CALIBRATED_FROM_BATCHES:
                 plan = _tuned(plan, model, params, weights, draw, labels, batches[0])
+        progress = stack.enter_context(tqdm(total=len(batches) * steps, unit="step", desc="sampling"))
         written, job, done = [], None, 0
         for batch in batches:
             # One shape for all batches; the last one is filled up and cut again.
