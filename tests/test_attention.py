@@ -46,10 +46,9 @@ def test_gradients_are_the_same(arrays, platform):
     assert relative_error(gradient(platform)(arrays[1]), gradient("cpu")(arrays[1])) < 1e-5
 
 
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-def test_reference_model_is_the_same_in_every_form(golden_v2, platform):
+def test_reference_model_is_the_same_as_written_for_a_tpu(golden_v2):
     x, t, labels = (jnp.asarray(array) for array in golden_v2.inputs)
-    model = dataclasses.replace(golden_v2.model, platform=platform)
+    model = dataclasses.replace(golden_v2.model, platform="tpu")
     expected, gates = golden_v2.model.apply(golden_v2.params, x, t, labels, mode="gated")
     output, found = model.apply(golden_v2.params, x, t, labels, mode="gated")
     assert relative_error(output, expected) < 1e-5
