@@ -12,7 +12,6 @@ the images that are missing when it is started again.
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -32,7 +31,6 @@ from dydit_jax.build import build_model, resolve_precision
 from dydit_jax.cache import cache_folder
 from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import make_schedule, respace
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.plan import Plan
 from dydit_jax.fast.trial import fastest_form
@@ -120,7 +118,7 @@ def sample(request: Request) -> Samples:
     if request.token_capacity is not None:
         capacity = tuple(_number(share, "--token_capacity") for share in request.token_capacity)
         weights = dataclasses.replace(weights, model=dataclasses.replace(weights.model, token_capacity=capacity))
-    steps = len(respace(make_schedule(weights.diffusion), weights.sampling.steps))
+    steps = len(steps_of(weights.sampling, weights.diffusion).timestep)
     if request.segments is not None and request.segments > steps:
         raise InputError(f"--segments must be at most the {steps} steps of the run, not {request.segments}.")
     labels = _labels(request, weights.model.classes)
@@ -156,7 +154,7 @@ def _report(samples: Samples | None, plan: Plan | None, weights: Weights, out) -
         )
         if plan is not None and plan.shares is not None and samples.over.any():
             logger.info(
-                "In %d of %d passes through an MLP more tokens were on than calibrated: all were computed.",
+                "In %d of %d passes through an MLP more tokens were on than calibration allows for: all were computed.",
                 *(samples.over.sum(), samples.over.size),
             )
     for path in sorted(path for path in out.iterdir() if path.is_file()):
@@ -289,42 +287,35 @@ def _draw(
       The last batch's images with the record of the whole job, and the plan of `fast`.
     """
     size = -(-min(request.batch_size, len(missing)) // mesh.size) * mesh.size
-    steps = len(respace(make_schedule(weights.diffusion), weights.sampling.steps))
+    steps = len(steps_of(weights.sampling, weights.diffusion).timestep)
     batches = [missing[first : first + size] for first in range(0, len(missing), size)]
     model = build_model(weights.model, precision=request.precision, mesh=mesh)
-    with (
-        jax.set_mesh(mesh),
-        concurrent.futures.ThreadPoolExecutor(WRITERS) as writers,
-        contextlib.ExitStack() as stack,
-    ):
-        params = jax.device_put(weights.params, replicated(mesh))
-        draw = functools.partial(
-            generate,
-            model,
-            params,
-            sampling=weights.sampling,
-            diffusion=weights.diffusion,
-            seed=request.seed,
-            mesh=mesh if mesh.size > 1 else None,
-        )
-        plan = None
+    params = jax.device_put(weights.params, replicated(mesh))
+    draw = functools.partial(
+        generate,
+        model,
+        params,
+        sampling=weights.sampling,
+        diffusion=weights.diffusion,
+        seed=request.seed,
+        mesh=mesh if mesh.size > 1 else None,
+    )
+    plan, path = None, _plan_path(weights, checksum, request.segments)
+    with jax.set_mesh(mesh):
         if request.mode == "fast":
-            path = _plan_path(weights, checksum, request.segments)
             plan = _plan(path, model, params, weights, request.segments)
             if len(batches) >= CALIBRATED_FROM_BATCHES:
                 plan = _tuned(plan, model, params, weights, draw, labels, batches[0])
-        progress = stack.enter_context(tqdm(total=len(batches) * steps, unit="step", desc="sampling"))
+    with (
+        jax.set_mesh(mesh),
+        concurrent.futures.ThreadPoolExecutor(WRITERS) as writers,
+        tqdm(total=len(batches) * steps, unit="step", desc="sampling") as progress,
+    ):
         written, job, done = [], None, 0
         for batch in batches:
             # One shape for all batches; the last one is filled up and cut again.
             indices = np.asarray(batch + [batch[-1]] * (size - len(batch)))
-            samples = draw(
-                labels[indices],
-                indices=indices,
-                mode=request.mode,
-                plan=plan,
-                report=progress.update,
-            )
+            samples = draw(labels[indices], indices=indices, mode=request.mode, plan=plan, report=progress.update)
             job = samples if job is None else _together(job, samples, done, len(batch))
             done += len(batch)
             pixels = to_uint8(decode(samples.images))
@@ -332,7 +323,9 @@ def _draw(
         for future in written:
             future.result()
     if plan is not None:
-        plan.calibrated(job.shares).save(path)  # what this job saw makes the capacities of the next one
+        # Other capacities are other programs: only a calibration that fell short is worth compiling anew.
+        kept = plan if plan.shares is None or plan.covers(job.shares) else plan.calibrated(job.shares)
+        kept.save(path)
     return job, plan
 
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, relative_error
+from conftest import ROOT, channels_last, relative_error
 
 from dydit_jax.diffusion.samplers import SAMPLERS, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
-from dydit_jax.fast.tokens import FORMS, capacities_of, overflows, run_on_open_tokens
+from dydit_jax.fast.tokens import FORMS, capacities_of, overflows, run_on_open_tokens, runners
 from dydit_jax.generate import generate, plan_sampling
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import DiTConfig, Model
@@ -144,6 +144,9 @@ def test_plan_is_kept_and_read_again(tmp_path, gates):
     kept = lambda plan: [(segment.start, segment.heads, segment.groups) for segment in plan.segments]
     assert kept(read) == kept(plan)
     np.testing.assert_array_equal(read.shares.fullest, shares.fullest)
+    assert read.covers(Shares(shares.mean + 0.04, shares.fullest)) and not read.covers(
+        Shares(shares.mean, shares.fullest + 0.06)
+    )
     more = read.calibrated(Shares(np.full((12, 3), 0.6), np.full((12, 3), 0.7)))
     assert more.shares.mean.max() == 0.6 and more.shares.fullest.max() == 0.75
     assert len(plan.table(np.arange(12)).splitlines()) == 4
@@ -201,6 +204,35 @@ def test_form_of_tokens_and_calibration_change_nothing(tiny, form):
     wrong = draw(*tiny, [1, 2], mode="fast", form=form, shares=jax.tree.map(np.zeros_like, gated.shares))
     assert_same(wrong, gated)
     assert bool(wrong.over.any()) == (form != "multiply")
+
+
+@pytest.mark.parametrize("form", ["switch", "multiply", None])
+def test_blocks_one_by_one_equal_the_original(golden, form):
+    """Sampling runs its blocks so in every mode; None opens all gates."""
+    if golden.config.routers == "none" and form:
+        pytest.skip("The static model has no gates.")
+    model, config = golden.model, golden.config
+    every = (tuple(range(config.heads)),) * config.depth
+    layers = narrow(golden.params["blocks"], heads=every, groups=every, dtype=jnp.dtype("float32"))
+    routed = {}
+    if form:
+        capacities = capacities_of(form, None, images=1, tokens=config.tokens)
+        routed = dict(run_on_tokens=runners(form, (capacities,) * config.depth))
+
+    def one(x, t, label):  # sampling has one timestep for all images, and gates [1,H]
+        if form:
+            gates = [gate.swapaxes(0, 1) for gate in model.time_gates(golden.params, t)]
+        else:
+            gates = ((None,) * config.depth,) * 2
+        return model.apply_layers(golden.params, layers, x, t, label, heads=gates[0], groups=gates[1], **routed)
+
+    images = range(len(golden.inputs[0]))
+    each = [jax.jit(one)(*(jnp.asarray(array[i : i + 1]) for array in golden.inputs)) for i in images]
+    output, tokens = (jnp.concatenate(parts) if parts[0] is not None else None for parts in zip(*each, strict=True))
+    name = "out" if form or config.routers == "none" else "complete_out"
+    assert relative_error(output, channels_last(golden.arrays[name])) < 1e-5
+    if form:
+        np.testing.assert_array_equal(tokens, golden.arrays["token_mask"][..., 0])
 
 
 def test_fast_equals_gated_on_the_original_weights(golden):

@@ -19,6 +19,7 @@ from dydit_jax.models.cost import ModelMacs
 
 MAX_SEGMENTS = 12
 STEPS_PER_SEGMENT = 4  # on average; a program that runs less often is not worth compiling
+MARGIN = 0.05  # of all tokens, above what a calibration saw
 TOLERATED_PADDING = 0.03  # of the MACs that an exact fit would need
 
 
@@ -103,6 +104,11 @@ class Plan:
                 f"{f'{groups} ({groups_on})':>16}"
             )
         return "\n".join(lines)
+
+    def covers(self, shares: Shares) -> bool:
+        """Return whether the calibration, with the margin that capacities have, holds for what was seen."""
+        within = lambda known, seen: bool((seen <= known + MARGIN).all())
+        return within(self.shares.mean, shares.mean) and within(self.shares.fullest, shares.fullest)
 
     def calibrated(self, shares: Shares) -> "Plan":
         """Return the plan with what was seen added to what it knows: the larger of both, where it knows something."""

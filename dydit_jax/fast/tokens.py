@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dydit_jax.fast.plan import MARGIN
 from dydit_jax.models.tokens import multiply_by_gates, run_on_places
 
 FORMS = ("switch", "fixed", "one_hot", "multiply")
 DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "one_hot"}
 UNIFORM_CAPACITIES = 8  # when nothing is known about the counts
 CALIBRATED_CAPACITIES = 4  # beside the whole batch
-MARGIN = 0.05  # of the rows, above what calibration saw
 TIGHT_MARGIN = 0.015  # tried first where the next capacity is only a branch away
 ROW_MULTIPLE = 8
 

@@ -6,7 +6,7 @@ The same arithmetic three times, with the axes in the order that costs no copies
     tpu   three einsums straight into [B,H,K,N], tokens last: a reshape of [B,N,H*K] would move every value once more
     gpu   cuDNN's fused attention where it accepts the head size and the dtype, XLA's own kernels elsewhere
 
-Scores are in the dtype of the products, the softmax in float32. What led to these forms: docs/benchmarks.md.
+Scores are in the dtype of the products, the softmax in float32. Their costs: docs/benchmarks.md.
 """
 
 import functools
@@ -61,7 +61,7 @@ def _attend_cpu(x, qkv, bias, out, gates):
 
 
 def _attend_tpu(x, qkv, bias, out, gates):
-    # Three products, not one and a split: splitting [B,N,3HK] into heads costs a third of a block.
+    # Three products, not one and a split: splitting [B,N,3HK] into heads copies it.
     query, key, value = (jnp.einsum("bnd,dhk->bhkn", x, qkv[i]) + bias[i][..., None] for i in range(3))
     scores = jnp.einsum("bhkn,bhkm->bhnm", query, key).astype(jnp.float32) * (1 / math.sqrt(qkv.shape[-1]))
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))).astype(x.dtype)  # [B,H,N,N]
