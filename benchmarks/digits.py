@@ -1,10 +1,14 @@
-"""Train the three digits models and let an independent judge measure them.
+"""The digits study: what a dynamic model costs and gives, beside static models, over several training seeds.
 
-    python benchmarks/digits.py --runs runs --out docs/digits.json
+    python benchmarks/digits.py --runs runs --out docs/digits.json --picture docs/images/digits_study.png
 
-Runs that are there already are continued or reused. Measured on 1000 images per model, 100 of each class: accuracy of a
-classifier trained on the real digits, Fréchet distance in its features to the real training digits, and MACs. The judge
-is scikit-learn's and shares nothing with the models.
+Per seed: a static DiT; from it the control (trained on for as many steps as fine-tuning takes) and a DyDiT for each
+lambda; and a static DiT of half the size, trained for as many steps as both stages. Runs that are there already are
+continued or reused; two cores need about half an hour per seed.
+
+Measured on 1000 images per model, 100 of each class: accuracy of a classifier trained on the real digits, Fréchet
+distance in its features to the real training digits, and MACs. The judge is scikit-learn's and shares nothing with the
+models.
 """
 
 import dataclasses
@@ -18,6 +22,7 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
+from matplotlib.figure import Figure
 from sklearn.neural_network import MLPClassifier
 
 from dydit_jax.build import build_model
@@ -26,14 +31,18 @@ from dydit_jax.data.sources import digits
 from dydit_jax.generate import generate, to_uint8
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.metrics.distances import frechet_distance, moments
+from dydit_jax.pictures import save_figure
 from dydit_jax.sharding import MeshConfig, make_mesh
 
-RUNS = flags.DEFINE_string("runs", "runs", "Folder of the three work directories.")
+RUNS = flags.DEFINE_string("runs", "runs", "Folder of the work directories.")
 OUT = flags.DEFINE_string("out", "docs/digits.json", "File for the results.")
+PICTURE = flags.DEFINE_string("picture", "", "File for the picture, PNG; none without it.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 1000, "Images per model and guidance.")
-SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "Seeds of the sampling noise.")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of training: initial values, noise, order of the data.")
+LAMBDAS = flags.DEFINE_list("lambdas", ["0.3", "0.5", "0.7", "0.9"], "Budgets of the DyDiTs.")
 
-MODELS = ("digits_dit", "digits_dydit", "digits_control")
+START = "digits_dit"
+GUIDANCES = (1.0, 2.0)
 
 
 class Judge:
@@ -61,18 +70,43 @@ class Judge:
         )
 
 
-def train(name: str, folder: epath.Path) -> float:
-    """Run train.py to its end; returns the seconds it took (little, if the run was complete)."""
-    began = time.monotonic()
-    overrides = [] if name == "digits_dit" else [f"--config.train.init_from={folder / MODELS[0]}"]
-    command = [sys.executable, "train.py", f"--config=configs/{name}.py", f"--workdir={folder / name}", *overrides]
-    subprocess.run(command, check=True)
-    return time.monotonic() - began
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A model of the study: the name it is told by, its config file and what is set beside it."""
+
+    name: str
+    config: str
+    overrides: tuple[str, ...] = ()
 
 
-def measure(name: str, folder: epath.Path, judge: Judge, guidance: float, seed: int) -> dict:
+def contestants() -> list[Contestant]:
+    """Return the models in the order of training: the start comes first."""
+    dynamic = [
+        Contestant(f"DyDiT, lambda {budget}", "digits_dydit", (f"--config.loss.budget={budget}",))
+        for budget in LAMBDAS.value
+    ]
+    return [
+        Contestant("static", START),
+        Contestant("static, trained on", "digits_control"),
+        Contestant("static, half the size", "digits_half"),
+        *dynamic,
+    ]
+
+
+def train(model: Contestant, seed: str) -> epath.Path:
+    """Run train.py to its end, or find that it did; returns the work directory."""
+    place = lambda model: epath.Path(RUNS.value) / f"seed_{seed}" / model.name.replace(", ", "_").replace(" ", "_")
+    overrides = [f"--config.train.seed={seed}", f"--config.data.seed={seed}", *model.overrides]
+    if model.config in ("digits_control", "digits_dydit"):
+        overrides.append(f"--config.train.init_from={place(Contestant('static', START))}")
+    command = [sys.executable, "train.py", f"--config=configs/{model.config}.py", f"--workdir={place(model)}"]
+    subprocess.run(command + overrides, check=True)
+    return place(model)
+
+
+def measure(folder: epath.Path, judge: Judge, guidance: float) -> dict:
     """Sample one model and let the judge see what a PNG would hold."""
-    weights = load_checkpoint(folder / name)
+    weights = load_checkpoint(folder)
     labels = np.arange(NUM_IMAGES.value) % 10
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
@@ -83,51 +117,90 @@ def measure(name: str, folder: epath.Path, judge: Judge, guidance: float, seed: 
             labels,
             sampling=dataclasses.replace(weights.sampling, guidance=guidance),
             diffusion=weights.diffusion,
-            seed=seed,
+            seed=0,
             mode="gated",  # each call has its own weights: compiling segments would take longer than sampling
         )
     macs = weights.model.macs
     blocks = macs.layers * (macs.attention + macs.mlp)
-    ratio = (samples.macs.mean() - macs.fixed - macs.routers) / blocks if weights.model.routers != "none" else 1.0
+    on = (samples.macs.mean() - macs.fixed - macs.routers) / blocks if weights.model.routers != "none" else 1.0
     seen = to_uint8(samples.images).astype(np.float32) / 127.5 - 1
     return dict(
         judge.measure(seen, labels),
-        model=name,
         guidance=guidance,
-        seed=seed,
         macs=float(samples.macs.mean()),
-        mac_ratio=float(ratio),
+        mac_ratio=float(on),
         sampler=weights.sampling.sampler,
         steps=weights.sampling.steps,
     )
 
 
+def values_of(results: list[dict], name: str, guidance: float, key: str) -> np.ndarray:
+    """Return what was measured of one model at one guidance, [training seeds]."""
+    return np.array([row[key] for row in results if row["model"] == name and row["guidance"] == guidance])
+
+
+def table(results: list[dict]) -> str:
+    """Return the results as a Markdown table: mean and standard deviation over the training seeds."""
+    lines = [
+        "| model | million MACs | share on | "
+        + " | ".join(f"accuracy, guidance {g:.0f} | distance, guidance {g:.0f}" for g in GUIDANCES)
+        + " |",
+        "|---" * (3 + 2 * len(GUIDANCES)) + "|",
+    ]
+    for name in dict.fromkeys(row["model"] for row in results):
+        macs, on = (values_of(results, name, GUIDANCES[0], key).mean() for key in ("macs", "mac_ratio"))
+        cells = [f"{macs / 1e6:.2f}", f"{on:.3f}"]
+        for guidance in GUIDANCES:
+            for key, places in (("accuracy", 3), ("distance", 2)):
+                values = values_of(results, name, guidance, key)
+                cells.append(f"{values.mean():.{places}f} ± {values.std(ddof=len(values) > 1):.{places}f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(results: list[dict]) -> Figure:
+    """Draw distance over cost: a point per training seed, a line through the means of the DyDiTs."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, guidance in zip(figure.subplots(1, 2), GUIDANCES):
+        means = []
+        for name, marker in zip(dict.fromkeys(row["model"] for row in results), "soDvvvvvvv"):
+            macs, distance = (values_of(results, name, guidance, key) for key in ("macs", "distance"))
+            dynamic = name.startswith("DyDiT")
+            label = "DyDiT, by lambda" if dynamic and not means else None if dynamic else name
+            axis.plot(macs / 1e6, distance, marker, color="black" if dynamic else "0.55", label=label, ms=6, mew=0)
+            if dynamic:
+                means.append((macs.mean() / 1e6, distance.mean()))
+                axis.annotate(name.split()[-1], means[-1], textcoords="offset points", xytext=(8, 4), fontsize=8)
+        axis.plot(*zip(*means), color="black", lw=0.8)
+        axis.set_xlabel("million MACs per image and pass")
+        axis.set_ylabel("Fréchet distance to the real digits")
+        axis.set_title(f"guidance {guidance:.0f}", loc="left", fontsize=10)
+        axis.set_ylim(0)
+    axis.legend(fontsize=8)
+    return figure
+
+
 def main():
-    folder = epath.Path(RUNS.value)
-    seconds = {name: train(name, folder) for name in MODELS}
     judge = Judge()
-    test_images, test_labels = digits("test")
     results = [
-        measure(name, folder, judge, guidance, int(seed))
-        for name in MODELS
-        for guidance in (1.0, 2.0)
+        dict(model=model.name, seed=int(seed), **measure(folder, judge, guidance))
         for seed in SEEDS.value
+        for model in contestants()
+        for folder in [train(model, seed)]
+        for guidance in GUIDANCES
     ]
     report = dict(
         command=" ".join(sys.argv),
         machine=f"{platform.machine()}, {jax.devices()[0].device_kind}, {jax.device_count()} device",
         date=time.strftime("%Y-%m-%d"),
         images=NUM_IMAGES.value,
-        real_test_digits=judge.measure(test_images, test_labels),
-        seconds=seconds,
+        real_test_digits=judge.measure(*digits("test")),
         results=results,
     )
     epath.Path(OUT.value).write_text(json.dumps(report, indent=2) + "\n")
-    for row in results:
-        sys.stdout.write(
-            f"{row['model']:15s} guidance {row['guidance']:.0f} seed {row['seed']}: accuracy {row['accuracy']:.3f}  "
-            f"distance {row['distance']:.3f}  MAC ratio {row['mac_ratio']:.3f}\n"
-        )
+    if PICTURE.value:
+        save_figure(PICTURE.value, draw(results))
+    sys.stdout.write(table(results) + "\n")
 
 
 if __name__ == "__main__":
