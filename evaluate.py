@@ -19,6 +19,7 @@ INCEPTION = flags.DEFINE_string(
     "inception", DEFAULT_INCEPTION, "File of the published PyTorch port of the network, or its name to have it fetched."
 )
 SAVE_STATISTICS = flags.DEFINE_string("save_statistics", "", "File for the statistics of the reference, to be reused.")
+REPORT = flags.DEFINE_bool("report", False, "Also write the results into the folder of each set, and its report.html.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images at once; does not change the results.")
 
 
@@ -31,6 +32,7 @@ def main():
             inception=INCEPTION.value,
             save_statistics=SAVE_STATISTICS.value,
             batch_size=BATCH_SIZE.value,
+            report=REPORT.value,
         )
     )
 

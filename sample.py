@@ -32,7 +32,8 @@ TOKEN_CAPACITY = flags.DEFINE_list(
     "token_capacity", None, "Share of each image's tokens that pass an MLP at most: one number, or one per block."
 )
 PRECISION = flags.DEFINE_string("precision", "auto", "auto, bfloat16, float32 or highest.")
-ROUTING = flags.DEFINE_bool("routing", False, "Also draw what was on over the timesteps: routing.png.")
+ROUTING = flags.DEFINE_bool("routing", False, "Also draw what was on over the timesteps: routing.png, plan.png.")
+REPORT = flags.DEFINE_bool("report", False, "Also write one page about the job: report.html.")
 flags.mark_flags_as_required(["checkpoint", "out"])
 
 # Settings of the checkpoint that can be overridden; unset ones are the checkpoint's own.
@@ -63,6 +64,7 @@ def main():
             token_capacity=TOKEN_CAPACITY.value,
             precision=PRECISION.value,
             draw_routing=ROUTING.value,
+            report=REPORT.value,
             overrides={name: flag.value for name, flag in SAMPLING.items() if flag.value is not None},
         )
     )

@@ -28,10 +28,10 @@ from sklearn.neural_network import MLPClassifier
 from dydit_jax.build import build_model
 from dydit_jax.console import run
 from dydit_jax.data.sources import digits
+from dydit_jax.figures import save_figure
 from dydit_jax.generate import generate, to_uint8
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.metrics.distances import frechet_distance, moments
-from dydit_jax.pictures import save_figure
 from dydit_jax.sharding import MeshConfig, make_mesh
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder of the work directories.")

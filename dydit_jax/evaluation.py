@@ -22,6 +22,7 @@ from dydit_jax.data.image_sets import IMAGES_ENTRY, ImageSet, npz_shapes, open_i
 from dydit_jax.errors import InputError
 from dydit_jax.metrics.distances import frechet_distance, inception_score, moments, precision_recall
 from dydit_jax.models.inception import convert_inception, features
+from dydit_jax.report import EVALUATION_FILE, write_report
 from dydit_jax.sharding import MeshConfig, make_mesh, map_in_slices
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Evaluation:
       inception: file of the published PyTorch port of the network, or its name to have it fetched.
       save_statistics: file for the reference's statistics, "" for none.
       batch_size: images at once.
+      report: whether results also go into the folder that a set lies in, as evaluation.json and on its page.
     """
 
     samples: tuple[str, ...]
@@ -50,6 +52,7 @@ class Evaluation:
     inception: str = DEFAULT_INCEPTION
     save_statistics: str = ""
     batch_size: int = 64
+    report: bool = False
 
     def __post_init__(self):
         if not self.samples:
@@ -58,6 +61,8 @@ class Evaluation:
             raise InputError(f"--batch_size must be at least 1, not {self.batch_size}.")
         if self.save_statistics and not self.reference:
             raise InputError("--save_statistics keeps those of --reference; name one.")
+        if self.report and not all(epath.Path(path).is_dir() for path in self.samples):
+            raise InputError(f"--report needs folders, such as sample.py writes, not {', '.join(self.samples)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +124,10 @@ def evaluate(request: Evaluation) -> list[dict]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(records, indent=2) + "\n")
         logger.info("Wrote %s", path)
+    if request.report:
+        for path, record in zip(request.samples, records):
+            (epath.Path(path) / EVALUATION_FILE).write_text(json.dumps([record], indent=2) + "\n")
+            logger.info("Wrote %s", write_report(path))
     return records
 
 

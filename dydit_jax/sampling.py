@@ -6,6 +6,8 @@
     <out>/samples.npz        for a set: arr_0 uint8 [n,side,side,channels] and labels int32 [n]
     <out>/routing.png        what was on over the timesteps
     <out>/plan.png           the segments of `fast`
+    <out>/cost.json          MACs, shares on and seconds of the last job that drew something
+    <out>/report.html        all of it on one page
 
 An image is a function of the weights, the settings, the seed and its index. A job that was killed therefore makes just
 the images that are missing when it is started again.
@@ -17,6 +19,7 @@ import functools
 import hashlib
 import json
 import logging
+import time
 import zipfile
 from collections.abc import Callable
 
@@ -24,9 +27,9 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from PIL import Image
 from tqdm import tqdm
 
+from dydit_jax import figures
 from dydit_jax.build import build_model, resolve_precision
 from dydit_jax.cache import cache_folder
 from dydit_jax.checkpoints import Weights, checksum, package_versions
@@ -39,13 +42,13 @@ from dydit_jax.latents import decode_latents
 from dydit_jax.loading import load_autoencoder, load_checkpoint
 from dydit_jax.models.dit import Model
 from dydit_jax.models.routing import Routing
-from dydit_jax.pictures import draw_grid, draw_plan, draw_routing, image_of, save_figure, save_image
+from dydit_jax.pictures import draw_grid, image_of, read_image, save_image
 from dydit_jax.records import read_record
+from dydit_jax.report import COST_FILE, MANIFEST_FILE, write_report
 from dydit_jax.sharding import MeshConfig, make_mesh, replicated
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "manifest.json"
 WRITERS = 4
 CALIBRATION_IMAGES = 8
 CALIBRATED_FROM_BATCHES = 4  # a job of fewer is over before calibration pays
@@ -69,7 +72,8 @@ class Request:
       segments: into how many programs `fast` cuts the schedule; None decides by itself.
       token_capacity: shares of an image's tokens, see `DiTConfig`; None leaves the checkpoint's.
       precision: see `build.PRECISIONS`.
-      draw_routing: whether routing.png is drawn.
+      draw_routing: whether routing.png and plan.png are drawn, and their numbers written as .csv.
+      report: whether a page about the job is written; it shows the routing too.
       overrides: sampling settings that win over the checkpoint's.
     """
 
@@ -86,6 +90,7 @@ class Request:
     token_capacity: list | None = None
     precision: str = "auto"
     draw_routing: bool = False
+    report: bool = False
     overrides: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -128,23 +133,40 @@ def sample(request: Request) -> Samples:
     out = _prepare_out(request, manifest)
     missing = [index for index in range(len(labels)) if not _image_path(out, index).exists()]
     logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)
-    samples, plan = None, None
+    samples, plan, began = None, None, time.monotonic()
     if missing:
         samples, plan = _draw(request, weights, mesh, decode, labels, missing, out, manifest["checksum"])
+        cost = _cost(samples, weights, images=len(missing), seconds=time.monotonic() - began)
+        (out / COST_FILE).write_text(json.dumps(cost, indent=2) + "\n")
     if request.labels is not None:
-        pixels = np.stack([_read_image(_image_path(out, index)) for index in range(len(labels))])
+        pixels = np.stack([read_image(_image_path(out, index)) for index in range(len(labels))])
         save_image(out / "grid.png", draw_grid(pixels, columns=len(request.labels)))
     else:
         _write_npz(out, labels)
-    if request.draw_routing and samples is not None:
-        save_figure(out / "routing.png", draw_routing(samples, weights.model.macs))
+    if (request.draw_routing or request.report) and samples is not None:
+        figures.save_figure(out / "routing.png", figures.draw_routing(samples, weights.model.macs))
+        figures.save_table(out / "routing.csv", figures.routing_table(samples))
         if plan is not None:
-            save_figure(out / "plan.png", draw_plan(plan, samples.timesteps))
-    _report(samples, plan, weights, out)
+            figures.save_figure(out / "plan.png", figures.draw_plan(plan, samples.timesteps))
+            figures.save_table(out / "plan.csv", figures.plan_table(plan, samples.timesteps))
+    if request.report:
+        write_report(out)
+    _tell(samples, plan, weights, out)
     return samples
 
 
-def _report(samples: Samples | None, plan: Plan | None, weights: Weights, out) -> None:
+def _cost(samples: Samples, weights: Weights, *, images: int, seconds: float) -> dict:
+    """Return what a pass cost, for the record."""
+    return dict(
+        macs_complete=weights.model.macs.complete,
+        macs=float(samples.macs.mean()),
+        **{name: float(np.mean(gates)) for name, gates in vars(samples.routing).items()},
+        images=images,
+        seconds=seconds,
+    )
+
+
+def _tell(samples: Samples | None, plan: Plan | None, weights: Weights, out) -> None:
     """Say what it cost and where the results are."""
     if samples is not None:
         complete, dynamic = weights.model.macs.complete, samples.macs.mean()
@@ -246,12 +268,6 @@ def _image_path(out, index: int):
     return out / "images" / f"{index:06d}.png"
 
 
-def _read_image(path) -> np.ndarray:
-    with path.open("rb") as file:
-        pixels = np.asarray(Image.open(file))
-    return pixels.reshape(*pixels.shape[:2], -1)
-
-
 def _write_image(path, pixels: np.ndarray) -> None:
     """Write one image under another name first, so that a file with its name is whole."""
     partial = path.with_name(path.name + ".partial")
@@ -263,13 +279,13 @@ def _write_npz(out, labels: np.ndarray) -> None:
     """Pack all images, one in memory at a time, in the form that ADM's evaluation reads."""
     path = out / "samples.npz"
     partial = path.with_name(path.name + ".partial")
-    shape = (len(labels), *_read_image(_image_path(out, 0)).shape)
+    shape = (len(labels), *read_image(_image_path(out, 0)).shape)
     with partial.open("wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             header = dict(descr="|u1", fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(entry, header)
             for index in range(len(labels)):
-                entry.write(_read_image(_image_path(out, index)).tobytes())
+                entry.write(read_image(_image_path(out, index)).tobytes())
         with archive.open("labels.npy", "w") as entry:
             np.lib.format.write_array(entry, labels)
     partial.replace(path)

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import fidelity_network
@@ -12,7 +13,8 @@ from PIL import Image
 from dydit_jax.convert.torch_files import write_tensors
 from dydit_jax.data.image_sets import open_images
 from dydit_jax.errors import InputError
-from dydit_jax.evaluation import MOMENTS, Evaluation, evaluate
+from dydit_jax.evaluation import MOMENTS, Evaluation, evaluate, image_statistics, load_inception
+from dydit_jax.sharding import MeshConfig, make_mesh
 
 
 def pictures(count: int, seed: int) -> np.ndarray:
@@ -64,8 +66,17 @@ def test_sets_are_judged_in_every_form(files, tmp_path):
 
 
 def test_without_a_reference_the_inception_score_remains(files):
-    [found] = run(files, "a.npz")
+    [found] = run(files, "a", report=True)
     assert "inception_score" in found and "fid" not in found
+    assert json.loads((files / "a" / "evaluation.json").read_text())[0]["samples"] == found["samples"]
+    assert f"{found['inception_score']:.4f}" in (files / "a" / "report.html").read_text()
+
+
+def test_image_without_finite_features_is_named(files):
+    params, _ = load_inception(str(files / "inception.safetensors"))
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    with pytest.raises(InputError, match="Image 0 of .*a.npz has features that are not finite"):
+        image_statistics(open_images(files / "a.npz"), params=broken, mesh=make_mesh(MeshConfig()), batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +121,8 @@ def test_wrong_requests_are_refused(files):
         Evaluation(("a",), batch_size=0)
     with pytest.raises(InputError, match="name one"):
         Evaluation(("a",), save_statistics="b")
+    with pytest.raises(InputError, match="--report needs folders"):
+        Evaluation((str(files / "a.npz"),), report=True)
     with pytest.raises(InputError, match="There is no file nowhere"):
         evaluate(Evaluation((str(files / "a.npz"),), inception="nowhere"))
 

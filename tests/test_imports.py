@@ -17,6 +17,8 @@ FLOORS = {
     "sharding": 1,
     "tracking": 1,
     "pictures": 1,
+    "figures": 1,
+    "report": 2,
     "convert": 2,
     "data": 2,
     "fast": 2,
@@ -30,6 +32,7 @@ FLOORS = {
     "evaluation": 4,
     "sampling": 5,
     "trainer": 5,
+    "analysis": 6,
 }
 # Third-party packages that may be known in one place only.
 CONFINED = {

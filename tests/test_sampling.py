@@ -30,9 +30,13 @@ def checkpoint(tiny, tmp_path_factory):
 
 def test_grid_has_a_column_per_label(checkpoint, tmp_path):
     out = tmp_path / "grid"
-    sample(Request(checkpoint, str(out), labels=["1", "2", "3"], rows=2, draw_routing=True))
+    sample(Request(checkpoint, str(out), labels=["1", "2", "3"], rows=2, report=True))
     assert Image.open(out / "grid.png").size == (3 * 33 + 1, 2 * 33 + 1)
     assert Image.open(out / "routing.png").size[0] > 500
+    cost = json.loads((out / "cost.json").read_text())
+    assert 0 < cost["macs"] < cost["macs_complete"] and cost["images"] == 6 and 0 < cost["tokens"] < 1
+    assert (out / "report.html").read_text().count("<img") == 3  # grid, routing, plan
+    assert len((out / "routing.csv").read_text().splitlines()) == 1 + 2 * 2  # steps and layers
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["sampling"]["steps"] == "2" and manifest["labels"] == ["1", "2", "3"]
     assert len(manifest["checksum"]) == 64 and manifest["precision"] == "float32"

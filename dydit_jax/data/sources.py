@@ -139,6 +139,25 @@ def _require_shape(name: str, shape: tuple[int, ...], classes: int, model) -> No
         )
 
 
+def examples(config: DataConfig, model, *, count: int) -> dict:
+    """Return examples spread evenly over a dataset, the same at every call.
+
+    Args:
+      config: which dataset.
+      model: the model's config, for its input's shape.
+      count: how many; all of a smaller dataset.
+
+    Returns:
+      {"image": [n,side,side,C], "label": [n]}.
+    """
+    source = SOURCES[config.name](config, model)
+    rows = []
+    for index in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)):
+        row = source[int(index)]
+        rows.append(source.draw(row, np.random.default_rng(index)) if hasattr(source, "draw") else row)
+    return {name: np.stack([row[name] for row in rows]) for name in ("image", "label")}
+
+
 def batches(config: DataConfig, model, *, start: int):
     """Iterate over the global batches from step `start` on, endlessly.
 

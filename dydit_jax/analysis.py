@@ -1,0 +1,274 @@
+"""The job behind `analyze.py`: where a model's work goes, and whether it has to.
+
+    <out>/losses             loss over timesteps of every model, and the difference to the first
+    <out>/loss_maps          loss over patches at chosen timesteps
+    <out>/macs               cost over timesteps
+    <out>/<model>/routing    heads, groups and tokens on, over timesteps and layers
+    <out>/<model>/tokens     tokens on, over the images that come out
+    <out>/<model>/plan       segments of the fast path
+
+each as .png, .svg and, the numbers, .csv. The first two are what DyDiT starts from (https://arxiv.org/abs/2410.03456,
+figure 1): some timesteps are easy, and so are some patches. Examples, noise and timesteps are the same for all models.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from dydit_jax import figures
+from dydit_jax.build import build_model
+from dydit_jax.checkpoints import Weights
+from dydit_jax.data.sources import DataConfig, examples
+from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
+from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
+from dydit_jax.errors import InputError
+from dydit_jax.generate import Samples, generate, image_keys, plan_sampling, steps_of, to_uint8
+from dydit_jax.loading import load_checkpoint
+from dydit_jax.models.dit import Model
+from dydit_jax.models.routing import Routing
+from dydit_jax.report import write_report
+from dydit_jax.sampling import make_decode_fn
+from dydit_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+
+logger = logging.getLogger(__name__)
+
+MAPS_SHOWN = 6
+LAYERS_SHOWN = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What a user asks of `analyze.py`.
+
+    Attributes:
+      checkpoints: of the models, see `load_checkpoint`; the first is what the others are compared with.
+      out: folder for the results, new or empty.
+      data: examples to measure losses on, see `data.sources.SOURCES`; "" takes what the first model was trained on.
+      data_path: their folder, where they lie in files.
+      num_examples: spread evenly over the data.
+      num_timesteps: spread evenly over the schedule.
+      labels: of the images to draw with each dynamic model, as numbers or their text.
+      seed: of the noise.
+      batch_size: examples at once; does not change the results.
+      precision: see `build.PRECISIONS`.
+      report: whether all of it is also collected in one page.
+    """
+
+    checkpoints: tuple[str, ...]
+    out: str
+    data: str = ""
+    data_path: str = ""
+    num_examples: int = 256
+    num_timesteps: int = 50
+    labels: tuple = (0, 1, 2, 3)
+    seed: int = 0
+    batch_size: int = 64
+    precision: str = "auto"
+    report: bool = False
+
+    def __post_init__(self):
+        for name, low in (("num_examples", 2), ("num_timesteps", 2), ("batch_size", 1)):
+            if getattr(self, name) < low:
+                raise InputError(f"--{name} must be at least {low}, not {getattr(self, name)}.")
+        if not self.checkpoints or not self.out:
+            raise InputError("--checkpoints must name one model or several, with commas between them, --out a folder.")
+        wrong = [label for label in self.labels if not str(label).strip().isdecimal()]
+        if wrong or not self.labels:
+            raise InputError(f"--labels must be numbers with commas between them, not {wrong or 'nothing'}.")
+
+
+def analyze(request: Analysis) -> dict:
+    """Carry out a request.
+
+    Returns:
+      The losses of every model by name, [examples, timesteps].
+
+    Raises:
+      InputError: models that can't be compared, data that do not fit them, or a folder that is not empty.
+    """
+    models = _named([load_checkpoint(path) for path in request.checkpoints], request.checkpoints)
+    batch = _examples(request, models)
+    classes = next(iter(models.values())).model.classes
+    if max(map(int, request.labels)) >= classes:
+        told = ", ".join(map(str, request.labels))
+        raise InputError(f"--labels must be numbers from 0 to {classes - 1}, not {told}.")
+    out = epath.Path(request.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is not empty; name another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "analysis.json").write_text(json.dumps(dataclasses.asdict(request), indent=2) + "\n")
+    mesh = make_mesh(MeshConfig())
+    train_steps = next(iter(models.values())).diffusion.train_steps
+    timesteps = np.unique(np.linspace(0, train_steps - 1, request.num_timesteps).round().astype(int))
+    with jax.set_mesh(mesh):
+        losses, maps = {}, {}
+        for name, weights in models.items():
+            losses[name], maps[name] = measure_losses(weights, batch, timesteps, request, mesh, name)
+        _draw_losses(out, timesteps, losses, maps)
+        costs = {}
+        for name, weights in models.items():
+            if weights.model.routers != "none":
+                costs[name] = _draw_routing(out / name, weights, request, mesh)
+    if costs:
+        _draw_costs(out, models, costs)
+    for path in sorted(out.glob("*.png")) + sorted(out.glob("*/*.png")):
+        logger.info("Wrote %s (also .svg, .csv)", path)
+    if request.report:
+        logger.info("Wrote %s", write_report(out))
+    return losses
+
+
+def _named(weights: list[Weights], paths: tuple[str, ...]) -> dict[str, Weights]:
+    """Name models by the shortest ends of their paths that tell them apart.
+
+    Raises:
+      InputError: models of different inputs or diffusion processes.
+    """
+    first = weights[0]
+    shape = lambda model: (model.side, model.channels, model.classes)
+    for path, other in zip(paths, weights):
+        if (shape(other.model), other.diffusion) != (shape(first.model), first.diffusion):
+            raise InputError(
+                f"{path} has inputs {shape(other.model)} (side, channels, classes) and {other.diffusion}, {paths[0]} "
+                f"{shape(first.model)} and {first.diffusion}; losses of the same examples can't be compared."
+            )
+    parts = [epath.Path(path).with_suffix("").parts for path in paths]
+    depth = next((n for n in range(1, 9) if len({p[-n:] for p in parts}) == len(parts)), None)
+    if depth is None:
+        raise InputError(f"--checkpoints names a model twice: {', '.join(paths)}.")
+    return {"-".join(part[-depth:]).strip("/"): model for part, model in zip(parts, weights)}
+
+
+def _examples(request: Analysis, models: dict[str, Weights]) -> dict:
+    """Return the examples to measure on: {"image": [n,side,side,C], "label": [n]}."""
+    first = next(iter(models.values()))
+    trained_on = first.about.get("data") or first.about.get("config", {}).get("data") or {}
+    name, path = request.data or trained_on.get("name", ""), request.data_path
+    if not name:
+        raise InputError("The first model does not say what it was trained on; name --data (and --data_path).")
+    if not request.data:
+        path = path or trained_on.get("path", "")
+    return examples(DataConfig(name=name, path=path, batch_size=1), first.model, count=request.num_examples)
+
+
+# --- Losses --------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("model", "diffusion", "mode"))
+def patch_losses(params, start, labels, keys, timestep, *, model: Model, diffusion: DiffusionConfig, mode: str):
+    """Return the squared error of the predicted noise, mean over the values of each patch, [B,N].
+
+    Args:
+      params: of the model.
+      start: x_0 [B,side,side,C].
+      labels: [B].
+      keys: of the examples [B]; with the timestep they fix the noise.
+      timestep: one for all.
+      model, diffusion: the network and its process.
+      mode: "gated" or "complete".
+    """
+    config = model.config
+    t = jnp.full(len(start), timestep)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, timestep), start.shape[1:]))(keys)
+    current = diffuse(start, noise, at_steps(coefficients(make_schedule(diffusion)), t))
+    output, _ = model.apply(params, current, t, labels, mode=mode)
+    error = jnp.square(output[..., : config.channels] - noise)
+    side = config.side // config.patch
+    patches = error.reshape(-1, side, config.patch, side, config.patch, config.channels)
+    return patches.mean((2, 4, 5)).reshape(-1, config.tokens)
+
+
+def measure_losses(weights: Weights, batch: dict, timesteps, request: Analysis, mesh, name: str):
+    """Return a model's losses on given examples: per example [n,T], and per patch, mean over the examples, [T,N]."""
+    model = build_model(weights.model, precision=request.precision, mesh=mesh)
+    params = jax.device_put(weights.params, replicated(mesh))
+    mode = "complete" if weights.model.routers == "none" else "gated"
+    measure = functools.partial(patch_losses, model=model, diffusion=weights.diffusion, mode=mode)
+    count = len(batch["label"])
+    size = -(-min(request.batch_size, count) // mesh.size) * mesh.size
+    losses = np.zeros((count, len(timesteps)))
+    maps = np.zeros((len(timesteps), weights.model.tokens))
+    with tqdm(total=count * len(timesteps), unit="pass", desc=f"losses of {name}") as progress:
+        for first in range(0, count, size):
+            indices = np.arange(first, first + size).clip(max=count - 1)  # one shape for all batches
+            kept = min(size, count - first)
+            arrays = batch["image"][indices], batch["label"][indices], image_keys(request.seed, jnp.asarray(indices))
+            arrays = jax.device_put(arrays, batch_sharding(mesh))
+            for column, timestep in enumerate(timesteps):
+                found = np.asarray(measure(params, *arrays, jnp.int32(timestep)), np.float64)[:kept]
+                losses[first : first + kept, column] = found.mean(-1)
+                maps[column] += found.sum(0) / count
+                progress.update(kept)
+    return losses, maps
+
+
+def _draw_losses(out, timesteps, losses: dict, maps: dict) -> None:
+    _save(out / "losses", figures.draw_losses(timesteps, losses), figures.loss_table(timesteps, losses))
+    shown = _spread(len(timesteps), MAPS_SHOWN)[::-1]  # noise on the left
+    chosen, told = timesteps[shown], {name: field[shown] for name, field in maps.items()}
+    _save(out / "loss_maps", figures.draw_loss_maps(chosen, told), figures.loss_map_table(chosen, told))
+
+
+# --- Routing -------------------------------------------------------------------------------------
+
+
+def _draw_routing(out, weights: Weights, request: Analysis, mesh) -> Samples:
+    """Draw images with a dynamic model, one at a time so that each has its own record, and show what was on."""
+    out.mkdir()
+    model = build_model(weights.model, precision=request.precision, mesh=mesh)
+    decode = make_decode_fn(weights, mesh)
+    settings = dict(sampling=weights.sampling, diffusion=weights.diffusion)
+    plan = plan_sampling(model, weights.params, **settings)
+    steps = len(steps_of(**settings).timestep)
+    with tqdm(total=len(request.labels) * steps, unit="step", desc=f"images of {out.name}") as progress:
+        draw = functools.partial(generate, model, weights.params, **settings, mode="gated", report=progress.update)
+        each = [
+            draw([int(label)], indices=np.array([index]), seed=request.seed)
+            for index, label in enumerate(request.labels)
+        ]
+    tokens = np.stack([samples.routing.tokens for samples in each])  # [I,S,L,N]
+    record = each[0].routing
+    mean = dataclasses.replace(
+        each[0],
+        routing=Routing(record.heads, record.groups, tokens.mean(0)),
+        macs=np.mean([samples.macs for samples in each], 0),
+    )
+    _save(out / "routing", figures.draw_routing(mean, weights.model.macs), figures.routing_table(mean))
+    _save(out / "plan", figures.draw_plan(plan, mean.timesteps), figures.plan_table(plan, mean.timesteps))
+    images = np.concatenate([to_uint8(decode(samples.images)) for samples in each])
+    shown, layers = _spread(steps, MAPS_SHOWN), _spread(weights.model.depth, LAYERS_SHOWN)
+    chosen = mean.timesteps[shown]
+    table = figures.token_table(tokens[:, shown], chosen)
+    _save(out / "tokens", figures.draw_tokens(images, tokens[:, shown], chosen, layers), table)
+    one = figures.draw_tokens(images[:1], tokens[:1, shown], chosen, layers)
+    _save(out / "tokens_by_layer", one, [row for row in table if row["image"] == 0])
+    return mean
+
+
+def _draw_costs(out, models: dict, costs: dict) -> None:
+    timesteps, macs = ({name: getattr(c, key) for name, c in costs.items()} for key in ("timesteps", "macs"))
+    complete = {name: models[name].model.macs.complete for name in costs}
+    table = [
+        dict(model=name, timestep=int(t), macs=float(m), complete=complete[name])
+        for name, cost in costs.items()
+        for t, m in zip(cost.timesteps, cost.macs)
+    ]
+    _save(out / "macs", figures.draw_macs(timesteps, macs, complete), table)
+
+
+def _spread(count: int, shown: int) -> np.ndarray:
+    """Return at most `shown` numbers spread evenly from 0 to count - 1."""
+    return np.unique(np.linspace(0, count - 1, min(shown, count)).round().astype(int))
+
+
+def _save(path, figure, table: list[dict]) -> None:
+    for suffix in (".png", ".svg"):
+        figures.save_figure(path.with_name(path.name + suffix), figure)
+    figures.save_table(path.with_name(path.name + ".csv"), table)
