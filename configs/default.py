@@ -40,6 +40,7 @@ def get_config():
     config.data.batch_size = 256
     config.data.seed = 0
     config.data.threads = 2
+    config.data.max_bad = 100
 
     # Loss terms and budget: dydit_jax/diffusion/losses.py, LossConfig.
     config.loss = ml_collections.ConfigDict()
@@ -71,6 +72,8 @@ def get_config():
     config.train.init_from = ""
     config.train.precision = "auto"
     config.train.remat = "none"
+    config.train.accumulate = 1  # parts of a batch, one after the other, to save memory
+    config.train.max_skips = 100
 
     # How images are drawn from the result unless sample.py is told otherwise: dydit_jax/diffusion/samplers.py.
     config.sampling = ml_collections.ConfigDict()
@@ -98,5 +101,9 @@ def get_config():
     config.tracking.every_steps = 100
     config.tracking.tensorboard = False
     config.tracking.wandb_project = ""
+    config.tracking.samples_every_steps = 0
+    config.tracking.sample_labels = tuple(range(10))
+    config.tracking.stall_seconds = 300.0
+    config.tracking.profile = ()  # (10, 15): trace these steps
 
     return config

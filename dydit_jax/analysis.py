@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dydit_jax import figures
 from dydit_jax.build import build_model
 from dydit_jax.checkpoints import Weights
-from dydit_jax.data.sources import DataConfig, examples
+from dydit_jax.data.sources import DataConfig, examples, open_source
 from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
 from dydit_jax.errors import InputError
@@ -149,13 +149,14 @@ def _named(weights: list[Weights], paths: tuple[str, ...]) -> dict[str, Weights]
 def _examples(request: Analysis, models: dict[str, Weights]) -> dict:
     """Return the examples to measure on: {"image": [n,side,side,C], "label": [n]}."""
     first = next(iter(models.values()))
-    trained_on = first.about.get("data") or first.about.get("config", {}).get("data") or {}
+    trained_on = first.about.get("source") or first.about.get("config", {}).get("data") or {}
     name, path = request.data or trained_on.get("name", ""), request.data_path
     if not name:
         raise InputError("The first model does not say what it was trained on; name --data (and --data_path).")
     if not request.data:
         path = path or trained_on.get("path", "")
-    return examples(DataConfig(name=name, path=path, batch_size=1), first.model, count=request.num_examples)
+    source = open_source(DataConfig(name=name, path=path, batch_size=1), first.model)
+    return examples(source, count=request.num_examples)
 
 
 # --- Losses --------------------------------------------------------------------------------------

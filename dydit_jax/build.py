@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from dydit_jax.checkpoints import CheckpointConfig
 from dydit_jax.data.sources import DataConfig
-from dydit_jax.diffusion.losses import LossConfig
+from dydit_jax.diffusion.losses import STRATA, LossConfig
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
@@ -83,6 +83,8 @@ class TrainConfig:
       precision: "bfloat16", "float32", "highest" (float32 products in full, for comparisons) or "auto": bfloat16
         on accelerators, float32 on CPUs.
       remat: what the backward pass recomputes: "none", "block" or "dots".
+      accumulate: into how many parts a batch is split, computed one after the other to save memory.
+      max_skips: the run stops when so many batches were skipped one after the other.
     """
 
     steps: int
@@ -91,9 +93,13 @@ class TrainConfig:
     init_from: str = ""
     precision: str = "auto"
     remat: str = "none"
+    accumulate: int = 1
+    max_skips: int = 100
 
     def __post_init__(self):
         require_range("train.steps", self.steps, low=1)
+        require_range("train.accumulate", self.accumulate, low=1)
+        require_range("train.max_skips", self.max_skips, low=1)
         require_range("train.seed", self.seed, low=0)
         require_range("train.ema_decay", self.ema_decay, 0.0, 1.0)
         require_known("precision", self.precision, PRECISIONS)
@@ -116,7 +122,17 @@ class Experiment:
 
 
 # What may change when a run is continued: it alters neither the model nor any step already taken.
-CHANGEABLE = ("mesh", "checkpoint", "tracking", "sampling", "train.steps", "train.remat", "data.threads")
+CHANGEABLE = (
+    "mesh",
+    "checkpoint",
+    "tracking",
+    "sampling",
+    "train.steps",
+    "train.remat",
+    "train.max_skips",
+    "data.threads",
+    "data.max_bad",
+)
 
 
 def read_experiment(config: Mapping) -> Experiment:
@@ -140,6 +156,14 @@ def read_experiment(config: Mapping) -> Experiment:
     }
     experiment = Experiment(**records)
     respace(make_schedule(experiment.diffusion), experiment.sampling.steps)
+    parts, size = experiment.train.accumulate, experiment.data.batch_size
+    if parts > 1 and size % (parts * STRATA):
+        raise InputError(
+            f"data.batch_size must be a multiple of {parts * STRATA}, {STRATA} times train.accumulate, not {size}."
+        )
+    wrong = [label for label in experiment.tracking.sample_labels if not 0 <= label <= experiment.model.classes]
+    if wrong:
+        raise InputError(f"tracking.sample_labels must be from 0 to {experiment.model.classes}, not {wrong}.")
     return experiment
 
 

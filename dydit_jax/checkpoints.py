@@ -25,7 +25,7 @@ from etils import epath
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, StopError
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.records import read_record
 from dydit_jax.trees import flatten, unflatten
@@ -210,8 +210,13 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._manager.close()
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self._manager.close()
+            return
+        # What ends the run has been said; a write that fails on the way out must not hide it.
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -219,11 +224,42 @@ class Run:
         return self._manager.latest_step()
 
     def save(self, step: int, items: dict, about: dict, *, force: bool = False) -> bool:
-        """Save trees by name if `step` is due (or `force`); returns whether it did. Writing goes on behind."""
+        """Save trees by name if `step` is due (or `force`); returns whether it did. Writing goes on behind.
+
+        Raises:
+          StopError: this checkpoint or the one before could not be written, a full disk for example.
+        """
         if self.latest_step == step:
             return False
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        return self._manager.save(step, args=ocp.args.Composite(**trees, about=ocp.args.JsonSave(about)), force=force)
+        arguments = ocp.args.Composite(**trees, about=ocp.args.JsonSave(about))
+        with self._named_failure():
+            return self._manager.save(step, args=arguments, force=force)
+
+    def wait(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+          StopError: it could not be.
+        """
+        with self._named_failure():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _named_failure(self):
+        """Turn a failure to write into a message that names the last good checkpoint."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 (the storage below has no common error)
+            told = " ".join(str(error).split())[:300]
+            raise StopError(
+                f"A checkpoint could not be written ({told}). The newest whole one is of step {self._newest_whole()}; "
+                "make room, and the same command goes on from it."
+            ) from error
+
+    def _newest_whole(self) -> int | None:
+        self._manager.reload()
+        return self._manager.latest_step()
 
     def restore(self, step: int, items: dict) -> dict:
         """Read trees by name into the shapes and shardings of `items`, and the record `about`.

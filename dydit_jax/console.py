@@ -10,14 +10,24 @@ import jax
 from absl import app, flags
 
 from dydit_jax.cache import cache_folder
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, StopError
+from dydit_jax.processes import start_processes
+
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join the other processes of this job; on TPU pods, SLURM, Open MPI and GKE nothing else is needed.",
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where nothing else says.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this job, with --coordinator.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, with --coordinator.")
 
 
 def run(main: Callable[[], None]) -> None:
     """Parse flags and run a program.
 
     Its own log goes to standard error, one line per event; libraries are heard from warnings on. An `InputError` ends
-    the program with its message on one line and exit code 2.
+    the program with its message on one line and exit code 2, a `StopError` with its own code.
     """
 
     def guarded(_):
@@ -31,10 +41,12 @@ def run(main: Callable[[], None]) -> None:
             "jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or str(cache_folder() / "programs")
         )
         try:
+            if DISTRIBUTED.value or COORDINATOR.value:
+                start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
             main()
-        except InputError as error:
+        except (InputError, StopError) as error:
             sys.stderr.write(f"{sys.argv[0]}: {error}\n")
-            sys.exit(2)
+            sys.exit(error.code if isinstance(error, StopError) else 2)
 
     app.run(guarded, flags_parser=_parse_flags)
 

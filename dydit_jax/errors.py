@@ -1,4 +1,4 @@
-"""The one kind of error that is the user's to mend: programs print it as a single line."""
+"""Errors that programs print as a single line: a mistake that is the user's to mend, and a run that has to stop."""
 
 
 class InputError(ValueError):
@@ -13,3 +13,11 @@ def require_known(kind: str, name, known) -> None:
     """
     if name not in known:
         raise InputError(f"Unknown {kind} {name!r}; known: {', '.join(sorted(map(str, known)))}.")
+
+
+class StopError(Exception):
+    """A run that can't or must not go on now; its state is saved, and `code` is the program's exit status."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code

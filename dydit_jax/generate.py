@@ -30,6 +30,7 @@ from dydit_jax.models.cost import routed_macs
 from dydit_jax.models.dit import MODES as APPLY_MODES
 from dydit_jax.models.dit import DiTConfig, Model, unconstrained
 from dydit_jax.models.routing import Routing
+from dydit_jax.processes import to_host
 from dydit_jax.sharding import BATCH, batch_sharding, replicated, require_divisible
 
 MODES = (*APPLY_MODES, "fast")
@@ -247,7 +248,7 @@ def generate(
         gates = jax.tree.map(lambda gate: gate[:, None].astype(np.float32), (segment.head_gates, segment.group_gates))
         settings = dict(model=model, sampling=sampling, form=form, capacities=capacities, mesh=mesh)
         state, record = run_segment(params, layers, state, rows, gates, labels, keys, **settings)
-        records.append(jax.device_get(record))
+        records.append(to_host(record))
         if report is not None:
             report(len(segment))
     record = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *records)  # [devices,S,...]
@@ -255,7 +256,7 @@ def generate(
     routed = mode != "complete" and config.routers != "none"
     macs = routed_macs(routing, config.macs) if routed else np.full(len(heads), float(config.macs.complete))
     shares = Shares(routing.tokens.mean(-1), record.fullest.max(0))
-    return Samples(np.asarray(state.current), table.timestep, routing, np.asarray(macs), shares, record.over.sum(0))
+    return Samples(to_host(state.current), table.timestep, routing, np.asarray(macs), shares, record.over.sum(0))
 
 
 def _programs(model: Model, params, table, mode: str, plan: Plan | None, images: int):

@@ -35,7 +35,7 @@ RULES = (
     (r"(patch_embed|label_embed|output|time_embed)/(kernel|bias|bias_in|bias_out|table|positions)$", ()),
     (r"(head_router|group_router)/(kernel|bias)$", ()),
     (r"token_router/(kernel|bias)_(in|out)$", ()),
-    (r"(^|/)(step|count|skipped)$", ()),
+    (r"(^|/)(step|count|skipped|skipped_in_a_row)$", ()),
 )
 
 
@@ -104,6 +104,12 @@ def _sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of anything whose first axis is the batch."""
     return NamedSharding(mesh, BATCH)
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Return which rows of a global batch this process has to bring, in their order."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,13 +1,31 @@
-"""What a run tells the world: JSON lines always, TensorBoard and Weights & Biases on request, and a clock."""
+"""What a run tells the world: metrics, samples, a clock, a profile, and that nothing moves any more."""
 
 import dataclasses
 import json
+import logging
+import threading
 import time
 
+import jax
+import jax.numpy as jnp
 from etils import epath
 
 from dydit_jax.errors import InputError
 from dydit_jax.records import require_range
+
+logger = logging.getLogger(__name__)
+
+# Dense bfloat16 peak of one chip, FLOP/s, as the makers state it; by the beginning of what JAX calls the device.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+FLOPS_PER_MAC = 6  # of a training step: 2 forward, 4 backward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +36,27 @@ class TrackingConfig:
       every_steps: steps between two reports.
       tensorboard: write event files into <workdir>/tensorboard; needs the extra `tensorboard`.
       wandb_project: project of Weights & Biases, "" for none; needs the extra `wandb`.
+      samples_every_steps: steps between two grids of images from the EMA weights, in <workdir>/samples; 0 for none.
+      sample_labels: of these images.
+      stall_seconds: after so long without movement the log says what the run is waiting for.
+      profile: first and last step of a profile in <workdir>/profile, for TensorBoard or XProf; () for none.
     """
 
     every_steps: int = 100
     tensorboard: bool = False
     wandb_project: str = ""
+    samples_every_steps: int = 0
+    sample_labels: tuple[int, ...] = tuple(range(10))
+    stall_seconds: float = 300.0
+    profile: tuple[int, ...] = ()
 
     def __post_init__(self):
+        require_range("tracking.samples_every_steps", self.samples_every_steps, low=0)
+        require_range("tracking.stall_seconds", self.stall_seconds, low=1.0)
+        if not self.sample_labels:
+            raise InputError("tracking.sample_labels is empty; set tracking.samples_every_steps to 0 for no samples.")
+        if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]):
+            raise InputError(f"tracking.profile must be the first and the last step, (10, 15), not {self.profile}.")
         require_range("tracking.every_steps", self.every_steps, low=1)
 
 
@@ -104,3 +136,69 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
+
+
+def flops_utilisation(macs_per_second: float, dtype) -> float | None:
+    """Return the share of the chips' bfloat16 peak that a training step's MACs make; None where the peak is unknown."""
+    kind = jax.devices()[0].device_kind
+    peak = next((flops for name, flops in sorted(PEAK_FLOPS.items(), reverse=True) if kind.startswith(name)), None)
+    if peak is None or dtype != jnp.bfloat16:
+        return None
+    return FLOPS_PER_MAC * macs_per_second / (peak * jax.device_count())
+
+
+class Watch:
+    """Says in the log when a run has been waiting for the same thing for too long. Use as a context."""
+
+    def __init__(self, seconds: float):
+        self._seconds, self._left = seconds, threading.Event()
+        self._awaited, self._since, self._said = "the start", time.monotonic(), False
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._left.set()
+        self._thread.join()
+
+    def now(self, awaited: str) -> None:
+        """Say what the run waits for from now on."""
+        self._awaited, self._since, self._said = awaited, time.monotonic(), False
+
+    def _look(self) -> None:
+        while not self._left.wait(self._seconds / 4):
+            waiting = time.monotonic() - self._since
+            if waiting > self._seconds and not self._said:
+                self._said = True
+                told = (duration(waiting), jax.process_index(), self._awaited)
+                logger.warning("Nothing has moved for %s: process %d waits for %s.", *told)
+
+
+class Profile:
+    """A trace of the steps from `first` to `last` for TensorBoard or XProf. Use as a context."""
+
+    def __init__(self, steps: tuple[int, ...], workdir):
+        self._first, self._last = steps or (-1, -1)
+        self._folder, self._running = str(epath.Path(workdir) / "profile"), False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._stop()
+
+    def at(self, step: int) -> None:
+        """Start or stop before a step, where it is time."""
+        if step == self._first:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        elif step > self._last:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            logger.info("Wrote a profile of steps %d to %d to %s.", self._first, self._last, self._folder)

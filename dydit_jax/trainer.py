@@ -1,33 +1,22 @@
-"""Training: state, objective, update, loop. One trainer for the static DiT and for every stage of a DyDiT.
+"""A run: from a config to the last step, through restarts, bad batches and notices to leave.
 
-One way through: batch -> x_t -> model (dynamic and complete pass) -> loss terms -> gradients -> update -> checkpoint.
-Random draws and batches depend on seed and step alone: a run that stops and goes on is the run that did not stop.
-
-Source: DyDiT, https://arxiv.org/abs/2410.03456, section 3.4, and its training code. It differs from that code where
-the code steps its optimiser twice per batch in the first stage: here every batch is one clipped step, or is skipped.
+One way through: config -> data, model, state (a checkpoint's or the first) -> steps -> checkpoints -> EMA weights.
+Batches and random draws depend on seed and step alone: a run that stops and goes on is the run that did not stop,
+whatever the number of devices or processes before and after.
 """
 
 import dataclasses
 import functools
 import json
 import logging
-import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from dydit_jax.build import (
-    Experiment,
-    build_learning_rate,
-    build_model,
-    build_optimizer,
-    differences,
-    read_experiment,
-)
+from dydit_jax.build import Experiment, build_model, build_optimizer, differences, read_experiment
 from dydit_jax.checkpoints import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -38,168 +27,23 @@ from dydit_jax.checkpoints import (
     package_versions,
     save_weights,
 )
-from dydit_jax.data.sources import batches
-from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
-from dydit_jax.diffusion.losses import (
-    budget_penalty,
-    budget_target,
-    denoising_error,
-    drop_labels,
-    stratified_timesteps,
-    variational_bound,
-)
-from dydit_jax.diffusion.schedules import make_schedule
-from dydit_jax.errors import InputError
+from dydit_jax.data.sources import batches, open_source
+from dydit_jax.errors import InputError, StopError
+from dydit_jax.generate import generate, to_uint8
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.models.cost import routed_ratio
 from dydit_jax.models.dit import Model
-from dydit_jax.sharding import batch_sharding, make_mesh, replicated, require_divisible, shardings
-from dydit_jax.tracking import Clock, duration, make_writers
+from dydit_jax.pictures import draw_grid, save_image
+from dydit_jax.processes import RESTART_CODE, Notice, is_main, require_same, to_host, together
+from dydit_jax.sampling import make_decode_fn
+from dydit_jax.sharding import batch_sharding, make_mesh, process_rows, require_divisible, shardings
+from dydit_jax.tracking import Clock, Profile, Watch, duration, flops_utilisation, make_writers
 from dydit_jax.trees import flatten, unflatten
+from dydit_jax.update import TrainState, compile_update, init_state, passes_at
 
 logger = logging.getLogger(__name__)
 
 INIT_STEP = 2**32 - 1  # the key of the initial values is that of a step which no run reaches
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that an update changes.
-
-    Attributes:
-      step: updates tried, int32.
-      params, ema: parameter trees, float32.
-      opt_state: the optimiser's moments.
-      skipped: batches whose gradient was refused, int32.
-    """
-
-    step: jax.Array
-    params: dict
-    ema: dict
-    opt_state: optax.OptState
-    skipped: jax.Array
-
-
-# --- The objective -------------------------------------------------------------------------------
-
-
-def objective(params, batch, key, step, *, model: Model, experiment: Experiment, passes: tuple[str, ...]):
-    """Return the loss of a batch and its terms.
-
-    Args:
-      params: the parameter tree.
-      batch: {"image": [B,side,side,C], "label": [B]}.
-      key: PRNG key of this step.
-      step: number of this step, for the budget's ramp.
-      model, experiment: what to train and how.
-      passes: "gated", "complete" or both; they share x_t, timesteps and labels.
-
-    Returns:
-      The scalar loss and a dict of scalar metrics.
-    """
-    start, size = batch["image"], len(batch["label"])
-    time_key, noise_key, label_key, router_key = jax.random.split(key, 4)
-    t = stratified_timesteps(time_key, size, experiment.diffusion.train_steps)
-    labels = drop_labels(
-        label_key, batch["label"], null_label=model.config.null_label, probability=experiment.loss.label_dropout
-    )
-    noise = jax.random.normal(noise_key, start.shape)
-    c = at_steps(coefficients(make_schedule(experiment.diffusion)), t)
-    current = diffuse(start, noise, c)
-    loss, metrics = 0.0, {}
-    for mode in passes:
-        router_noise = model.router_noise(router_key, size) if mode == "gated" else None
-        output, routing = model.apply(params, current, t, labels, mode=mode, noise=router_noise)
-        terms = {
-            f"loss/{mode}_mse": denoising_error(output, noise).mean(),
-            f"loss/{mode}_vb": variational_bound(output, start, current, c).mean(),
-        }
-        if mode == "gated":
-            ratio = routed_ratio(routing, attention=model.config.macs.attention, mlp=model.config.macs.mlp)
-            target = budget_target(step, experiment.loss)
-            terms["loss/budget"] = budget_penalty(ratio, target, weight=experiment.loss.budget_weight)
-            metrics |= {"cost/ratio": ratio.mean(), "cost/target": target}
-            metrics |= {f"routing/{name}": gates.mean() for name, gates in vars(routing).items()}
-        loss += sum(terms.values())
-        metrics |= terms
-    return loss, metrics | {"loss/total": loss}
-
-
-def passes_at(step: int, experiment: Experiment) -> tuple[str, ...]:
-    """Return the passes that are trained at a step: the static model has one, a DyDiT one or two."""
-    if experiment.model.routers == "none":
-        return ("complete",)
-    complete_steps = experiment.loss.complete_steps
-    return ("gated", "complete") if complete_steps < 0 or step < complete_steps else ("gated",)
-
-
-# --- The update ----------------------------------------------------------------------------------
-
-
-def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Make the state before the first step; the EMA starts at the parameters."""
-    zero = lambda: jnp.zeros((), jnp.int32)  # two arrays: an update reuses the memory of each
-    return TrainState(zero(), params, jax.tree.map(jnp.copy, params), optimizer.init(params), zero())
-
-
-def make_update_fn(model: Model, experiment: Experiment, passes: tuple[str, ...]) -> Callable:
-    """Make the pure function (state, batch) -> (state, metrics) of one step; the caller compiles it."""
-    optimizer, learning_rate = build_optimizer(experiment.optimizer), build_learning_rate(experiment.optimizer)
-    skip_norm = experiment.optimizer.skip_norm or jnp.inf
-    loss_fn = functools.partial(objective, model=model, experiment=experiment, passes=passes)
-
-    def update(state: TrainState, batch) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
-        (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, key, state.step)
-        norm = optax.tree.norm(gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1.0 - experiment.train.ema_decay)
-        # A refused batch leaves no trace but the counter: neither moments nor EMA move. NaN < inf is false.
-        accepted = norm < skip_norm
-        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(accepted, new, old))
-        state = TrainState(
-            step=state.step + 1,
-            params=keep(params, state.params),
-            ema=keep(ema, state.ema),
-            opt_state=keep(opt_state, state.opt_state),
-            skipped=state.skipped + jnp.where(accepted, 0, 1),
-        )
-        metrics |= {
-            "optimizer/gradient_norm": norm,
-            "optimizer/skipped_batches": state.skipped,
-            "optimizer/learning_rate": learning_rate(state.step - 1),
-        }
-        return state, metrics
-
-    return update
-
-
-def compile_update(model: Model, experiment: Experiment, passes: tuple[str, ...], mesh: Mesh, state) -> Callable:
-    """Compile the update for a mesh; the old state's memory is reused for the new one.
-
-    Args:
-      model, experiment, passes: as for `make_update_fn`.
-      mesh: where.
-      state: a state or its shapes.
-    """
-    state_shardings = shardings(mesh, state)
-    began = time.monotonic()
-    shape = (experiment.data.batch_size, model.config.side, model.config.side, model.config.channels)
-    batch = dict(image=jax.ShapeDtypeStruct(shape, jnp.float32), label=jax.ShapeDtypeStruct(shape[:1], jnp.int32))
-    compiled = (
-        jax.jit(
-            make_update_fn(model, experiment, passes),
-            in_shardings=(state_shardings, batch_sharding(mesh)),
-            out_shardings=(state_shardings, replicated(mesh)),
-            donate_argnums=0,
-        )
-        .lower(state, batch)
-        .compile()
-    )
-    logger.info("Compiled the update (%s pass) in %.1f s.", " and ".join(passes), time.monotonic() - began)
-    return compiled
+SAMPLES_FOLDER = "samples"
 
 
 # --- The first parameters -----------------------------------------------------------------------
@@ -256,7 +100,9 @@ def prepare_workdir(workdir, config: dict) -> epath.Path:
         raise InputError(f"{workdir} is neither empty nor a run's work directory; name another one.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        partial = workdir / f"{CONFIG_FILE}.partial"  # a run that is killed here must find its directory its own
+        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        partial.replace(workdir / CONFIG_FILE)
     except OSError as error:
         raise InputError(f"Can't write to {workdir}: {error}.") from error
     return workdir
@@ -274,34 +120,70 @@ def train_and_evaluate(config: dict, workdir) -> TrainState:
 
     Raises:
       InputError: anything wrong with the config or the work directory, before anything is compiled.
+      StopError: told to leave, too many bad batches in a row, or a checkpoint that can't be written.
     """
-    experiment = read_experiment(config)
-    mesh = make_mesh(experiment.mesh)
-    require_divisible(mesh, experiment.data.batch_size)
-    batches(experiment.data, experiment.model, start=0)  # a data source that does not fit says so now
+    experiment = together(lambda: read_experiment(config))
+    require_same("configuration", json.dumps(config, sort_keys=True))
+    mesh = together(lambda: make_mesh(experiment.mesh))
+    together(lambda: require_divisible(mesh, experiment.data.batch_size // experiment.train.accumulate))
+    # A data source that does not fit says so now.
+    data = together(lambda: _opened_data(experiment))
+    require_same("dataset", data.fingerprint)
     model = build_model(experiment.model, precision=experiment.train.precision, mesh=mesh, remat=experiment.train.remat)
-    source = {} if has_checkpoint(workdir) else starting_leaves(model, experiment)
-    workdir = prepare_workdir(workdir, config)
+    source = {} if has_checkpoint(workdir) else together(lambda: starting_leaves(model, experiment))
+    together(lambda: prepare_workdir(workdir, config) if is_main() else None)
+    workdir = epath.Path(workdir)
     with jax.set_mesh(mesh), Run(workdir, experiment.checkpoint) as run:
-        state = _restored_or_first(run, model, experiment, mesh, source)
-        logger.info(
-            "%s: %.1f M parameters, %.3f G MACs complete, mesh %s, precision %s.",
-            workdir.name,
-            sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6,
-            model.config.macs.complete / 1e9,
-            dict(mesh.shape),
-            jnp.dtype(model.dtype).name,
-        )
-        state = _run_steps(state, run, model, experiment, mesh, make_writers(experiment.tracking, workdir))
+        state = _restored_or_first(run, model, experiment, mesh, source, data.fingerprint)
+        _describe(state, workdir, model, mesh)
+        state = _run_steps(state, run, workdir, model, experiment, mesh, data)
+        ema = to_host(state.ema)
     about = dict(config=config, step=int(state.step), versions=package_versions())
-    ema = jax.device_get(state.ema)
-    weights = Weights(experiment.model, experiment.diffusion, experiment.sampling, ema, about)
-    save_weights(workdir / WEIGHTS_FILE, weights)
-    logger.info("Wrote the EMA weights to %s.", workdir / WEIGHTS_FILE)
+    if is_main():
+        weights = Weights(experiment.model, experiment.diffusion, experiment.sampling, ema, about)
+        save_weights(workdir / WEIGHTS_FILE, weights)
+        logger.info("Wrote the EMA weights to %s.", workdir / WEIGHTS_FILE)
     return state
 
 
-def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mesh, source: dict) -> TrainState:
+def _opened_data(experiment: Experiment):
+    """Open the training data.
+
+    Raises:
+      InputError: data that do not fit the model, or latents of another autoencoder than samples are decoded with.
+    """
+    source = open_source(experiment.data, experiment.model)
+    made_by, wanted = getattr(source, "autoencoder", ""), experiment.sampling.autoencoder
+    if made_by and wanted and made_by != wanted:
+        raise InputError(
+            f"The latents in {experiment.data.path} are of {made_by}, but sampling.autoencoder is {wanted}."
+        )
+    return source
+
+
+def _describe(state: TrainState, workdir, model: Model, mesh: Mesh) -> None:
+    """Say what is trained and where it lies."""
+    leaves = jax.tree.leaves(state)
+    on_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    split = sum(leaf.addressable_shards[0].data.nbytes < leaf.nbytes for leaf in leaves)
+    logger.info(
+        "%s: %.1f M parameters, %.3f G MACs complete, mesh %s on %d x %s in %d processes, precision %s.",
+        workdir.name,
+        sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6,
+        model.config.macs.complete / 1e9,
+        dict(mesh.shape),
+        mesh.size,
+        jax.devices()[0].device_kind,
+        jax.process_count(),
+        jnp.dtype(model.dtype).name,
+    )
+    logger.info(
+        "State: %.2f GiB, %.2f GiB of it on each device; %d of %d arrays are split.",
+        *(sum(leaf.nbytes for leaf in leaves) / 2**30, on_a_device / 2**30, split, len(leaves)),
+    )
+
+
+def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mesh, source: dict, data: str):
     """Return the newest checkpoint's state, or that of step 0, in their shards."""
     optimizer = build_optimizer(experiment.optimizer)
     make_state = functools.partial(init_state, optimizer=optimizer)
@@ -311,49 +193,112 @@ def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mes
         return jax.jit(make_state, out_shardings=layout)(first_params(model, experiment, mesh, source))
     shaped = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout)
     restored = run.restore(run.latest_step, _items(shaped))
+    if restored["about"]["data"] != data:
+        raise InputError(
+            f"The dataset is not the one that the run of step {run.latest_step} was trained on "
+            f"({data} here, {restored['about']['data']} there); give it back, or start another run from these weights."
+        )
     logger.info("Continuing from step %d.", run.latest_step)
     return TrainState(params=restored["params"], ema=restored["ema"], **restored["rest"])
 
 
 def _items(state: TrainState) -> dict:
     """Split a state into what a checkpoint stores under separate names, so that the EMA can be read alone."""
-    rest = dict(step=state.step, opt_state=state.opt_state, skipped=state.skipped)
+    rest = {name: leaf for name, leaf in vars(state).items() if name not in ("params", "ema")}
     return dict(params=state.params, ema=state.ema, rest=rest)
 
 
-def _run_steps(state: TrainState, run: Run, model: Model, experiment: Experiment, mesh: Mesh, writers) -> TrainState:
-    """Step to the end, reporting and saving on the way."""
-    step, last, every = int(state.step), experiment.train.steps, experiment.tracking.every_steps
-    data = batches(experiment.data, experiment.model, start=step)
-    about = dict(versions=package_versions(), data=dataclasses.asdict(experiment.data))
+def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: Experiment, mesh: Mesh, data):
+    """Step to the end, reporting, drawing and saving on the way."""
+    step, last, tracking = int(state.step), experiment.train.steps, experiment.tracking
+    about = dict(versions=package_versions(), data=data.fingerprint, source=dataclasses.asdict(experiment.data))
     shapes = jax.eval_shape(lambda state: state, state)
     compiled = functools.cache(lambda passes: compile_update(model, experiment, passes, mesh, shapes))
+    size = experiment.data.batch_size
+    source = batches(data, experiment.data, start=step, rows=process_rows(mesh, size))
+    sharding = batch_sharding(mesh)
+    place = lambda leaf: jax.make_array_from_process_local_data(sharding, leaf, (size, *leaf.shape[1:]))
+    writers = make_writers(tracking, workdir) if is_main() else []
     if step < last:
         compiled(passes_at(step, experiment))  # before the clock starts
     clock = Clock(step, last)
-    while step < last:
-        batch = jax.device_put(next(data), batch_sharding(mesh))
-        update = compiled(passes_at(step, experiment))
-        state, metrics = update(state, batch)
-        step += 1
-        if step % every == 0 or step == last:
-            _report(step, last, jax.device_get(metrics), clock, writers)
-        run.save(step, _items(state), about, force=step == last)
+    with Watch(tracking.stall_seconds) as watch, Notice() as notice, Profile(tracking.profile, workdir) as profile:
+        while step < last:
+            profile.at(step)
+            watch.now(f"the batch of step {step + 1}")
+            batch = jax.tree.map(place, next(source))
+            watch.now(f"step {step + 1}")
+            state, metrics = compiled(passes_at(step, experiment))(state, batch)
+            step += 1
+            if step % tracking.every_steps == 0 or step == last:
+                watch.now(f"the results of step {step}")
+                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                _report(step, last, metrics, clock, writers, model, experiment)
+                _require_progress(step, metrics, run, experiment)
+            leaving = notice.at(step)
+            watch.now(f"the checkpoint of step {step}")
+            run.save(step, _items(state), about, force=step == last or leaving)
+            if leaving:
+                run.wait()
+                raise StopError(f"Told to stop: step {step} is saved, the same command goes on from it.", RESTART_CODE)
+            if tracking.samples_every_steps and step % tracking.samples_every_steps == 0:
+                watch.now(f"the samples of step {step}")
+                _draw_samples(step, state, workdir, model, experiment, mesh)
+        watch.now("the last checkpoint")
+        run.wait()
     return state
 
 
-def _report(step: int, last: int, metrics: dict, clock: Clock, writers) -> None:
+def _report(step: int, last: int, metrics: dict, clock: Clock, writers, model: Model, experiment: Experiment) -> None:
     """Write the metrics of a step and one line for people."""
-    metrics = {name: float(value) for name, value in metrics.items()}
     pace, seconds_left = clock.read(step)
     metrics["time/steps_per_second"] = pace
+    macs = len(passes_at(step - 1, experiment)) * experiment.data.batch_size * model.config.macs.complete
+    utilisation = flops_utilisation(macs * pace, model.dtype)
+    if utilisation is not None:
+        metrics["time/mfu"] = utilisation
     for writer in writers:
         writer.write(step, metrics)
     ratio = (
         f"  ratio {metrics['cost/ratio']:.3f} (target {metrics['cost/target']:.3f})" if "cost/ratio" in metrics else ""
     )
     skipped = f"  skipped {metrics['optimizer/skipped_batches']:.0f}" if metrics["optimizer/skipped_batches"] else ""
-    logger.info(
-        "step %d/%d  loss %.4f%s%s  %.1f steps/s  %s left",
-        *(step, last, metrics["loss/total"], ratio, skipped, pace, duration(seconds_left)),
+    mfu = "" if utilisation is None else f"  MFU {100 * utilisation:.0f} %"
+    if is_main():
+        logger.info(
+            "step %d/%d  loss %.4f%s%s  %.1f steps/s%s  %s left",
+            *(step, last, metrics["loss/total"], ratio, skipped, pace, mfu, duration(seconds_left)),
+        )
+
+
+def _require_progress(step: int, metrics: dict, run: Run, experiment: Experiment) -> None:
+    """Stop a run whose batches are all refused: it would go on doing nothing for days."""
+    skipped = int(metrics["optimizer/skipped_in_a_row"])
+    if skipped >= experiment.train.max_skips:
+        raise StopError(
+            f"Step {step}: the last {skipped} batches were all skipped (loss {metrics['loss/total']:.4g}, gradient "
+            f"norm {metrics['optimizer/gradient_norm']:.4g}). The newest checkpoint is of step {run.latest_step}; look "
+            "at the data, the learning rate and optimizer.skip_norm before going on from it."
+        )
+
+
+def _draw_samples(step: int, state: TrainState, workdir, model: Model, experiment: Experiment, mesh: Mesh) -> None:
+    """Draw a grid of images from the EMA weights, on the same mesh, into samples/<step>.png."""
+    labels = np.asarray(experiment.tracking.sample_labels, np.int32)
+    filled = np.resize(labels, -(-len(labels) // mesh.size) * mesh.size)
+    about = Weights(experiment.model, experiment.diffusion, experiment.sampling, {}, {})
+    samples = generate(
+        model,
+        state.ema,
+        filled,
+        sampling=experiment.sampling,
+        diffusion=experiment.diffusion,
+        seed=experiment.train.seed,
+        mode="complete" if experiment.model.routers == "none" else "gated",
+        mesh=mesh if mesh.size > 1 else None,
     )
+    pixels = to_uint8(make_decode_fn(about, mesh)(samples.images))[: len(labels)]
+    if is_main():
+        folder = workdir / SAMPLES_FOLDER
+        folder.mkdir(exist_ok=True)
+        save_image(folder / f"{step:08d}.png", draw_grid(pixels, columns=min(len(labels), 10)))

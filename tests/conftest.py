@@ -29,6 +29,26 @@ LAYOUTS = {"dense": "none", "v1": "free", "v2": "first_on"}
 CHECKPOINTS = {"dense": "dense_dit.pt", "v1": "dydit_v1.pth", "v2": "dydit_v2_train.pt"}
 
 
+# A run of a few steps on the digits, and its dynamic twin.
+STATIC = dict(
+    model=dict(depth=1, width=32, heads=2, patch=4, side=8, channels=1, classes=10),
+    data=dict(name="digits", batch_size=8),
+    optimizer=dict(learning_rate=1e-3),
+    train=dict(steps=4, ema_decay=0.9),
+    mesh=dict(data=1, fsdp=4),
+    checkpoint=dict(every_steps=2),
+    tracking=dict(every_steps=2),
+)
+
+
+def changed(config: dict, **sections) -> dict:
+    """Return the config with keys of sections replaced."""
+    return {name: dict(config.get(name, {}), **sections.get(name, {})) for name in {*config, *sections}}
+
+
+DYNAMIC = changed(STATIC, model=dict(routers="first_on"), mesh=dict(data=4, fsdp=1))
+
+
 def read_torch(path) -> dict:
     """Read a PyTorch checkpoint as numpy arrays by name; of a training file, its EMA."""
     torch = pytest.importorskip("torch")

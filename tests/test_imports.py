@@ -11,7 +11,7 @@ FLOORS = {
     "errors": 0,
     "records": 0,
     "trees": 0,
-    "console": 1,
+    "processes": 1,
     "models": 1,
     "diffusion": 1,
     "sharding": 1,
@@ -24,6 +24,7 @@ FLOORS = {
     "fast": 2,
     "latents": 2,
     "metrics": 2,
+    "console": 2,
     "checkpoints": 2,
     "build": 3,
     "conversion": 3,
@@ -31,7 +32,8 @@ FLOORS = {
     "loading": 4,
     "evaluation": 4,
     "sampling": 5,
-    "trainer": 5,
+    "update": 5,
+    "trainer": 6,
     "analysis": 6,
 }
 # Third-party packages that may be known in one place only.

@@ -18,7 +18,7 @@ from dydit_jax.sharding import (
     require_divisible,
     shardings,
 )
-from dydit_jax.trainer import compile_update, init_state
+from dydit_jax.update import compile_update, init_state
 
 EXPERIMENT = dict(
     model=dict(depth=2, width=32, heads=4, patch=2, side=8, channels=1, classes=10, routers="first_on"),

@@ -1,46 +1,27 @@
 """Runs train, stop, go on exactly, skip bad batches, and refuse foreign work directories."""
 
-import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import DYNAMIC, STATIC, changed
+from PIL import Image
 
-from dydit_jax.build import build_optimizer, read_experiment
-from dydit_jax.errors import InputError
+from dydit_jax import trainer
+from dydit_jax.build import read_experiment
+from dydit_jax.data import sources
+from dydit_jax.errors import InputError, StopError
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.models.dit import Model, published_config
-from dydit_jax.sharding import MeshConfig, make_mesh
-from dydit_jax.trainer import (
-    compile_update,
-    first_params,
-    init_state,
-    make_update_fn,
-    objective,
-    passes_at,
-    starting_leaves,
-    train_and_evaluate,
-)
-
-STATIC = dict(
-    model=dict(depth=1, width=32, heads=2, patch=4, side=8, channels=1, classes=10),
-    data=dict(name="digits", batch_size=8),
-    optimizer=dict(learning_rate=1e-3),
-    train=dict(steps=4, ema_decay=0.9),
-    mesh=dict(data=1, fsdp=4),
-    checkpoint=dict(every_steps=2),
-    tracking=dict(every_steps=2),
-)
-
-
-def changed(config: dict, **sections) -> dict:
-    """Return the config with keys of sections replaced."""
-    return {name: dict(config.get(name, {}), **sections.get(name, {})) for name in {*config, *sections}}
-
-
-DYNAMIC = changed(STATIC, model=dict(routers="first_on"), mesh=dict(data=4, fsdp=1))
+from dydit_jax.models.dit import Model
+from dydit_jax.sharding import make_mesh
+from dydit_jax.trainer import first_params, starting_leaves, train_and_evaluate
 
 
 @pytest.fixture(scope="module")
@@ -137,65 +118,101 @@ def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture(scope="module")
-def update_parts():
-    experiment = read_experiment(changed(DYNAMIC, mesh=dict(data=4), optimizer=dict(skip_norm=1e3)))
-    model = Model(experiment.model)
-    optimizer = build_optimizer(experiment.optimizer)
-    state = init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
-    return experiment, jax.jit(make_update_fn(model, experiment, ("gated", "complete"))), state
+# --- Being stopped -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e10])
-def test_bad_batch_is_skipped_counted_and_leaves_no_trace(update_parts, bad):
-    _, update, state = update_parts
-    good = dict(image=jnp.ones((8, 8, 8, 1)), label=jnp.arange(8))
-    state, metrics = update(state, good)
-    assert int(state.skipped) == 0 and float(metrics["optimizer/gradient_norm"]) < 1e3
-    after, metrics = update(state, dict(good, image=good["image"] * bad))
-    assert int(after.skipped) == int(metrics["optimizer/skipped_batches"]) == 1
-    assert int(after.step) == int(state.step) + 1
-    for name in ("params", "ema", "opt_state"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+def test_run_told_to_stop_saves_its_step_and_goes_on_from_it(tmp_path, monkeypatch):
+    whole = train_and_evaluate(changed(STATIC, train=dict(steps=5)), tmp_path / "whole")
+
+    class Told(trainer.Notice):
+        def at(self, step):
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().at(step)
+
+    config = changed(STATIC, train=dict(steps=5), checkpoint=dict(every_steps=100))
+    with monkeypatch.context() as patch, pytest.raises(StopError, match="step 3 is saved") as stopped:
+        patch.setattr(trainer, "Notice", Told)
+        train_and_evaluate(config, tmp_path / "run")
+    assert stopped.value.code == 75
+    jax.tree.map(np.testing.assert_array_equal, whole, train_and_evaluate(config, tmp_path / "run"))
 
 
-def test_ema_follows_the_parameters(update_parts):
-    experiment, update, state = update_parts
-    after, _ = update(state, dict(image=jnp.ones((8, 8, 8, 1)), label=jnp.arange(8)))
-    decay = experiment.train.ema_decay
-    expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, after.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), after.ema, expected)
+def test_run_whose_batches_are_all_refused_stops(tmp_path):
+    config = changed(STATIC, optimizer=dict(skip_norm=1e-9), train=dict(steps=50, max_skips=4))
+    with pytest.raises(StopError, match="Step 4: the last 4 batches were all skipped .*newest checkpoint is of step 2"):
+        train_and_evaluate(config, tmp_path / "run")
 
 
-def test_loss_is_the_sum_of_its_terms(update_parts):
-    experiment, _, state = update_parts
-    batch = dict(image=jnp.ones((8, 8, 8, 1)) / 2, label=jnp.arange(8))
-    arguments = dict(model=Model(experiment.model), experiment=experiment)
-    loss, metrics = objective(state.params, batch, jax.random.key(0), 0, passes=("gated", "complete"), **arguments)
-    terms = ("gated_mse", "gated_vb", "complete_mse", "complete_vb", "budget")
-    np.testing.assert_allclose(loss, sum(metrics[f"loss/{name}"] for name in terms), rtol=1e-6)
-    assert float(metrics["cost/ratio"]) == pytest.approx(1.0)  # the routers start open
+def test_changed_dataset_is_refused(tmp_path, monkeypatch):
+    train_and_evaluate(changed(STATIC, train=dict(steps=2)), tmp_path / "run")
+    monkeypatch.setattr(
+        sources.Digits, "fingerprint", property(lambda self: "other digits", lambda *_: None), raising=False
+    )
+    with pytest.raises(InputError, match="is not the one that the run of step 2 was trained on"):
+        train_and_evaluate(STATIC, tmp_path / "run")
 
 
-def test_configuration_decides_the_passes():
-    static, dynamic = read_experiment(STATIC), read_experiment(DYNAMIC)
-    two_stages = dataclasses.replace(dynamic, loss=dataclasses.replace(dynamic.loss, complete_steps=30))
-    assert passes_at(0, static) == ("complete",)
-    assert passes_at(10**6, dynamic) == ("gated", "complete")
-    assert passes_at(29, two_stages) == ("gated", "complete")
-    assert passes_at(30, two_stages) == ("gated",)
+def test_checkpoint_moves_to_other_meshes_and_back(tmp_path):
+    sizes = (4, 2, 1, 4)
+    for steps, size in enumerate(sizes, 1):
+        devices = jax.devices()[:size]
+        with mock.patch.object(trainer, "make_mesh", lambda config, devices=devices: make_mesh(config, devices)):
+            state = train_and_evaluate(
+                changed(DYNAMIC, train=dict(steps=steps), mesh=dict(data=1, fsdp=-1)), tmp_path / "run"
+            )
+    expected = train_and_evaluate(changed(DYNAMIC, train=dict(steps=4)), tmp_path / "still")
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(near, state.params, expected.params)
+
+
+def test_samples_and_profile_are_left_on_the_way(tmp_path):
+    tracking = dict(samples_every_steps=2, sample_labels=(1, 2, 3), profile=(1, 2))
+    sampling = dict(sampler="ddim", steps="2", clip=1.0)
+    config = changed(STATIC, train=dict(steps=4), tracking=tracking, sampling=sampling, mesh=dict(data=2, fsdp=2))
+    train_and_evaluate(config, tmp_path / "run")
+    grids = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [grid.name for grid in grids] == ["00000002.png", "00000004.png"]
+    assert Image.open(grids[0]).size == (3 * 33 + 1, 34)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+KILLED = """
+import json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from dydit_jax.trainer import train_and_evaluate
+train_and_evaluate(json.loads(sys.argv[1]), sys.argv[2])
+"""
+
+
+def killed_now_and_then(config: dict, workdir, kills: int) -> int:
+    """Run a training in processes that are killed at random moments, then to its end; returns how many were killed."""
+    generator, done = np.random.default_rng(0), 0
+    for attempt in range(kills + 1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, json.dumps(config), str(workdir)], stderr=subprocess.PIPE
+        )
+        try:
+            process.wait(timeout=None if attempt == kills else generator.uniform(3, 12))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            done += 1
+            process.wait()
+        else:
+            assert process.returncode == 0, process.stderr.read().decode()[-2000:]
+        process.stderr.close()
+    return done
 
 
 @pytest.mark.slow
-def test_full_size_dit_s2_trains_a_step():
-    experiment = read_experiment(
-        changed(STATIC, model=dict(), data=dict(name="synthetic", batch_size=8), mesh=dict(data=1, fsdp=1))
-        | dict(model=dict(size="S/2", side=32, routers="first_on"))
-    )
-    mesh = make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1])
-    model = Model(published_config("S/2", side=32, routers="first_on"))
-    state = init_state(model.init(jax.random.key(0)), build_optimizer(experiment.optimizer))
-    update = compile_update(model, experiment, ("gated", "complete"), mesh, state)
-    image = np.random.default_rng(0).standard_normal((8, 32, 32, 4), np.float32)
-    state, metrics = update(state, dict(image=image, label=np.arange(8, dtype=np.int32)))
-    assert int(state.skipped) == 0 and bool(jnp.isfinite(metrics["loss/total"]))
+def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
+    """20 times kill -9, a checkpoint after every step, so that many fall into the middle of a save."""
+    config = changed(STATIC, train=dict(steps=3000), mesh=dict(data=1, fsdp=1), checkpoint=dict(every_steps=1))
+    assert killed_now_and_then(config, tmp_path / "killed", 20) >= 15
+    killed_now_and_then(config, tmp_path / "whole", 0)
+    killed, whole = (load_checkpoint(tmp_path / name / "weights.safetensors").params for name in ("killed", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, killed, whole)
+    assert [line["loss/total"] for line in lines(tmp_path / "killed")] == [
+        line["loss/total"] for line in lines(tmp_path / "whole")
+    ]

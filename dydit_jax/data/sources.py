@@ -1,19 +1,29 @@
 """Where training examples come from: random access by index, one source per dataset.
 
-A source has a length, its shape, and gives example i as {"image": float32 [side,side,C] in [-1, 1] or a latent,
-"label": int32}. Batches are a pure function of seed and step: resuming needs the step alone.
+A source has a length, a fingerprint (what it holds, in words and a checksum), and gives example i as {"image": float32
+[side,side,C] in [-1, 1] or a latent, "label": int32}, or something of which `draw` makes one. Batches are a pure
+function of seed and step, whatever the number of processes: resuming needs the step alone.
 """
 
 import dataclasses
+import hashlib
+import json
+import logging
+import threading
 
 import grain
 import numpy as np
 from etils import epath
 
+from dydit_jax.data.images import center_crop, decode_image
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.autoencoder import LATENT_SCALE
 
 DIGITS_HELD_OUT = 360
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LATENTS_FILE, LABELS_FILE, INFO_FILE = "moments.npy", "labels.npy", "info.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +32,11 @@ class DataConfig:
 
     Attributes:
       name: a key of `SOURCES`.
-      path: folder of a dataset that lies in files, "" for the others.
+      path: of a dataset that lies in files, "" for the others; see the sources for what it names.
       batch_size: B over all devices and processes.
       seed: of the order.
       threads: that read ahead, per process; 0 reads when asked.
+      max_bad: unreadable pictures that are replaced by their neighbours before the run stops.
     """
 
     name: str
@@ -33,11 +44,12 @@ class DataConfig:
     path: str = ""
     seed: int = 0
     threads: int = 2
+    max_bad: int = 100
 
     def __post_init__(self):
         require_known("dataset", self.name, SOURCES)
-        if self.batch_size < 1 or self.threads < 0:
-            raise InputError(f"data.batch_size must be at least 1 and data.threads at least 0: {self}.")
+        if self.batch_size < 1 or self.threads < 0 or self.max_bad < 0:
+            raise InputError(f"data.batch_size must be at least 1, data.threads and data.max_bad at least 0: {self}.")
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -67,6 +79,7 @@ class Digits:
     def __init__(self, config, model):
         self.images, self.labels = digits("train")
         _require_shape("digits", self.images.shape[1:], 10, model)
+        self.fingerprint = f"digits {_digest(self.images.tobytes())}"
 
     def __len__(self):
         return len(self.labels)
@@ -80,6 +93,7 @@ class Synthetic:
 
     def __init__(self, config, model):
         self.shape, self.classes = (model.side, model.side, model.channels), model.classes
+        self.fingerprint = "synthetic"
 
     def __len__(self):
         return 4096
@@ -95,22 +109,28 @@ class Latents:
 
     <path>/moments.npy   [n,2,side,side,8], of the image and of its mirror image: mean, then log-variance
     <path>/labels.npy    integers [n]
+    <path>/info.json     what made them; `tools/prepare_latents.py` writes all three
     """
 
     def __init__(self, config, model):
         folder = epath.Path(config.path) if config.path else None
-        if folder is None or not all((folder / name).is_file() for name in ("moments.npy", "labels.npy")):
+        if folder is None or not all((folder / name).is_file() for name in (LATENTS_FILE, LABELS_FILE)):
             raise InputError(
-                f"Dataset latents needs data.path, a folder with moments.npy and labels.npy, not {config.path!r}."
+                f"Dataset latents needs data.path, a folder with {LATENTS_FILE} and {LABELS_FILE}, not "
+                f"{config.path!r}. Make one with tools/prepare_latents.py."
             )
-        self.moments = np.load(folder / "moments.npy", mmap_mode="r")
-        self.labels = np.load(folder / "labels.npy").astype(np.int32)
+        self.moments = np.load(folder / LATENTS_FILE, mmap_mode="r")
+        self.labels = np.load(folder / LABELS_FILE).astype(np.int32)
         shape = self.moments.shape
         if len(shape) != 5 or shape[1] != 2 or shape[0] != len(self.labels):
             raise InputError(
                 f"{folder} holds moments {shape} and {len(self.labels)} labels; see `Latents` for the form."
             )
         _require_shape("latents", (*shape[2:4], shape[4] // 2), max(int(self.labels.max()) + 1, model.classes), model)
+        info = json.loads((folder / INFO_FILE).read_text()) if (folder / INFO_FILE).is_file() else {}
+        self.autoencoder = info.get("autoencoder", "")
+        told = info.get("checksum") or _digest(self.labels.tobytes())
+        self.fingerprint = f"latents {len(self.labels)} {told}"
 
     def __len__(self):
         return len(self.labels)
@@ -127,7 +147,140 @@ class Latents:
         return {"image": LATENT_SCALE * (mean + np.exp(0.5 * log_variance) * noise), "label": example["label"]}
 
 
-SOURCES = {"digits": Digits, "latents": Latents, "synthetic": Synthetic}
+class _Pictures:
+    """Pictures with labels, cropped to the model's side and mirrored at random; unreadable ones are replaced."""
+
+    def __init__(self, config, model):
+        self.side, self.max_bad = model.side, config.max_bad
+        self._bad, self._lock = set(), threading.Lock()
+
+    def __getitem__(self, index):
+        """Return the picture uint8 [side,side,3]; in place of an unreadable one the next that can be read."""
+        for offset in range(len(self)):
+            try:
+                content, label, name = self._content((index + offset) % len(self))
+                return {"pixels": center_crop(decode_image(content, name), self.side), "label": np.int32(label)}
+            except InputError as error:
+                self._count(name, error)
+        raise InputError("No picture of the dataset can be read.")
+
+    def _count(self, name: str, error: InputError) -> None:
+        with self._lock:
+            if name in self._bad:
+                return
+            self._bad.add(name)
+            count = len(self._bad)
+        logger.warning("%s It is replaced by the next one; %d so far.", error, count)
+        if count > self.max_bad:
+            raise InputError(
+                f"{count} pictures can't be read, the last of them {name}; data.max_bad allows {self.max_bad}."
+            ) from error
+
+    @staticmethod
+    def draw(example, generator: np.random.Generator):
+        """Choose the picture or its mirror image, in [-1, 1]."""
+        pixels = example["pixels"][:, :: 1 - 2 * int(generator.integers(2))]
+        return {"image": pixels.astype(np.float32) / 127.5 - 1, "label": example["label"]}
+
+
+class Images(_Pictures):
+    """A folder with one sub-folder per class, in alphabetical order: <path>/n01440764/*.JPEG."""
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        folder = epath.Path(config.path) if config.path else None
+        if folder is None or not folder.is_dir():
+            raise InputError(
+                f"Dataset images needs data.path, a folder with one sub-folder per class, not {config.path!r}."
+            )
+        self.files, self.labels = list_class_folders(folder)
+        _require_shape("images", (model.side, model.side, 3), int(self.labels.max()) + 1, model)
+        names = "\n".join(f"{file.parent.name}/{file.name}" for file in self.files)
+        self.fingerprint = f"images {len(self.files)} {_digest(names.encode())}"
+
+    def __len__(self):
+        return len(self.files)
+
+    def _content(self, index):
+        file = self.files[index]
+        return file.read_bytes(), self.labels[index], str(file)
+
+
+class Prepared(_Pictures):
+    """A dataset that tensorflow_datasets or `tools/prepare_imagenet.py` prepared as array_record: no TensorFlow needed.
+
+    `path` is <folder with dataset_info.json>/<split>, or <name known to tensorflow_datasets>/<split>.
+    """
+
+    def __init__(self, config, model):
+        import tensorflow_datasets as tfds
+
+        super().__init__(config, model)
+        name, _, split = config.path.rpartition("/")
+        try:
+            found = (epath.Path(name) / "dataset_info.json").is_file()
+            builder = tfds.builder_from_directory(name) if found else tfds.builder(name)
+            self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        except Exception as error:  # noqa: BLE001 (tfds has no common error for "is not there")
+            told = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"data.path {config.path!r} can't be opened as <folder or name>/<split> of a prepared dataset: {told}"
+            ) from error
+        classes = builder.info.features["label"].num_classes
+        _require_shape("tfds", (model.side, model.side, 3), classes, model)
+        self.fingerprint = f"tfds {builder.info.full_name} {split} {len(self._source)}"
+
+    def __len__(self):
+        return len(self._source)
+
+    def _content(self, index):
+        example = self._source[index]
+        return example["image"], example["label"], f"example {index} of {self.fingerprint}"
+
+
+def list_class_folders(folder) -> tuple[list, np.ndarray]:
+    """Return the pictures of a folder of class folders and their labels, both in alphabetical order.
+
+    Raises:
+      InputError: no class folders, an empty one, or folders inside them.
+    """
+    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    if not classes:
+        raise InputError(f"{folder} has no sub-folders; it needs one per class.")
+    files, labels = [], []
+    for label, place in enumerate(classes):
+        inside = sorted(place.iterdir())
+        nested = [path.name for path in inside if path.suffix.lower() not in SUFFIXES and path.is_dir()]
+        if nested:
+            raise InputError(
+                f"Class folder {place} has folders inside ({', '.join(nested[:3])}); name the level above them."
+            )
+        pictures = [path for path in inside if path.suffix.lower() in SUFFIXES]
+        if not pictures:
+            raise InputError(f"Class folder {place} has no pictures ({', '.join(SUFFIXES)}); fill it or remove it.")
+        files += pictures
+        labels += [label] * len(pictures)
+    return files, np.asarray(labels, np.int32)
+
+
+SOURCES = {"digits": Digits, "images": Images, "latents": Latents, "synthetic": Synthetic, "tfds": Prepared}
+
+
+def open_source(config: DataConfig, model):
+    """Open a dataset.
+
+    Args:
+      config: which one.
+      model: the model's config, for its input's shape.
+
+    Raises:
+      InputError: not there, broken, or of another shape.
+    """
+    return SOURCES[config.name](config, model)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _require_shape(name: str, shape: tuple[int, ...], classes: int, model) -> None:
@@ -139,18 +292,16 @@ def _require_shape(name: str, shape: tuple[int, ...], classes: int, model) -> No
         )
 
 
-def examples(config: DataConfig, model, *, count: int) -> dict:
+def examples(source, *, count: int) -> dict:
     """Return examples spread evenly over a dataset, the same at every call.
 
     Args:
-      config: which dataset.
-      model: the model's config, for its input's shape.
+      source: from `open_source`.
       count: how many; all of a smaller dataset.
 
     Returns:
       {"image": [n,side,side,C], "label": [n]}.
     """
-    source = SOURCES[config.name](config, model)
     rows = []
     for index in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)):
         row = source[int(index)]
@@ -158,22 +309,37 @@ def examples(config: DataConfig, model, *, count: int) -> dict:
     return {name: np.stack([row[name] for row in rows]) for name in ("image", "label")}
 
 
-def batches(config: DataConfig, model, *, start: int):
-    """Iterate over the global batches from step `start` on, endlessly.
+class _Batches:
+    """The batches of a run by their number, or some rows of each: random access for reading ahead."""
+
+    def __init__(self, examples, batch_size: int, rows: np.ndarray):
+        self._examples, self._size, self._rows = examples, batch_size, rows
+
+    def __len__(self):
+        return len(self._examples) // self._size
+
+    def __getitem__(self, step):
+        rows = [self._examples[step * self._size + int(row)] for row in self._rows]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def batches(source, config: DataConfig, *, start: int, rows=None):
+    """Iterate over the batches from step `start` on, endlessly.
 
     Args:
-      config: which examples and how many at once.
-      model: the model's config, for its input's shape.
+      source: from `open_source`.
+      config: how many at once, in which order.
       start: the first step's number.
+      rows: of the global batch, those that this process brings; all by default.
 
     Returns:
-      An iterator of {"image": [B,side,side,C], "label": [B]}; every epoch is shuffled anew.
+      An iterator of {"image": [rows,side,side,C], "label": [rows]}; every epoch is shuffled anew.
     """
-    source = SOURCES[config.name](config, model)
     dataset = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
     if hasattr(source, "draw"):
-        # Before any slicing by process, so that the draws belong to the global batch.
+        # Before rows are chosen, so that the draws belong to the global batch.
         dataset = dataset.random_map(source.draw)
-    dataset = dataset.batch(config.batch_size)
+    rows = np.arange(config.batch_size) if rows is None else rows
+    dataset = grain.MapDataset.source(_Batches(dataset, config.batch_size, rows))
     options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4 * config.threads)
     return iter(dataset[start:].to_iter_dataset(options))

@@ -1,0 +1,129 @@
+"""Several processes as one program: starting them, agreeing on mistakes, being told to leave.
+
+A pod runs the same command on every host. What only one of them finds out - a folder that is missing there, another
+configuration - must end all of them with the same message: a process that stops alone leaves the others waiting.
+"""
+
+import hashlib
+import logging
+import signal
+import threading
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dydit_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+RESTART_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+MESSAGE_BYTES = 1000
+
+
+def start_processes(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None):
+    """Join the other processes, before anything else uses JAX.
+
+    Args:
+      coordinator: "host:port" of the first process; None finds everything by itself, on Cloud TPU pods, under SLURM,
+        Open MPI and on GKE.
+      num_processes, process_id: how many there are and which this is; None together with `coordinator`.
+
+    Raises:
+      InputError: nothing found, or the others did not come.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"The processes did not come together ({' '.join(str(error).split())[:300]}). Where no pod or SLURM says "
+            "who they are, every process needs --coordinator=HOST:PORT --num_processes=N --process_id=I."
+        ) from error
+
+
+def is_main() -> bool:
+    """Return whether this process is the one that writes what all of them share."""
+    return jax.process_index() == 0
+
+
+def together(action: Callable):
+    """Run an action in every process and return its result; if it fails in one, it fails in all.
+
+    Raises:
+      InputError: the message of the first process in which the action raised one.
+    """
+    message, result = "", None
+    try:
+        result = action()
+    except InputError as error:
+        message = str(error)
+    for process, told in enumerate(_messages(message)):
+        if told:
+            raise InputError(told if jax.process_count() == 1 else f"Process {process}: {told}")
+    return result
+
+
+def require_same(what: str, value: str) -> None:
+    """Raise unless all processes have the same value.
+
+    Raises:
+      InputError: in every process, naming one that differs from the first.
+    """
+    found = _messages(hashlib.sha256(value.encode()).hexdigest())
+    differing = [process for process, other in enumerate(found) if other != found[0]]
+    if differing:
+        raise InputError(
+            f"Process {differing[0]} has another {what} than process 0; start all of them with the same command."
+        )
+
+
+def _messages(message: str) -> list[str]:
+    """Return what every process says, in all of them."""
+    if jax.process_count() == 1:
+        return [message]
+    row = np.zeros(MESSAGE_BYTES, np.uint8)
+    text = message.encode()[:MESSAGE_BYTES]
+    row[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(row).reshape(-1, MESSAGE_BYTES)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def to_host(tree):
+    """Return a tree of arrays as numpy, whole in every process, wherever their shards lie."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    gather = lambda leaf: leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    return jax.device_get(jax.tree.map(gather, tree))
+
+
+class Notice:
+    """Whether this program has been told to leave: SIGTERM, Ctrl-C, or the platform's maintenance notice.
+
+    Use as a context. With several processes all of them learn it at the same step.
+    """
+
+    def __init__(self):
+        self._told, self._before = False, {}
+
+    def __enter__(self):
+        # Several processes: JAX's own service hears SIGTERM and makes all agree on a step.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number, _):
+        self._told = True
+        logger.warning("Told to stop (%s): saving after this step.", signal.Signals(number).name)
+        signal.signal(number, self._before[number])  # the second time means at once
+
+    def at(self, step: int) -> bool:
+        """Return whether to leave after `step`; every process must ask at every step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._told

@@ -1,0 +1,116 @@
+"""One update: bad batches leave no trace, the EMA follows, parts add up, terms sum to the loss."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import DYNAMIC, STATIC, changed
+
+from dydit_jax.build import build_optimizer, read_experiment
+from dydit_jax.models.dit import Model, published_config
+from dydit_jax.sharding import MeshConfig, make_mesh
+from dydit_jax.update import (
+    accumulated,
+    compile_update,
+    draw_examples,
+    init_state,
+    make_update_fn,
+    objective,
+    passes_at,
+)
+
+
+@pytest.fixture(scope="module")
+def update_parts():
+    experiment = read_experiment(changed(DYNAMIC, mesh=dict(data=4), optimizer=dict(skip_norm=1e3)))
+    model = Model(experiment.model)
+    optimizer = build_optimizer(experiment.optimizer)
+    state = init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
+    return experiment, jax.jit(make_update_fn(model, experiment, ("gated", "complete"))), state
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e10])
+def test_bad_batch_is_skipped_counted_and_leaves_no_trace(update_parts, bad):
+    _, update, state = update_parts
+    good = dict(image=jnp.ones((8, 8, 8, 1)), label=jnp.arange(8))
+    state, metrics = update(state, good)
+    assert int(state.skipped) == 0 and float(metrics["optimizer/gradient_norm"]) < 1e3
+    after, metrics = update(state, dict(good, image=good["image"] * bad))
+    assert int(after.skipped) == int(metrics["optimizer/skipped_batches"]) == 1
+    assert int(after.step) == int(state.step) + 1
+    assert int(after.skipped_in_a_row) == 1 and int(update(after, good)[0].skipped_in_a_row) == 0
+    for name in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+
+
+def test_ema_follows_the_parameters(update_parts):
+    experiment, update, state = update_parts
+    after, _ = update(state, dict(image=jnp.ones((8, 8, 8, 1)), label=jnp.arange(8)))
+    decay = experiment.train.ema_decay
+    expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, after.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), after.ema, expected)
+
+
+def test_loss_is_the_sum_of_its_terms(update_parts):
+    experiment, _, state = update_parts
+    batch = dict(image=jnp.ones((8, 8, 8, 1)) / 2, label=jnp.arange(8))
+    settings = dict(model=Model(experiment.model), experiment=experiment, passes=("gated", "complete"))
+    examples = draw_examples(batch, jax.random.key(0), **settings)
+    loss, metrics = objective(state.params, examples, 0, **settings)
+    terms = ("gated_mse", "gated_vb", "complete_mse", "complete_vb", "budget")
+    np.testing.assert_allclose(loss, sum(metrics[f"loss/{name}"] for name in terms), rtol=1e-6)
+    assert float(metrics["cost/ratio"]) == pytest.approx(1.0)  # the routers start open
+
+
+@pytest.mark.parametrize("routers", ["none", "first_on"])
+def test_parts_of_a_batch_add_up_to_it(routers):
+    """Without the budget: its penalty of parts is not that of the whole."""
+    config = changed(DYNAMIC, model=dict(routers=routers), data=dict(batch_size=16), loss=dict(budget_weight=0.0))
+    batch = dict(image=np.random.default_rng(0).uniform(-1, 1, (16, 8, 8, 1)), label=np.arange(16) % 10)
+    after = {}
+    for parts in (1, 2, 4):
+        experiment = read_experiment(changed(config, train=dict(accumulate=parts)))
+        model = Model(experiment.model)
+        optimizer = build_optimizer(experiment.optimizer)
+        state = init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
+        passes = passes_at(0, experiment)
+        after[parts] = jax.jit(make_update_fn(model, experiment, passes))(state, batch)
+    for parts in (2, 4):
+        for name, value in after[1][1].items():
+            np.testing.assert_allclose(after[parts][1][name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+        near = functools.partial(np.testing.assert_allclose, atol=2e-6)
+        jax.tree.map(near, after[parts][0].opt_state[1][0].mu, after[1][0].opt_state[1][0].mu)
+
+
+def test_each_part_holds_easy_and_hard_timesteps():
+    examples = dict(t=jnp.arange(32) % 4)
+    squares = lambda part: (jnp.square(jnp.bincount(part["t"], length=4) / 8), {})
+    shares, _ = accumulated(squares, examples, parts=4)
+    np.testing.assert_allclose(shares, 0.25**2)  # the mean of squares is that of a quarter only if all are quarters
+
+
+def test_configuration_decides_the_passes():
+    static, dynamic = read_experiment(STATIC), read_experiment(DYNAMIC)
+    two_stages = dataclasses.replace(dynamic, loss=dataclasses.replace(dynamic.loss, complete_steps=30))
+    assert passes_at(0, static) == ("complete",)
+    assert passes_at(10**6, dynamic) == ("gated", "complete")
+    assert passes_at(29, two_stages) == ("gated", "complete")
+    assert passes_at(30, two_stages) == ("gated",)
+
+
+@pytest.mark.slow
+def test_full_size_dit_s2_trains_a_step():
+    experiment = read_experiment(
+        changed(STATIC, model=dict(), data=dict(name="synthetic", batch_size=8), mesh=dict(data=1, fsdp=1))
+        | dict(model=dict(size="S/2", side=32, routers="first_on"))
+    )
+    mesh = make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1])
+    model = Model(published_config("S/2", side=32, routers="first_on"))
+    state = init_state(model.init(jax.random.key(0)), build_optimizer(experiment.optimizer))
+    update = compile_update(model, experiment, ("gated", "complete"), mesh, state)
+    image = np.random.default_rng(0).standard_normal((8, 32, 32, 4), np.float32)
+    state, metrics = update(state, dict(image=image, label=np.arange(8, dtype=np.int32)))
+    assert int(state.skipped) == 0 and bool(jnp.isfinite(metrics["loss/total"]))
