@@ -192,6 +192,12 @@ def _predict(params, layers, labels, x, c, gates, *, model: Model, sampling, for
     return output, _Record(tokens.mean(0), tokens.mean(-1).max(0), over)
 
 
+def _begin(indices, labels, *, sampling: SamplingConfig, seed: int, shape: tuple[int, ...]):
+    """Return the sampler's first state, the images' keys and their labels, all with the leading axis B."""
+    keys = image_keys(seed, indices)
+    return make_sampler(sampling).init(_first_noise(keys, shape)), keys, jnp.asarray(labels)
+
+
 def generate(
     model: Model,
     params,
@@ -229,12 +235,13 @@ def generate(
     require_known("mode", mode, MODES)
     config, labels = model.config, _checked_labels(labels, model.config.classes)
     table = steps_of(sampling, diffusion)
-    keys = image_keys(seed, jnp.arange(len(labels)) if indices is None else jnp.asarray(indices))
-    state = make_sampler(sampling).init(_first_noise(keys, (config.side, config.side, config.channels)))
+    indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
+    begin = functools.partial(_begin, sampling=sampling, seed=seed, shape=(config.side, config.side, config.channels))
     if mesh is not None:
         require_divisible(mesh, len(labels))
         params = jax.device_put(params, replicated(mesh))
-        state, labels, keys = jax.device_put((state, labels, keys), batch_sharding(mesh))
+        begin = jax.jit(begin, out_shardings=batch_sharding(mesh))  # where each process can make its own part
+    state, keys, labels = begin(indices, labels)
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     images = len(labels) // devices * (1 if sampling.guidance == 1.0 else 2)
     heads, groups, programs = _programs(model, params, table, mode, plan, images)
@@ -344,7 +351,7 @@ def _checked_labels(labels, classes: int):
         raise InputError(
             f"Labels must be from 0 to {classes - 1}, or {classes} for no class; not {sorted(set(wrong.tolist()))}."
         )
-    return jnp.asarray(labels)
+    return labels
 
 
 def to_uint8(images) -> np.ndarray:

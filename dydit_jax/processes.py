@@ -79,6 +79,15 @@ def require_same(what: str, value: str) -> None:
         )
 
 
+def from_main(numbers: list[int], limit: int) -> list[int]:
+    """Return the main process's list of numbers below `limit`, ascending, in every process."""
+    if jax.process_count() == 1:
+        return numbers
+    chosen = np.zeros(limit, bool)
+    chosen[numbers] = True
+    return np.flatnonzero(multihost_utils.broadcast_one_to_all(chosen)).tolist()
+
+
 def _messages(message: str) -> list[str]:
     """Return what every process says, in all of them."""
     if jax.process_count() == 1:

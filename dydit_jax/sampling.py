@@ -43,6 +43,7 @@ from dydit_jax.loading import load_autoencoder, load_checkpoint
 from dydit_jax.models.dit import Model
 from dydit_jax.models.routing import Routing
 from dydit_jax.pictures import draw_grid, image_of, read_image, save_image
+from dydit_jax.processes import from_main, is_main, together
 from dydit_jax.records import read_record
 from dydit_jax.report import COST_FILE, MANIFEST_FILE, write_report
 from dydit_jax.sharding import MeshConfig, make_mesh, replicated
@@ -130,13 +131,25 @@ def sample(request: Request) -> Samples:
     mesh = make_mesh(MeshConfig())
     decode = make_decode_fn(weights, mesh)
     manifest = _manifest(request, weights, labels)
-    out = _prepare_out(request, manifest)
-    missing = [index for index in range(len(labels)) if not _image_path(out, index).exists()]
+    out = together(lambda: _prepare_out(request, manifest) if is_main() else epath.Path(request.out))
+    missing = [index for index in range(len(labels)) if is_main() and not _image_path(out, index).exists()]
+    missing = from_main(missing, len(labels))  # the others may not see the folder
     logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)
     samples, plan, began = None, None, time.monotonic()
     if missing:
         samples, plan = _draw(request, weights, mesh, decode, labels, missing, out, manifest["checksum"])
-        cost = _cost(samples, weights, images=len(missing), seconds=time.monotonic() - began)
+    if is_main():
+        drawn = dict(images=len(missing), seconds=time.monotonic() - began)
+        _finish(request, weights, labels, out, samples, plan, drawn)
+    return samples
+
+
+def _finish(
+    request: Request, weights: Weights, labels, out, samples: Samples | None, plan: Plan | None, drawn: dict
+) -> None:
+    """Write everything but the single images. Without `samples` they had all been there."""
+    if samples is not None:
+        cost = _cost(samples, weights) | drawn
         (out / COST_FILE).write_text(json.dumps(cost, indent=2) + "\n")
     if request.labels is not None:
         pixels = np.stack([read_image(_image_path(out, index)) for index in range(len(labels))])
@@ -152,17 +165,14 @@ def sample(request: Request) -> Samples:
     if request.report:
         write_report(out)
     _tell(samples, plan, weights, out)
-    return samples
 
 
-def _cost(samples: Samples, weights: Weights, *, images: int, seconds: float) -> dict:
+def _cost(samples: Samples, weights: Weights) -> dict:
     """Return what a pass cost, for the record."""
     return dict(
         macs_complete=weights.model.macs.complete,
         macs=float(samples.macs.mean()),
         **{name: float(np.mean(gates)) for name, gates in vars(samples.routing).items()},
-        images=images,
-        seconds=seconds,
     )
 
 
@@ -335,10 +345,11 @@ def _draw(
             job = samples if job is None else _together(job, samples, done, len(batch))
             done += len(batch)
             pixels = to_uint8(decode(samples.images))
-            written += [writers.submit(_write_image, _image_path(out, i), p) for i, p in zip(batch, pixels)]
+            if is_main():
+                written += [writers.submit(_write_image, _image_path(out, i), p) for i, p in zip(batch, pixels)]
         for future in written:
             future.result()
-    if plan is not None:
+    if plan is not None and is_main():
         # Other capacities are other programs: only a calibration that fell short is worth compiling anew.
         kept = plan if plan.shares is None or plan.covers(job.shares) else plan.calibrated(job.shares)
         kept.save(path)
@@ -363,10 +374,11 @@ def _tuned(plan: Plan, model: Model, params, weights: Weights, draw, labels, bat
     if weights.model.routers == "none":
         return plan
     if plan.shares is None:
-        few = np.asarray(batch)[np.arange(CALIBRATION_IMAGES) % len(batch)]
+        count = -(-CALIBRATION_IMAGES // jax.device_count()) * jax.device_count()
+        few = np.asarray(batch)[np.arange(count) % len(batch)]
         logger.info("Calibrating token capacities on %d images.", len(few))
         plan = plan.calibrated(draw(labels[few], indices=few, mode="gated").shares)
-    if plan.form is None:
+    if plan.form is None and jax.process_count() == 1:  # several could find different ones
         passes = 1 if weights.sampling.guidance == 1.0 else 2
         images = passes * -(-len(batch) // jax.device_count())
         plan = dataclasses.replace(plan, form=fastest_form(model, params, plan, images=images))
@@ -381,7 +393,7 @@ def _plan_path(weights: Weights, checksum: str, segments: int | None):
 
 def _plan(path, model: Model, params, weights: Weights, segments: int | None) -> Plan:
     """Return the plan kept from an earlier job, or make it."""
-    if path.exists():
+    if path.exists() and jax.process_count() == 1:  # other processes may have kept another one, or none
         plan = Plan.load(path, weights.model.macs)
     else:
         plan = plan_sampling(model, params, sampling=weights.sampling, diffusion=weights.diffusion, segments=segments)

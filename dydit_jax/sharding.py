@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dydit_jax.errors import InputError
+from dydit_jax.processes import to_host
 from dydit_jax.records import require_range
 from dydit_jax.trees import path_name
 
@@ -152,7 +153,7 @@ def map_in_slices(function, params, batch: np.ndarray, mesh: Mesh, *, slice_size
     size = -(-min(slice_size, len(batch)) // mesh.size) * mesh.size
     filled = np.concatenate([batch, np.repeat(batch[-1:], -len(batch) % size, axis=0)])
     run = _compiled(function, mesh)
-    results = [jax.device_get(run(params, filled[first : first + size])) for first in range(0, len(filled), size)]
+    results = [to_host(run(params, filled[first : first + size])) for first in range(0, len(filled), size)]
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(batch)], *results)
 
 

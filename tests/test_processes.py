@@ -1,0 +1,117 @@
+"""Two processes of four devices each do what one process does, and leave together."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import DYNAMIC, ROOT, changed
+from PIL import Image
+
+from dydit_jax.errors import InputError
+from dydit_jax.loading import load_checkpoint
+from dydit_jax.processes import start_processes
+from dydit_jax.sampling import Request, sample
+from dydit_jax.trainer import train_and_evaluate
+
+CONFIG = changed(DYNAMIC, data=dict(batch_size=16), mesh=dict(data=2, fsdp=2, tensor=2), train=dict(steps=6))
+SAMPLING = dict(sampler="ddim", steps="2", clip=1.0)
+
+
+def start(action: str, told: dict, count: int = 2) -> list[subprocess.Popen]:
+    """Start the processes of a job."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                ROOT / "tests" / "worker.py",
+                str(port),
+                str(count),
+                str(number),
+                action,
+                json.dumps(told),
+            ],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
+    """Wait for all and return what they said."""
+    try:
+        said = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [code] * len(processes), said
+    return said
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two processes, stopped after three steps and continued."""
+    workdir = tmp_path_factory.mktemp("pod") / "run"
+    for steps in (3, 6):
+        config = changed(CONFIG, train=dict(steps=steps), sampling=SAMPLING)
+        finish(start("train", dict(config=config, workdir=[str(workdir)] * 2)))
+    return workdir
+
+
+def test_two_processes_train_as_one_does(trained, tmp_path):
+    train_and_evaluate(changed(CONFIG, mesh=dict(data=4, fsdp=1, tensor=1)), tmp_path / "one")
+    one, two = (json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (tmp_path / "one", trained))
+    assert one["step"] == two["step"] == 6
+    assert two["loss/total"] == pytest.approx(one["loss/total"], rel=1e-5)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(near, load_checkpoint(trained).params, load_checkpoint(tmp_path / "one").params)
+
+
+def test_two_processes_sample_as_one_does(trained, tmp_path):
+    told = dict(checkpoint=str(trained / "weights.safetensors"), labels=list(range(8)))
+    finish(start("sample", dict(told, out=str(tmp_path / "two"))))
+    sample(Request(**told, out=str(tmp_path / "one")))
+    for number in range(8):
+        one, two = (np.asarray(Image.open(tmp_path / n / f"images/{number:06d}.png")) for n in ("one", "two"))
+        # A sum in another order may round to the next of 256 levels.
+        assert np.abs(one.astype(int) - two).max() <= 1
+
+
+def test_notice_to_one_process_stops_both_at_the_same_step(tmp_path):
+    config = changed(
+        CONFIG, train=dict(steps=100_000), checkpoint=dict(every_steps=100_000), tracking=dict(every_steps=1)
+    )
+    processes = start("train", dict(config=config, workdir=[str(tmp_path / "run")] * 2))
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    said = finish(processes, code=75)
+    [step] = {text.split("Told to stop: step ")[1].split()[0] for text in said}
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [step]
+
+
+def test_mistake_of_one_process_ends_both(tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    for told, expected in (
+        (dict(config=CONFIG, workdir=[str(taken), str(tmp_path / "b")]), "neither empty nor a run's"),
+        (dict(config=changed(CONFIG, mesh=dict(data=3)), workdir=["a", "a"]), "there are 8"),
+    ):
+        said = finish(start("train", told), code=2)
+        assert all(expected in text for text in said)
+
+
+def test_missing_coordinator_is_said():
+    with pytest.raises(InputError, match="--coordinator"):
+        start_processes()

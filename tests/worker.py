@@ -1,0 +1,32 @@
+"""One of several processes: trains or samples as told, for `test_processes.py`."""
+
+import json
+import sys
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+
+from dydit_jax.errors import InputError, StopError  # noqa: E402 (after the devices are fixed)
+from dydit_jax.processes import start_processes  # noqa: E402
+from dydit_jax.sampling import Request, sample  # noqa: E402
+from dydit_jax.trainer import train_and_evaluate  # noqa: E402
+
+
+def main():
+    port, count, number, action, told = sys.argv[1:]
+    start_processes(f"localhost:{port}", int(count), int(number))
+    told = json.loads(told)
+    try:
+        if action == "train":
+            train_and_evaluate(told["config"], told["workdir"][int(number)])
+        else:
+            sample(Request(**told))
+    except (InputError, StopError) as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(getattr(error, "code", 2))
+
+
+if __name__ == "__main__":
+    main()
