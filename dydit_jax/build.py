@@ -162,7 +162,7 @@ def read_experiment(config: Mapping) -> Experiment:
             f"data.batch_size must be a multiple of {parts * STRATA}, {STRATA} times train.accumulate, not {size}."
         )
     wrong = [label for label in experiment.tracking.sample_labels if not 0 <= label <= experiment.model.classes]
-    if wrong:
+    if wrong and experiment.tracking.samples_every_steps:
         raise InputError(f"tracking.sample_labels must be from 0 to {experiment.model.classes}, not {wrong}.")
     return experiment
 

@@ -23,8 +23,12 @@ def encode_images(params, images, mesh: Mesh, key=None) -> np.ndarray:
       mesh: whose devices share the work.
       key: draws from each image's Gaussian; None takes its mean.
     """
-    moments = _in_slices(autoencoder.encode, params, np.asarray(images, np.float32), mesh)
-    return np.asarray(autoencoder.sample_latents(moments, key))
+    return np.asarray(autoencoder.sample_latents(encode_moments(params, images, mesh), key))
+
+
+def encode_moments(params, images, mesh: Mesh):
+    """Encode images [n,side,side,3] in [-1, 1] into the moments of their latents, [n,side/8,side/8,4] each."""
+    return _in_slices(autoencoder.encode, params, np.asarray(images, np.float32), mesh)
 
 
 def _in_slices(function, params, batch: np.ndarray, mesh: Mesh) -> np.ndarray:

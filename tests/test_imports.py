@@ -32,6 +32,7 @@ FLOORS = {
     "loading": 4,
     "evaluation": 4,
     "sampling": 5,
+    "preparation": 5,
     "update": 5,
     "trainer": 6,
     "analysis": 6,

@@ -284,8 +284,9 @@ def _digest(content: bytes) -> str:
 
 
 def _require_shape(name: str, shape: tuple[int, ...], classes: int, model) -> None:
+    """Raise unless a dataset fits a model; one without classes takes any."""
     wanted = (model.side, model.side, model.channels)
-    if shape != wanted or classes != model.classes:
+    if shape != wanted or model.classes not in (None, classes):
         raise InputError(
             f"Dataset {name} has images {shape} and {classes} classes; the model is made for {wanted} and "
             f"{model.classes}. Set model.side, model.channels and model.classes."
