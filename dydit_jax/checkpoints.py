@@ -296,7 +296,8 @@ def load_run_weights(workdir, model: DiTConfig, diffusion: DiffusionConfig, samp
         step = run.latest_step
         if step is None:
             raise InputError(f"{workdir} holds a run, but no checkpoint of it yet.")
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
         restored = run.restore(step, dict(ema=jax.tree.map(shaped, Model(model).abstract_params())))
-    return Weights(model, diffusion, sampling, restored["ema"], dict(restored["about"], step=step))
+    ema = jax.device_get(restored["ema"])  # every process then places it where it wants
+    return Weights(model, diffusion, sampling, ema, dict(restored["about"], step=step))

@@ -28,7 +28,8 @@ from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import DEFAULT_FORMS, capacities_of, overflows, runners
 from dydit_jax.models.cost import routed_macs
 from dydit_jax.models.dit import MODES as APPLY_MODES
-from dydit_jax.models.dit import DiTConfig, Model, unconstrained
+from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.layers import unconstrained
 from dydit_jax.models.routing import Routing
 from dydit_jax.processes import to_host
 from dydit_jax.sharding import BATCH, batch_sharding, replicated, require_divisible

@@ -30,10 +30,9 @@ RULES = (
     (r"mlp/up_bias$", ("tensor", None)),
     (r"mlp/down$", ("tensor", None, "fsdp")),
     (r"modulation/kernel$", ("fsdp", None, None)),
-    (r"time_embed/kernel_(in|out)$", ("fsdp", None)),
     # Small, or read by an index: copied everywhere.
     (r"(attention/out_bias|mlp/down_bias|modulation/bias)$", ()),
-    (r"(patch_embed|label_embed|output|time_embed)/(kernel|bias|bias_in|bias_out|table|positions)$", ()),
+    (r"(patch_embed|label_embed|output|time_embed)/(kernel|bias|table|positions)(_in|_out)?$", ()),
     (r"(head_router|group_router)/(kernel|bias)$", ()),
     (r"token_router/(kernel|bias)_(in|out)$", ()),
     (r"(^|/)(step|count|skipped|skipped_in_a_row)$", ()),

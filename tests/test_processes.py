@@ -78,7 +78,7 @@ def test_two_processes_train_as_one_does(trained, tmp_path):
 
 
 def test_two_processes_sample_as_one_does(trained, tmp_path):
-    told = dict(checkpoint=str(trained / "weights.safetensors"), labels=list(range(8)))
+    told = dict(checkpoint=str(trained), labels=list(range(8)))
     finish(start("sample", dict(told, out=str(tmp_path / "two"))))
     sample(Request(**told, out=str(tmp_path / "one")))
     for number in range(8):

@@ -40,6 +40,7 @@ from dydit_jax.models.layers import (
     TimeEmbed,
     layer_norm,
     modulate,
+    unconstrained,
 )
 from dydit_jax.models.routing import LAYOUTS, Routing, TimeRouter, TokenRouter, straight_through_gate
 from dydit_jax.models.tokens import multiply_by_gates, ranks, run_on_places
@@ -175,7 +176,19 @@ class Block(nnx.Module):
             self.token_router = TokenRouter(width=config.width, platform=platform, rngs=rngs)
         self.platform = platform
 
-    def __call__(self, x, condition, heads, groups, *, routed, noise=None, capacity=None, run_on_tokens=None):
+    def __call__(
+        self,
+        x,
+        condition,
+        heads,
+        groups,
+        *,
+        routed,
+        noise=None,
+        capacity=None,
+        run_on_tokens=None,
+        constrain=unconstrained,
+    ):
         """Run the block.
 
         Args:
@@ -187,11 +200,12 @@ class Block(nnx.Module):
           capacity: places for tokens of one image; None or N gives every token one.
           run_on_tokens: (function, tokens, gates) -> the function's result where a gate is on, zeros elsewhere; None
             multiplies. Not used where `capacity` is below N.
+          constrain: pins the sharding of anything with the leading axis B.
 
         Returns:
           The new tokens and the token gates [B,N], or None.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = map(constrain, self.modulation(condition))
         attended = self.attention(modulate(layer_norm(x), shift_a, scale_a), heads)
         x = x + gate_a[:, None] * attended
         modulated, mlp = (
@@ -237,7 +251,8 @@ class DiT(nnx.Module):
     def __call__(self, x, t, labels, *, noise: Routing | None, gated: bool, remat: str, constrain: Callable):
         """Predict noise and variance; see `Model.apply`."""
         tokens = constrain(self.patch_embed(x))  # [B,N,D]
-        condition = self.time_embed(t) + self.label_embed(labels)  # [B,D]
+        # Pinned, here and in the blocks: for a gradient of split weights, the compiler would gather the batch instead.
+        condition = constrain(self.time_embed(t) + self.label_embed(labels))  # [B,D]
         heads, groups = self.time_gates(t, noise) if gated else (None, None)
         by_layer = lambda gates: None if gates is None else gates.swapaxes(0, 1)
         graph, blocks = nnx.split(self.blocks)
@@ -247,7 +262,7 @@ class DiT(nnx.Module):
 
             def run_block(tokens, layer, capacity=capacity):
                 block, heads, groups, noise = layer
-                routing = dict(routed=gated, noise=noise, capacity=capacity)
+                routing = dict(routed=gated, noise=noise, capacity=capacity, constrain=constrain)
                 tokens, gates = nnx.merge(graph, block)(tokens, condition, heads, groups, **routing)
                 return constrain(tokens), gates
 
@@ -255,7 +270,7 @@ class DiT(nnx.Module):
             tokens, gates = jax.lax.scan(_rematerialised(run_block, remat), tokens, run)
             kept.append(gates)
         routing = Routing(heads, groups, by_layer(jnp.concatenate(kept))) if gated else None
-        return self.output(tokens, condition), routing
+        return self.output(tokens, condition, constrain), routing
 
 
 def capacity_runs(capacities: tuple[int, ...]) -> list[tuple[int, int, int]]:
@@ -280,11 +295,6 @@ def _rematerialised(function, remat: str):
 # --- The model as pure functions -----------------------------------------------------------------
 
 
-def unconstrained(x):
-    """Return x: what `Model.constrain` is where nothing needs pinning."""
-    return x
-
-
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A network without its arrays: pure functions of a parameter tree.
@@ -294,7 +304,7 @@ class Model:
       dtype: of products and attention scores; everything else is float32.
       matmul_precision: JAX's name of the precision of float32 products: "default" or "highest".
       remat: what the backward pass recomputes: "none", "block" (all of a block) or "dots" (all but products).
-      constrain: called on tokens [B,N,D] between blocks, to pin their sharding.
+      constrain: called on arrays with the leading axis B, to pin their sharding.
       platform: "cpu", "gpu" or "tpu": for which one attention is written; that of this process by default.
     """
 

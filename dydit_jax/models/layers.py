@@ -170,6 +170,11 @@ class LabelEmbed(nnx.Module):
 # --- Parts of a block ----------------------------------------------------------------------------
 
 
+def unconstrained(x):
+    """Return x: what stands for a sharding constraint where nothing needs pinning."""
+    return x
+
+
 class Modulation(nnx.Module):
     """SiLU and a Linear from the condition to `parts` vectors; zero at the start, as in adaLN-zero."""
 
@@ -242,12 +247,12 @@ class Output(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((patch, patch, channels)))
         self.dtype = dtype
 
-    def __call__(self, x, condition):
+    def __call__(self, x, condition, constrain=unconstrained):
         """Turn tokens x [B,N,D] into float32 images [B,side,side,channels]."""
         _, patch, _, channels = self.kernel.shape
         batch, tokens, width = x.shape
         grid = math.isqrt(tokens)
-        shift, scale = self.modulation(condition)
+        shift, scale = map(constrain, self.modulation(condition))
         x = modulate(layer_norm(x), shift, scale).reshape(batch, grid, grid, width).astype(self.dtype)
         x = jnp.einsum("bijd,dpqc->bipjqc", x, self.kernel[...].astype(self.dtype))
         x = x.astype(jnp.float32) + self.bias[...][:, None]

@@ -1,0 +1,151 @@
+"""What the TPU compiler says a training step on a slice costs, without a TPU: memory, collectives, cycles.
+
+    pip install "jax[tpu]"
+    python benchmarks/tpu_train_cost.py --topologies v5e:4x4,v6e:4x4,v5p:2x2x4 --out docs/speed/tpu_train_xl2.json
+
+XL/2 at a global batch of 256 in bfloat16: the first stage (dynamic and complete pass), the second (dynamic alone) and
+the static model's step, with the parameters copied to all chips (data) or split over them (fsdp). Cycles are those of
+one chip without waiting for the others; both models of cost are explained in `tpu_compiler.py`.
+"""
+
+import json
+import sys
+import time
+
+import tpu_compiler  # before jax
+
+# isort: split
+import dataclasses
+import functools
+import importlib.metadata
+import re
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from etils import epath
+
+from dydit_jax.build import build_optimizer, read_experiment
+from dydit_jax.console import run
+from dydit_jax.models.dit import Model, published_config
+from dydit_jax.sharding import MeshConfig, batch_sharding, make_constrain_fn, make_mesh, replicated, shardings
+from dydit_jax.update import init_state, make_update_fn
+
+MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
+TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"], "Slices, as chip:shape.")
+LAYOUTS = flags.DEFINE_list("layouts", ["data", "fsdp"], "Axis of the mesh that all chips lie on.")
+REMATS = flags.DEFINE_list("remats", ["block"], "none, dots, block.")
+STAGES = flags.DEFINE_list("stages", ["static", "second", "first"], "Steps to compile.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images of a step, on all chips.")
+ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "Parts of a batch.")
+OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
+
+PASSES = dict(static=("complete",), second=("gated",), first=("gated", "complete"))
+COLLECTIVES = r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?"
+GIB = 2**30
+
+
+def main():
+    rows = []
+    report = dict(
+        command="python " + " ".join(sys.argv),
+        versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        date=time.strftime("%Y-%m-%d"),
+        model=MODEL.value,
+        batch_size=BATCH_SIZE.value,
+        rows=rows,
+    )
+    path = epath.Path(OUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for topology in TOPOLOGIES.value:
+        for layout in LAYOUTS.value:
+            for remat in REMATS.value:
+                for stage in STAGES.value:
+                    rows.append(cost(topology, layout, remat, stage))
+                    told = {name: value for name, value in rows[-1].items() if name != "other_gathers"}
+                    sys.stderr.write(f"{told}\n")
+                    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def cost(topology: str, layout: str, remat: str, stage: str) -> dict:
+    """Compile one kind of step for a slice."""
+    chip = topology.split(":")[0]
+    devices = tpu_compiler.devices(topology)
+    mesh = make_mesh(MeshConfig(**dict(dict(data=1, fsdp=1), **{layout: -1})), devices)
+    config = published_config(MODEL.value, side=32, routers="none" if stage == "static" else "first_on")
+    constrain = make_constrain_fn(mesh)
+    model = Model(config, jnp.dtype("bfloat16"), remat=remat, platform="tpu", constrain=constrain)
+    sections = dict(
+        model=dataclasses.asdict(config),
+        data=dict(name="synthetic", batch_size=BATCH_SIZE.value),
+        optimizer=dict(learning_rate=1e-4),
+        train=dict(steps=1, accumulate=ACCUMULATE.value),
+    )
+    experiment = read_experiment(sections)
+    make_state = functools.partial(init_state, optimizer=build_optimizer(experiment.optimizer))
+    abstract = jax.eval_shape(make_state, model.abstract_params())
+    places = shardings(mesh, abstract)
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    shape = (BATCH_SIZE.value, config.side, config.side, config.channels)
+    batch = dict(
+        image=jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh)),
+        label=jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=batch_sharding(mesh)),
+    )
+    update = jax.jit(
+        make_update_fn(model, experiment, PASSES[stage]), out_shardings=(places, replicated(mesh)), donate_argnums=0
+    )
+    began = time.monotonic()
+    with jax.set_mesh(mesh):
+        found = tpu_compiler.compile_and_cost(update, jax.tree.map(place, abstract, places), batch, chip=chip)
+    gathers = gathered_shapes(found.text)
+    weights = weight_shapes(abstract.params)
+    macs = len(PASSES[stage]) * BATCH_SIZE.value * config.macs.complete / len(devices)
+    row = dict(
+        topology=topology,
+        layout=layout,
+        remat=remat,
+        stage=stage,
+        state_gib=found.argument_bytes / GIB,
+        temporary_gib=found.temporary_bytes / GIB,
+        together_gib=(found.argument_bytes + found.temporary_bytes) / GIB,
+        collectives=dict(count_collectives(found.text)),
+        other_gathers=[shape for shape in gathers if shape not in weights],
+        compile_seconds=time.monotonic() - began,
+    )
+    for kind in ("estimated", "scheduled"):
+        cycles = getattr(found, kind)
+        row[f"{kind}_milliseconds"] = 1e3 * cycles / tpu_compiler.CHIPS[chip].clock
+        # 6 operations per MAC: what remat computes again does not count as work.
+        row[f"{kind}_mfu"] = 6 * macs / tpu_compiler.CHIPS[chip].flops_per_cycle / cycles
+    return row
+
+
+def weight_shapes(params) -> set[tuple[int, ...]]:
+    """Return the shapes that gathers of weights may have: of a layer or all, of one of q, k, v, neighbours merged."""
+    found = set()
+    for leaf in jax.tree.leaves(params):
+        for skipped in range(3):
+            shape = [n for n in leaf.shape[skipped:] if n > 1]
+            merged = [shape[:i] + [shape[i] * shape[i + 1]] + shape[i + 2 :] for i in range(len(shape) - 1)]
+            found |= {tuple(sorted(one)) for one in [shape, *merged]}
+    return found
+
+
+def count_collectives(text: str):
+    """Yield the kinds of collectives in a program and how many instructions of each it has."""
+    found = re.findall(rf"= [^=]*? {COLLECTIVES}\(", text)
+    for kind in sorted(set(found)):
+        yield kind, found.count(kind)
+
+
+def gathered_shapes(text: str) -> list[tuple[int, ...]]:
+    """Return the shapes that all-gathers make, without axes of one, sorted within."""
+    shapes = []
+    for types in re.findall(r"= ([^=]*?) all-gather(?:-start)?\(", text):
+        sizes = re.findall(r"\w+\[([\d,]*)\]", types)[-1]
+        shapes.append(tuple(sorted(int(n) for n in sizes.split(",") if n and int(n) > 1)))
+    return shapes
+
+
+if __name__ == "__main__":
+    run(main)
