@@ -72,11 +72,10 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cycles by both models, bytes, and (estimated, scheduled, instruction) of all that runs."""
+    """Cycles by both models, bytes of temporaries, and (estimated, scheduled, instruction) of every instruction."""
 
     estimated: float
     scheduled: float
-    argument_bytes: int
     temporary_bytes: int
     instructions: tuple
     text: str
@@ -89,25 +88,23 @@ def devices(topology: str) -> tuple:
 
 
 def compile_and_cost(function, *arguments, chip: str, branch: str = "least") -> Cost:
-    """Compile and add up what one core does.
+    """Compile for one core and add up.
 
     Args:
-      function: to be compiled, or already under `jax.jit` with settings of its own.
-      arguments: trees of `jax.ShapeDtypeStruct`; those without a sharding lie on one core.
+      function: to be compiled.
+      arguments: trees of `jax.ShapeDtypeStruct`.
       chip: a key of `CHIPS`.
       branch: of a conditional, "least" or "most": the one that costs least or most.
     """
     sharding = jax.sharding.SingleDeviceSharding(devices(CHIPS[chip].topology)[0])
-    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or sharding)
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     _clear_dump()
-    jitted = function if hasattr(function, "lower") else jax.jit(function)
-    compiled = jitted.lower(*jax.tree.map(place, arguments)).compile()
+    compiled = jax.jit(function).lower(*jax.tree.map(place, arguments)).compile()
     text = compiled.as_text()
     program = _Program(text, _read_bundles(CHIPS[chip].matmul_cycles), CHIPS[chip].bytes_per_cycle, branch)
     estimated, scheduled, instructions = program.cost(program.entry)
     memory = compiled.memory_analysis()
-    sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    return Cost(estimated, scheduled, *sizes, tuple(instructions), text)
+    return Cost(estimated, scheduled, memory.temp_size_in_bytes, tuple(instructions), text)
 
 
 # --- The final schedule --------------------------------------------------------------------------

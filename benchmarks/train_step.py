@@ -30,6 +30,7 @@ from dydit_jax.update import init_state, make_update_fn
 MODEL = flags.DEFINE_string("model", "S/2", "A published size.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images of a step, on one device.")
 CAPACITY = flags.DEFINE_float("token_capacity", 0.5, "Share of tokens of the top-k step.")
+DEPTH = flags.DEFINE_integer("depth", None, "Blocks of the model; those of its size by default.")
 REMAT = flags.DEFINE_string("remat", "none", "none, block or dots.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
 CHIP = flags.DEFINE_string("chip", None, "v5e, v6e or v5p: ask the TPU compiler, time nothing.")
@@ -38,6 +39,7 @@ OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
 
 def main():
     config = published_config(MODEL.value, side=32, routers="first_on")
+    config = dataclasses.replace(config, depth=DEPTH.value or config.depth)
     limited = dataclasses.replace(config, token_capacity=(CAPACITY.value,))
     kinds = {
         "static": (config, ("complete",)),

@@ -20,6 +20,7 @@ def get_config():
     config.optimizer.learning_rate = 1e-4
     config.train.steps = 7_000_000
     config.train.remat = "dots"
+    config.mesh.update(data=1, fsdp=-1)  # state and moments split over all devices: 16 GiB of a small chip suffice
     config.sampling.autoencoder = "sd-vae-ft-ema"
 
     return config

@@ -11,6 +11,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dydit_jax.errors import InputError
@@ -73,7 +74,25 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         sizes[sizes.index(-1)] = max(count // -int(np.prod(sizes)), 1)
     if np.prod(sizes) != count:
         raise InputError(f"A mesh of {' x '.join(map(str, sizes))} needs {np.prod(sizes)} devices; there are {count}.")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    devices, types = devices or jax.devices(), (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    return Mesh(_across_slices(devices, sizes, slices), AXES, axis_types=types)
+
+
+def _across_slices(devices, sizes: list[int], slices: int) -> np.ndarray:
+    """Arrange devices of several TPU slices: only the data axis, which talks least, goes over the slow network.
+
+    Raises:
+      InputError: a data axis that the slices do not divide.
+    """
+    data, fsdp, tensor = sizes
+    if data % slices:
+        raise InputError(
+            f"mesh.data must be a multiple of the {slices} slices, not {data}; fsdp and tensor stay within one."
+        )
+    return mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), devices)
 
 
 def shardings(mesh: Mesh, tree):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -46,6 +47,18 @@ def test_convert_check_and_export(tmp_path):
     assert relative_error(prediction, channels_last(golden["out"])) < 1e-5
     call("convert_torch_weights.py", f"--source={ours}", f"--out={back}", "--export")
     assert back.exists()
+
+
+def test_command_told_to_stop_is_started_again_until_it_is_done(tmp_path):
+    counting = f"echo >> {tmp_path}/runs; [ $(wc -l < {tmp_path}/runs) -ge 3 ] && exit 4; exit 75"
+    done = subprocess.run(["launch/until_done.sh", "bash", "-c", counting], cwd=ROOT, timeout=60)
+    assert done.returncode == 4 and len((tmp_path / "runs").read_text().splitlines()) == 3
+    waiting = f"trap 'exit 75' TERM; echo >> {tmp_path}/begun; while true; do sleep 0.1; done"
+    process = subprocess.Popen(["launch/until_done.sh", "bash", "-c", waiting], cwd=ROOT)
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=60) == 75 and len((tmp_path / "begun").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

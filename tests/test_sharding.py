@@ -1,6 +1,7 @@
 """Meshes fit the devices or say so; every parameter has a rule; sharding changes no number."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.sharding import (
     MeshConfig,
+    _across_slices,
     batch_sharding,
     make_constrain_fn,
     make_mesh,
@@ -36,6 +38,19 @@ def test_minus_one_takes_the_devices_that_are_left():
 def test_mesh_that_does_not_fit_is_refused(sizes):
     with pytest.raises(InputError, match="there are 4"):
         make_mesh(MeshConfig(*sizes))
+
+
+def test_slices_share_the_data_axis_alone():
+    chips = [
+        mock.Mock(slice_index=n // 4, process_index=n // 4, platform="cpu", device_kind="chip", id=n) for n in range(8)
+    ]
+    found = _across_slices(chips, [4, 2, 1], slices=2)
+    assert [[{chip.slice_index for chip in row} for row in part] for part in found.reshape(2, 2, 2)] == [
+        [{0}] * 2,
+        [{1}] * 2,
+    ]
+    with pytest.raises(InputError, match="mesh.data must be a multiple of the 2 slices, not 1"):
+        _across_slices(chips, [1, 8, 1], slices=2)
 
 
 def test_batch_that_does_not_divide_is_refused():

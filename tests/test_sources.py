@@ -75,6 +75,8 @@ def test_latents_are_drawn_anew_from_both_flips(packed):
 def test_latents_that_do_not_fit_are_refused(packed, tmp_path):
     with pytest.raises(InputError, match="needs data.path, a folder with moments.npy and labels.npy, not ''"):
         take(0, 1, name="latents")
+    with pytest.raises(InputError, match="mount gs://bucket/latents as a folder"):
+        take(0, 1, name="latents", path="gs://bucket/latents")
     np.save(tmp_path / "labels.npy", np.arange(39))
     with pytest.raises(InputError, match="39 labels"):
         take(0, 1, name="latents", path=packed)

@@ -1,12 +1,14 @@
 """One of several processes: trains or samples as told, for `test_processes.py`."""
 
 import json
+import os
 import sys
 
 import jax
+import numpy as np
 
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("WORKER_DEVICES", 4)))
 
 from dydit_jax.errors import InputError, StopError  # noqa: E402 (after the devices are fixed)
 from dydit_jax.processes import start_processes  # noqa: E402
@@ -22,7 +24,8 @@ def main():
         if action == "train":
             train_and_evaluate(told["config"], told["workdir"][int(number)])
         else:
-            sample(Request(**told))
+            samples = sample(Request(**told))
+            np.save(f"{told['out']}/process_{number}.npy", samples.images)
     except (InputError, StopError) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(getattr(error, "code", 2))

@@ -114,6 +114,8 @@ class Latents:
 
     def __init__(self, config, model):
         folder = epath.Path(config.path) if config.path else None
+        if "://" in config.path:
+            raise InputError(f"Latents are read where they lie: mount {config.path} as a folder, or copy it to a disk.")
         if folder is None or not all((folder / name).is_file() for name in (LATENTS_FILE, LABELS_FILE)):
             raise InputError(
                 f"Dataset latents needs data.path, a folder with {LATENTS_FILE} and {LABELS_FILE}, not "

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Run a command until it is done: again when it was told to stop and saved its state (exit code 75), never otherwise.
+#
+#     launch/until_done.sh python train.py --config configs/dydit_xl2_07.py --workdir gs://bucket/run
+#
+# SIGTERM to this script goes on to the command; then nothing is started again, and its code is returned.
+set -u
+told=0
+trap 'told=1; kill -TERM "$child"' TERM
+while true; do
+  "$@" &
+  child=$!
+  wait "$child"
+  code=$?
+  # A signal ends `wait` before the command has ended.
+  while kill -0 "$child" 2>/dev/null; do
+    wait "$child"
+    code=$?
+  done
+  if [ "$code" -ne 75 ] || [ "$told" -eq 1 ]; then
+    exit "$code"
+  fi
+done
