@@ -71,7 +71,9 @@ class JsonLines:
         """Append a line, dropping lines of steps that a restart runs again."""
         kept = [line for line in self._lines if json.loads(line)["step"] < step]
         self._lines = [*kept, json.dumps(dict(step=step, **metrics))]
-        self._path.write_text("\n".join(self._lines) + "\n")
+        partial = self._path.with_name(self._path.name + ".partial")  # a run that is killed here must still read it
+        partial.write_text("\n".join(self._lines) + "\n")
+        partial.replace(self._path)
 
 
 class TensorBoard:

@@ -2,11 +2,14 @@
 
 import json
 import time
+from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dydit_jax.errors import InputError
-from dydit_jax.tracking import Clock, JsonLines, TrackingConfig, duration, make_writers
+from dydit_jax.tracking import Clock, JsonLines, TrackingConfig, Watch, duration, flops_utilisation, make_writers
 
 
 def test_json_lines_of_repeated_steps_are_replaced(tmp_path):
@@ -38,6 +41,35 @@ def test_clock_estimates_what_is_left(monkeypatch):
     clock = Clock(0, 100)
     assert clock.read(20) == (2.0, 40.0)
     assert clock.read(70) == (5.0, 6.0)
+
+
+def test_watch_says_once_what_is_waited_for(caplog):
+    with Watch(0.05) as watch:
+        watch.now("the batch of step 3")
+        deadline = time.monotonic() + 20
+        while "Nothing has moved" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+    assert caplog.text.count("process 0 waits for the batch of step 3") == 1
+
+
+def test_utilisation_is_told_where_the_peak_is_known(monkeypatch):
+    chip = lambda kind: [mock.Mock(device_kind=kind)]
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    for kind, peak in (("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA H200", 989e12)):
+        monkeypatch.setattr(jax, "devices", lambda kind=kind: chip(kind))
+        assert flops_utilisation(1e13, jnp.bfloat16) == pytest.approx(6e13 / (4 * peak))
+        assert flops_utilisation(1e13, jnp.float32) is None
+    monkeypatch.setattr(jax, "devices", lambda: chip("abacus"))
+    assert flops_utilisation(1e13, jnp.bfloat16) is None
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(profile=(1,)), dict(profile=(5, 2)), dict(stall_seconds=0.0), dict(sample_labels=())]
+)
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(InputError, match="tracking."):
+        TrackingConfig(**settings)
 
 
 @pytest.mark.parametrize("seconds, text", [(0.4, "0s"), (42, "42s"), (187, "3m 07s"), (18720, "5h 12m")])
