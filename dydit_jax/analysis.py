@@ -26,16 +26,14 @@ from dydit_jax import figures
 from dydit_jax.build import build_model
 from dydit_jax.checkpoints import Weights
 from dydit_jax.data.sources import DataConfig, examples, open_source
-from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
-from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
 from dydit_jax.errors import InputError
 from dydit_jax.generate import Samples, generate, image_keys, plan_sampling, steps_of, to_uint8
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.models.dit import Model
 from dydit_jax.models.routing import Routing
 from dydit_jax.report import write_report
 from dydit_jax.sampling import make_decode_fn
 from dydit_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+from dydit_jax.update import patch_losses
 
 logger = logging.getLogger(__name__)
 
@@ -160,30 +158,6 @@ def _examples(request: Analysis, models: dict[str, Weights]) -> dict:
 
 
 # --- Losses --------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames=("model", "diffusion", "mode"))
-def patch_losses(params, start, labels, keys, timestep, *, model: Model, diffusion: DiffusionConfig, mode: str):
-    """Return the squared error of the predicted noise, mean over the values of each patch, [B,N].
-
-    Args:
-      params: of the model.
-      start: x_0 [B,side,side,C].
-      labels: [B].
-      keys: of the examples [B]; with the timestep they fix the noise.
-      timestep: one for all.
-      model, diffusion: the network and its process.
-      mode: "gated" or "complete".
-    """
-    config = model.config
-    t = jnp.full(len(start), timestep)
-    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, timestep), start.shape[1:]))(keys)
-    current = diffuse(start, noise, at_steps(coefficients(make_schedule(diffusion)), t))
-    output, _ = model.apply(params, current, t, labels, mode=mode)
-    error = jnp.square(output[..., : config.channels] - noise)
-    side = config.side // config.patch
-    patches = error.reshape(-1, side, config.patch, side, config.patch, config.channels)
-    return patches.mean((2, 4, 5)).reshape(-1, config.tokens)
 
 
 def measure_losses(weights: Weights, batch: dict, timesteps, request: Analysis, mesh, name: str):

@@ -36,7 +36,8 @@ class TrackingConfig:
       every_steps: steps between two reports.
       tensorboard: write event files into <workdir>/tensorboard; needs the extra `tensorboard`.
       wandb_project: project of Weights & Biases, "" for none; needs the extra `wandb`.
-      samples_every_steps: steps between two grids of images from the EMA weights, in <workdir>/samples; 0 for none.
+      samples_every_steps: steps between two grids of images from the EMA weights, in <workdir>/samples, and measures
+        of these weights (ema/...) on fixed examples; 0 for none.
       sample_labels: of these images.
       stall_seconds: after so long without movement the log says what the run is waiting for.
       profile: first and last step of a profile in <workdir>/profile, for TensorBoard or XProf; () for none.
@@ -68,9 +69,11 @@ class JsonLines:
         self._lines = self._path.read_text().splitlines() if self._path.exists() else []
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line, dropping lines of steps that a restart runs again."""
+        """Append a line, or add to that of the step, dropping lines of steps that a restart runs again."""
         kept = [line for line in self._lines if json.loads(line)["step"] < step]
-        self._lines = [*kept, json.dumps(dict(step=step, **metrics))]
+        same = [json.loads(line) for line in self._lines if json.loads(line)["step"] == step]
+        fresh = same and not same[-1].keys() & metrics.keys()
+        self._lines = [*kept, json.dumps(dict(same[-1] if fresh else {}, step=step, **metrics))]
         partial = self._path.with_name(self._path.name + ".partial")  # a run that is killed here must still read it
         partial.write_text("\n".join(self._lines) + "\n")
         partial.replace(self._path)

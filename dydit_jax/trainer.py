@@ -27,9 +27,9 @@ from dydit_jax.checkpoints import (
     package_versions,
     save_weights,
 )
-from dydit_jax.data.sources import batches, open_source
+from dydit_jax.data.sources import batches, examples, open_source
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.generate import generate, to_uint8
+from dydit_jax.generate import generate, image_keys, to_uint8
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model
 from dydit_jax.pictures import draw_grid, save_image
@@ -38,12 +38,14 @@ from dydit_jax.sampling import make_decode_fn
 from dydit_jax.sharding import batch_sharding, make_mesh, process_rows, require_divisible, shardings
 from dydit_jax.tracking import Clock, Profile, Watch, duration, flops_utilisation, make_writers
 from dydit_jax.trees import flatten, unflatten
-from dydit_jax.update import TrainState, compile_update, init_state, passes_at
+from dydit_jax.update import TrainState, compile_update, init_state, passes_at, patch_losses
 
 logger = logging.getLogger(__name__)
 
 INIT_STEP = 2**32 - 1  # the key of the initial values is that of a step which no run reaches
 SAMPLES_FOLDER = "samples"
+SHOWN_EXAMPLES = 64  # that the EMA is measured on, with every grid of samples
+SHOWN_TENTHS = (1, 3, 5, 7, 9)  # of the timesteps
 
 
 # --- The first parameters -----------------------------------------------------------------------
@@ -219,6 +221,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     sharding = batch_sharding(mesh)
     place = lambda leaf: jax.make_array_from_process_local_data(sharding, leaf, (size, *leaf.shape[1:]))
     writers = make_writers(tracking, workdir) if is_main() else []
+    shown = examples(data, count=SHOWN_EXAMPLES) if tracking.samples_every_steps else None
     if step < last:
         compiled(passes_at(step, experiment))  # before the clock starts
     clock = Clock(step, last)
@@ -243,7 +246,10 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
                 raise StopError(f"Told to stop: step {step} is saved, the same command goes on from it.", RESTART_CODE)
             if tracking.samples_every_steps and step % tracking.samples_every_steps == 0:
                 watch.now(f"the samples of step {step}")
-                _draw_samples(step, state, workdir, model, experiment, mesh)
+                seen = _draw_samples(step, state, workdir, model, experiment, mesh)
+                seen |= _measure_ema(state, model, experiment, mesh, shown)
+                for writer in writers:
+                    writer.write(step, seen)
         watch.now("the last checkpoint")
         run.wait()
     return state
@@ -282,8 +288,25 @@ def _require_progress(step: int, metrics: dict, run: Run, experiment: Experiment
         )
 
 
-def _draw_samples(step: int, state: TrainState, workdir, model: Model, experiment: Experiment, mesh: Mesh) -> None:
-    """Draw a grid of images from the EMA weights, on the same mesh, into samples/<step>.png."""
+def _measure_ema(state: TrainState, model: Model, experiment: Experiment, mesh: Mesh, shown: dict) -> dict:
+    """Return the EMA weights' loss on the same examples and noise every time, at timesteps from easy to hard."""
+    count = len(shown["label"])
+    indices = np.resize(np.arange(count), -(-count // mesh.size) * mesh.size)
+    place = jax.jit(lambda *arrays: arrays, out_shardings=batch_sharding(mesh))
+    start, labels = place(shown["image"][indices], shown["label"][indices])
+    keys = jax.jit(
+        lambda: image_keys(experiment.train.seed, jnp.asarray(indices)), out_shardings=batch_sharding(mesh)
+    )()
+    mode = "complete" if experiment.model.routers == "none" else "gated"
+    settings = dict(model=model, diffusion=experiment.diffusion, mode=mode)
+    steps = experiment.diffusion.train_steps
+    timesteps = [steps * share // 10 for share in SHOWN_TENTHS]
+    losses = [patch_losses(state.ema, start, labels, keys, np.int32(t), **settings) for t in timesteps]
+    return {f"ema/loss_t{t}": float(to_host(loss)[:count].mean()) for t, loss in zip(timesteps, losses)}
+
+
+def _draw_samples(step: int, state: TrainState, workdir, model: Model, experiment: Experiment, mesh: Mesh) -> dict:
+    """Draw a grid of images from the EMA weights, on the same mesh, into samples/<step>.png; returns what they cost."""
     labels = np.asarray(experiment.tracking.sample_labels, np.int32)
     filled = np.resize(labels, -(-len(labels) // mesh.size) * mesh.size)
     about = Weights(experiment.model, experiment.diffusion, experiment.sampling, {}, {})
@@ -302,3 +325,4 @@ def _draw_samples(step: int, state: TrainState, workdir, model: Model, experimen
         folder = workdir / SAMPLES_FOLDER
         folder.mkdir(exist_ok=True)
         save_image(folder / f"{step:08d}.png", draw_grid(pixels, columns=min(len(labels), 10)))
+    return {"ema/macs_share": float(samples.macs.mean()) / model.config.macs.complete}

@@ -29,7 +29,7 @@ from dydit_jax.diffusion.losses import (
     stratified_timesteps,
     variational_bound,
 )
-from dydit_jax.diffusion.schedules import make_schedule
+from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
 from dydit_jax.models.cost import routed_ratio
 from dydit_jax.models.dit import Model
 from dydit_jax.sharding import batch_sharding, replicated, shardings
@@ -233,3 +233,30 @@ def compile_update(model: Model, experiment: Experiment, passes: tuple[str, ...]
             *(size / BYTES_PER_GIB for size in (memory.argument_size_in_bytes, memory.temp_size_in_bytes)),
         )
     return compiled
+
+
+# --- Measuring -----------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("model", "diffusion", "mode"))
+def patch_losses(params, start, labels, keys, timestep, *, model: Model, diffusion: DiffusionConfig, mode: str):
+    """Return the squared error of the predicted noise, mean over the values of each patch, [B,N].
+
+    Args:
+      params: of the model.
+      start: x_0 [B,side,side,C].
+      labels: [B].
+      keys: of the examples [B]; with the timestep they fix the noise.
+      timestep: one for all.
+      model, diffusion: the network and its process.
+      mode: "gated" or "complete".
+    """
+    config = model.config
+    t = jnp.full(len(start), timestep)
+    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, timestep), start.shape[1:]))(keys)
+    current = diffuse(start, noise, at_steps(coefficients(make_schedule(diffusion)), t))
+    output, _ = model.apply(params, current, t, labels, mode=mode)
+    error = jnp.square(output[..., : config.channels] - noise)
+    side = config.side // config.patch
+    patches = error.reshape(-1, side, config.patch, side, config.patch, config.channels)
+    return patches.mean((2, 4, 5)).reshape(-1, config.tokens)

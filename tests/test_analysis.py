@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dydit_jax.analysis import Analysis, analyze, patch_losses
+from dydit_jax.analysis import Analysis, analyze
 from dydit_jax.checkpoints import Weights, save_weights
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
@@ -19,6 +19,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.generate import image_keys
 from dydit_jax.models.dit import Model
 from dydit_jax.report import write_report
+from dydit_jax.update import patch_losses
 
 
 @pytest.fixture(scope="module")

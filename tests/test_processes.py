@@ -65,7 +65,7 @@ def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("pod") / "run"
     for steps in (3, 6):
         config = changed(CONFIG, train=dict(steps=steps), sampling=SAMPLING)
-        finish(start("train", dict(config=config, workdir=[str(workdir)] * 2)))
+        finish(start("train", dict(config=[config] * 2, workdir=[str(workdir)] * 2)))
     return workdir
 
 
@@ -103,7 +103,7 @@ def test_every_mesh_and_number_of_processes_gives_the_same_losses_and_images(tmp
             mesh=dict(zip(("data", "fsdp", "tensor"), mesh)), train=dict(steps=20), tracking=dict(every_steps=1)
         )
         config = changed(CONFIG, sampling=SAMPLING, **sections)
-        finish(start("train", dict(config=config, workdir=[run] * count), count, devices))
+        finish(start("train", dict(config=[config] * count, workdir=[run] * count), count, devices))
         # The same weights for all: those of the first run.
         finish(
             start(
@@ -124,7 +124,7 @@ def test_notice_to_one_process_stops_both_at_the_same_step(tmp_path):
     config = changed(
         CONFIG, train=dict(steps=100_000), checkpoint=dict(every_steps=100_000), tracking=dict(every_steps=1)
     )
-    processes = start("train", dict(config=config, workdir=[str(tmp_path / "run")] * 2))
+    processes = start("train", dict(config=[config] * 2, workdir=[str(tmp_path / "run")] * 2))
     log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -138,8 +138,11 @@ def test_mistake_of_one_process_ends_both(tmp_path):
     taken = tmp_path / "taken"
     taken.write_text("mine")
     for told, expected in (
-        (dict(config=CONFIG, workdir=[str(taken), str(tmp_path / "b")]), "neither empty nor a run's"),
-        (dict(config=changed(CONFIG, mesh=dict(data=3)), workdir=["a", "a"]), "there are 8"),
+        (dict(config=[CONFIG] * 2, workdir=[str(taken), str(tmp_path / "b")]), "neither empty nor a run's"),
+        (
+            dict(config=[CONFIG, changed(CONFIG, train=dict(seed=1))], workdir=["a", "a"]),
+            "Process 1 has another configuration",
+        ),
     ):
         said = finish(start("train", told), code=2)
         assert all(expected in text for text in said)

@@ -19,6 +19,9 @@ def test_json_lines_of_repeated_steps_are_replaced(tmp_path):
     JsonLines(tmp_path).write(20, {"loss/total": 9.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 10, "loss/total": 1.0}, {"step": 20, "loss/total": 9.0}]
+    JsonLines(tmp_path).write(20, {"ema/loss": 3.0})
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last == {"step": 20, "loss/total": 9.0, "ema/loss": 3.0}
 
 
 def test_tensorboard_gets_an_event_file(tmp_path):

@@ -175,6 +175,10 @@ def test_samples_and_profile_are_left_on_the_way(tmp_path):
     assert [grid.name for grid in grids] == ["00000002.png", "00000004.png"]
     assert Image.open(grids[0]).size == (3 * 33 + 1, 34)
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    measured = lines(tmp_path / "run")[0]
+    assert measured["step"] == 2 and measured["loss/total"] > 0 and measured["ema/macs_share"] == 1
+    # A model that has hardly learnt predicts next to nothing: the loss is about the noise's variance.
+    assert all(0.5 < measured[f"ema/loss_t{t}"] < 1.5 for t in (100, 300, 500, 700, 900))
 
 
 KILLED = """

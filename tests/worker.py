@@ -22,7 +22,7 @@ def main():
     told = json.loads(told)
     try:
         if action == "train":
-            train_and_evaluate(told["config"], told["workdir"][int(number)])
+            train_and_evaluate(told["config"][int(number)], told["workdir"][int(number)])
         else:
             samples = sample(Request(**told))
             np.save(f"{told['out']}/process_{number}.npy", samples.images)
