@@ -66,16 +66,18 @@ class JsonLines:
 
     def __init__(self, workdir):
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._lines = self._path.read_text().splitlines() if self._path.exists() else []
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._rows = {row["step"]: row for row in map(json.loads, lines)}
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append a line, or add to that of the step, dropping lines of steps that a restart runs again."""
-        kept = [line for line in self._lines if json.loads(line)["step"] < step]
-        same = [json.loads(line) for line in self._lines if json.loads(line)["step"] == step]
-        fresh = same and not same[-1].keys() & metrics.keys()
-        self._lines = [*kept, json.dumps(dict(same[-1] if fresh else {}, step=step, **metrics))]
+        """Add metrics to the line of a step; what a restart runs again is written anew."""
+        same = self._rows.get(step, {})
+        if same.keys() & metrics.keys():
+            same = {}
+        earlier = {number: row for number, row in self._rows.items() if number < step}
+        self._rows = earlier | {step: dict(same, step=step, **metrics)}
         partial = self._path.with_name(self._path.name + ".partial")  # a run that is killed here must still read it
-        partial.write_text("\n".join(self._lines) + "\n")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()))
         partial.replace(self._path)
 
 

@@ -103,9 +103,14 @@ def objective(params, examples, step, *, model: Model, experiment: Experiment, p
     c = at_steps(coefficients(make_schedule(experiment.diffusion)), t)
     current = diffuse(start, noise, c)
     loss, metrics = 0.0, {}
-    for mode in passes:
-        router_noise = examples["router_noise"] if mode == "gated" else None
-        output, routing = model.apply(params, current, t, labels, mode=mode, noise=router_noise)
+    router_noise = examples["router_noise"]
+    if passes == ("gated", "complete") and not model.config.token_capacity:
+        *outputs, routing = model.apply_both(params, current, t, labels, noise=router_noise)
+    else:
+        noises = [router_noise if mode == "gated" else None for mode in passes]
+        found = [model.apply(params, current, t, labels, mode=mode, noise=own) for mode, own in zip(passes, noises)]
+        outputs, routing = [output for output, _ in found], found[0][1]
+    for mode, output in zip(passes, outputs):
         terms = {
             f"loss/{mode}_mse": denoising_error(output, noise).mean(),
             f"loss/{mode}_vb": variational_bound(output, start, current, c).mean(),

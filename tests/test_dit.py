@@ -191,3 +191,27 @@ def test_unknown_mode_lists_the_known_ones(tiny):
     model, params = tiny
     with pytest.raises(InputError, match="complete, gated"):
         model.apply(params, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, int), mode="fastest")
+
+
+def test_both_passes_as_one_equal_each_alone(tiny):
+    model, params = tiny
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, t, labels = jax.random.normal(keys[0], (3, 8, 8, 1)), jnp.asarray([0, 500, 999]), jnp.asarray([1, 2, 10])
+    noise = model.router_noise(keys[1], 3)
+
+    def alone(params):
+        gated, routing = model.apply(params, x, t, labels, mode="gated", noise=noise)
+        complete, _ = model.apply(params, x, t, labels, mode="complete")
+        return gated, complete, routing
+
+    def both(params):
+        return model.apply_both(params, x, t, labels, noise=noise)
+
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+    jax.tree.map(near, jax.jit(both)(params), jax.jit(alone)(params))
+    weigh = lambda run, params: sum((n * leaf**2).sum() for n, leaf in enumerate(jax.tree.leaves(run(params)), 1))
+    gradients = [jax.jit(jax.grad(functools.partial(weigh, run)))(params) for run in (alone, both)]
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients[0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a / scale, b / scale, atol=1e-6), *gradients)
+    with pytest.raises(InputError, match="only with routers and without model.token_capacity"):
+        Model(dataclasses.replace(model.config, token_capacity=(0.5,))).apply_both(params, x, t, labels)

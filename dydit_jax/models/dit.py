@@ -187,6 +187,7 @@ class Block(nnx.Module):
         noise=None,
         capacity=None,
         run_on_tokens=None,
+        paired=False,
         constrain=unconstrained,
     ):
         """Run the block.
@@ -200,6 +201,7 @@ class Block(nnx.Module):
           capacity: places for tokens of one image; None or N gives every token one.
           run_on_tokens: (function, tokens, gates) -> the function's result where a gate is on, zeros elsewhere; None
             multiplies. Not used where `capacity` is below N.
+          paired: every second image has all gates open; noise and the gates returned are of the others, [B/2,N].
           constrain: pins the sharding of anything with the leading axis B.
 
         Returns:
@@ -215,10 +217,10 @@ class Block(nnx.Module):
         if not routed:
             return x + gate_m[:, None] * mlp(modulated), None
         # The router reads the residual stream as it stands, not its norm.
-        logits = self.token_router(x)
+        logits = self.token_router(first_of_pairs(x) if paired else x)
         gates = straight_through_gate(logits, noise)
         if capacity is None or capacity == x.shape[1]:
-            update = (run_on_tokens or multiply_by_gates)(mlp, modulated, gates)
+            update = (run_on_tokens or multiply_by_gates)(mlp, modulated, with_open(gates) if paired else gates)
         else:
             places = ranks(logits if noise is None else logits + noise)
             gates = jnp.where(places < capacity, gates, 0)
@@ -248,21 +250,23 @@ class DiT(nnx.Module):
         heads = self.head_router(embedding, None if noise is None else noise.heads)
         return heads, self.group_router(embedding, None if noise is None else noise.groups)
 
-    def __call__(self, x, t, labels, *, noise: Routing | None, gated: bool, remat: str, constrain: Callable):
-        """Predict noise and variance; see `Model.apply`."""
+    def __call__(self, x, t, labels, *, noise: Routing | None, gated, remat: str, constrain: Callable, paired=False):
+        """Predict noise and variance; see `Model.apply`, for `paired` `Model.apply_both`."""
         tokens = constrain(self.patch_embed(x))  # [B,N,D]
         # Pinned, here and in the blocks: for a gradient of split weights, the compiler would gather the batch instead.
         condition = constrain(self.time_embed(t) + self.label_embed(labels))  # [B,D]
-        heads, groups = self.time_gates(t, noise) if gated else (None, None)
+        heads, groups = self.time_gates(first_of_pairs(t) if paired else t, noise) if gated else (None, None)
+        used_heads, used_groups = (with_open(heads), with_open(groups)) if paired else (heads, groups)
         by_layer = lambda gates: None if gates is None else gates.swapaxes(0, 1)
         graph, blocks = nnx.split(self.blocks)
-        layers = (blocks, by_layer(heads), by_layer(groups), by_layer(noise.tokens) if gated and noise else None)
+        token_noise = by_layer(noise.tokens) if gated and noise else None
+        layers = (blocks, by_layer(used_heads), by_layer(used_groups), token_noise)
         kept = []
         for first, last, capacity in capacity_runs(self.capacities):
 
             def run_block(tokens, layer, capacity=capacity):
                 block, heads, groups, noise = layer
-                routing = dict(routed=gated, noise=noise, capacity=capacity, constrain=constrain)
+                routing = dict(routed=gated, noise=noise, capacity=capacity, paired=paired, constrain=constrain)
                 tokens, gates = nnx.merge(graph, block)(tokens, condition, heads, groups, **routing)
                 return constrain(tokens), gates
 
@@ -271,6 +275,16 @@ class DiT(nnx.Module):
             kept.append(gates)
         routing = Routing(heads, groups, by_layer(jnp.concatenate(kept))) if gated else None
         return self.output(tokens, condition, constrain), routing
+
+
+def first_of_pairs(x):
+    """Return every second row of [2B,...], beginning with the first, [B,...]; each device keeps its own."""
+    return x.reshape(-1, 2, *x.shape[1:])[:, 0]
+
+
+def with_open(gates):
+    """Set an open gate after each row of [B,...]: [2B,...]."""
+    return jnp.stack([gates, jnp.ones_like(gates)], axis=1).reshape(-1, *gates.shape[1:])
 
 
 def capacity_runs(capacities: tuple[int, ...]) -> list[tuple[int, int, int]]:
@@ -352,6 +366,27 @@ class Model:
                 x, t, labels, noise=noise, gated=gated, remat=self.remat, constrain=self.constrain
             )
         return prediction, routing or self.open_routing(x.shape[0])
+
+    def apply_both(self, params, x, t, labels, *, noise: Routing | None = None):
+        """Run the gated and the complete pass on the same input as one: weights are read, and gathered, once.
+
+        Args:
+          params, x, t, labels, noise: as for `apply`.
+
+        Returns:
+          The gated and the complete prediction, and the `Routing` of the gated one.
+
+        Raises:
+          InputError: a model without routers, or with places for only some of the tokens.
+        """
+        if self.config.routers == "none" or self.config.token_capacity:
+            raise InputError("Both passes are run as one only with routers and without model.token_capacity.")
+        pair = lambda leaf: jnp.repeat(leaf, 2, axis=0)  # neighbours, so that each device keeps its own
+        with jax.default_matmul_precision(self.matmul_precision):
+            settings = dict(noise=noise, gated=True, remat=self.remat, constrain=self.constrain, paired=True)
+            predictions, routing = self._network(params)(pair(x), pair(t), pair(labels), **settings)
+        gated, complete = jnp.moveaxis(predictions.reshape(-1, 2, *predictions.shape[1:]), 1, 0)
+        return gated, complete, routing
 
     def apply_layers(self, params, layers, x, t, labels, *, heads, groups, run_on_tokens=None):
         """Run the network with blocks of their own, one after the other: narrowed ones have different widths.
