@@ -75,7 +75,8 @@ def test_leaf_without_a_rule_is_an_error():
         shardings(make_mesh(MeshConfig()), {"mystery": np.zeros(3)})
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 2), pytest.param((4, 1, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_processes.py holds the same of two processes
+@pytest.mark.parametrize("sizes", [(1, 2, 2), (4, 1, 1)])
 def test_training_is_the_same_on_every_mesh(tiny, sizes):
     model, params = tiny
     experiment = read_experiment(EXPERIMENT)
