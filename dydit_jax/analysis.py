@@ -137,7 +137,7 @@ def _named(weights: list[Weights], paths: tuple[str, ...]) -> dict[str, Weights]
                 f"{path} has inputs {shape(other.model)} (side, channels, classes) and {other.diffusion}, {paths[0]} "
                 f"{shape(first.model)} and {first.diffusion}; losses of the same examples can't be compared."
             )
-    parts = [epath.Path(path).with_suffix("").parts for path in paths]
+    parts = [epath.Path(str(path).removesuffix(".safetensors")).parts for path in paths]
     depth = next((n for n in range(1, 9) if len({p[-n:] for p in parts}) == len(parts)), None)
     if depth is None:
         raise InputError(f"--checkpoints names a model twice: {', '.join(paths)}.")
@@ -147,7 +147,7 @@ def _named(weights: list[Weights], paths: tuple[str, ...]) -> dict[str, Weights]
 def _examples(request: Analysis, models: dict[str, Weights]) -> dict:
     """Return the examples to measure on: {"image": [n,side,side,C], "label": [n]}."""
     first = next(iter(models.values()))
-    trained_on = first.about.get("source") or first.about.get("config", {}).get("data") or {}
+    trained_on = first.about.get("config", {}).get("data") or {}
     name, path = request.data or trained_on.get("name", ""), request.data_path
     if not name:
         raise InputError("The first model does not say what it was trained on; name --data (and --data_path).")

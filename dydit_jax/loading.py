@@ -1,5 +1,6 @@
 """From whatever a user calls a checkpoint to weights: a file, a folder, a run's work directory or a published name."""
 
+import dataclasses
 import json
 
 from etils import epath
@@ -39,7 +40,8 @@ def load_checkpoint(checkpoint) -> Weights:
     config = json.loads((path / CONFIG_FILE).read_text())
     read = lambda cls, name: read_record(cls, config.get(name, {}), name)
     model, diffusion = read_model(config["model"]), read(DiffusionConfig, "diffusion")
-    return load_run_weights(path, model, diffusion, read(SamplingConfig, "sampling"))
+    weights = load_run_weights(path, model, diffusion, read(SamplingConfig, "sampling"))
+    return dataclasses.replace(weights, about=dict(weights.about, config=config))
 
 
 def load_autoencoder(autoencoder) -> dict:

@@ -5,7 +5,6 @@ Batches and random draws depend on seed and step alone: a run that stops and goe
 whatever the number of devices or processes before and after.
 """
 
-import dataclasses
 import functools
 import json
 import logging
@@ -213,7 +212,7 @@ def _items(state: TrainState) -> dict:
 def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: Experiment, mesh: Mesh, data):
     """Step to the end, reporting, drawing and saving on the way."""
     step, last, tracking = int(state.step), experiment.train.steps, experiment.tracking
-    about = dict(versions=package_versions(), data=data.fingerprint, source=dataclasses.asdict(experiment.data))
+    about = dict(versions=package_versions(), data=data.fingerprint)
     shapes = jax.eval_shape(lambda state: state, state)
     compiled = functools.cache(lambda passes: compile_update(model, experiment, passes, mesh, shapes))
     size = experiment.data.batch_size

@@ -29,7 +29,7 @@ def checkpoints(tiny, tmp_path_factory):
     model, params = tiny
     static = dataclasses.replace(model.config, routers="none", patch=4)
     sampling = SamplingConfig(sampler="ddim", steps="3", clip=1.0, guidance=1.0)
-    about = dict(source=dict(name="digits"))
+    about = dict(config=dict(data=dict(name="digits")))
     for name, config, leaves in (
         ("dynamic", model.config, params),
         ("static", static, Model(static).init(jax.random.key(0))),

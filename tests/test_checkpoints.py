@@ -87,16 +87,18 @@ def test_run_of_another_shape_is_refused(tmp_path):
 def test_full_disk_names_the_last_whole_checkpoint(tmp_path):
     tree = dict(leaf=np.random.default_rng(0).standard_normal(100_000))
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(StopError, match="could not be written .*newest whole one is of step 1"):
-        with Run(tmp_path, CheckpointConfig(every_steps=1)) as run:
-            run.save(1, dict(params=tree), {})
+    with (
+        pytest.raises(StopError, match="could not be written .*newest whole one is of step 1"),
+        Run(tmp_path, CheckpointConfig(every_steps=1)) as run,
+    ):
+        run.save(1, dict(params=tree), {})
+        run.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, kept[1]))  # writing more fails, as on a full disk
+        try:
+            run.save(2, dict(params=tree), {})
             run.wait()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, kept[1]))  # writing more fails, as on a full disk
-            try:
-                run.save(2, dict(params=tree), {})
-                run.wait()
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, kept)
     with Run(tmp_path, CheckpointConfig(every_steps=1)) as run:
         assert run.latest_step == 1
         np.testing.assert_array_equal(run.restore(1, dict(params=tree))["params"]["leaf"], tree["leaf"])
