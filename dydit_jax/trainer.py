@@ -131,8 +131,10 @@ def train_and_evaluate(config: dict, workdir) -> TrainState:
     data = together(lambda: _opened_data(experiment))
     require_same("dataset", data.fingerprint)
     model = build_model(experiment.model, precision=experiment.train.precision, mesh=mesh, remat=experiment.train.remat)
+    require_same("content of the work directory", str(has_checkpoint(workdir)))
     source = {} if has_checkpoint(workdir) else together(lambda: starting_leaves(model, experiment))
     together(lambda: prepare_workdir(workdir, config) if is_main() else None)
+    together(lambda: _require_shared(workdir))
     workdir = epath.Path(workdir)
     with jax.set_mesh(mesh), Run(workdir, experiment.checkpoint) as run:
         state = _restored_or_first(run, model, experiment, mesh, source, data.fingerprint)
@@ -145,6 +147,18 @@ def train_and_evaluate(config: dict, workdir) -> TrainState:
         save_weights(workdir / WEIGHTS_FILE, weights)
         logger.info("Wrote the EMA weights to %s.", workdir / WEIGHTS_FILE)
     return state
+
+
+def _require_shared(workdir) -> None:
+    """Raise where this process does not see the work directory that the main one has made.
+
+    Raises:
+      InputError: a folder on a disk of one machine alone.
+    """
+    if not is_run(workdir):
+        raise InputError(
+            f"{workdir} is not what process 0 sees there; name a folder that all machines share, or gs://."
+        )
 
 
 def _opened_data(experiment: Experiment):
@@ -220,7 +234,10 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     sharding = batch_sharding(mesh)
     place = lambda leaf: jax.make_array_from_process_local_data(sharding, leaf, (size, *leaf.shape[1:]))
     writers = make_writers(tracking, workdir) if is_main() else []
-    shown = examples(data, count=SHOWN_EXAMPLES) if tracking.samples_every_steps else None
+    shown, decode = None, None
+    if tracking.samples_every_steps:  # an autoencoder that is not there must not end the run days later
+        shown = examples(data, count=SHOWN_EXAMPLES)
+        decode = make_decode_fn(Weights(experiment.model, experiment.diffusion, experiment.sampling, {}, {}), mesh)
     if step < last:
         compiled(passes_at(step, experiment))  # before the clock starts
     clock = Clock(step, last)
@@ -245,7 +262,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
                 raise StopError(f"Told to stop: step {step} is saved, the same command goes on from it.", RESTART_CODE)
             if tracking.samples_every_steps and step % tracking.samples_every_steps == 0:
                 watch.now(f"the samples of step {step}")
-                seen = _draw_samples(step, state, workdir, model, experiment, mesh)
+                seen = _draw_samples(step, state, workdir, model, experiment, mesh, decode)
                 seen |= _measure_ema(state, model, experiment, mesh, shown)
                 for writer in writers:
                     writer.write(step, seen)
@@ -304,11 +321,12 @@ def _measure_ema(state: TrainState, model: Model, experiment: Experiment, mesh: 
     return {f"ema/loss_t{t}": float(to_host(loss)[:count].mean()) for t, loss in zip(timesteps, losses)}
 
 
-def _draw_samples(step: int, state: TrainState, workdir, model: Model, experiment: Experiment, mesh: Mesh) -> dict:
+def _draw_samples(
+    step: int, state: TrainState, workdir, model: Model, experiment: Experiment, mesh: Mesh, decode
+) -> dict:
     """Draw a grid of images from the EMA weights, on the same mesh, into samples/<step>.png; returns what they cost."""
     labels = np.asarray(experiment.tracking.sample_labels, np.int32)
     filled = np.resize(labels, -(-len(labels) // mesh.size) * mesh.size)
-    about = Weights(experiment.model, experiment.diffusion, experiment.sampling, {}, {})
     samples = generate(
         model,
         state.ema,
@@ -319,7 +337,7 @@ def _draw_samples(step: int, state: TrainState, workdir, model: Model, experimen
         mode="complete" if experiment.model.routers == "none" else "gated",
         mesh=mesh if mesh.size > 1 else None,
     )
-    pixels = to_uint8(make_decode_fn(about, mesh)(samples.images))[: len(labels)]
+    pixels = to_uint8(decode(samples.images))[: len(labels)]
     if is_main():
         folder = workdir / SAMPLES_FOLDER
         folder.mkdir(exist_ok=True)

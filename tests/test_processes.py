@@ -140,6 +140,10 @@ def test_mistake_of_one_process_ends_both(tmp_path):
     for told, expected in (
         (dict(config=[CONFIG] * 2, workdir=[str(taken), str(tmp_path / "b")]), "neither empty nor a run's"),
         (
+            dict(config=[CONFIG] * 2, workdir=[str(tmp_path / "c"), str(tmp_path / "d")]),
+            "a folder that all machines share",
+        ),
+        (
             dict(config=[CONFIG, changed(CONFIG, train=dict(seed=1))], workdir=["a", "a"]),
             "Process 1 has another configuration",
         ),
