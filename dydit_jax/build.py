@@ -5,6 +5,7 @@ before anything is compiled or written.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 
 import jax
@@ -181,7 +182,11 @@ def read_model(section: Mapping) -> DiTConfig:
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:
-    """List the keys in which two configs differ, other than those that may change when a run goes on."""
+    """List the keys in which two configs differ, other than those that may change when a run goes on.
+
+    Tuples count as the lists that JSON makes of them.
+    """
+    old, new = (json.loads(json.dumps(config)) for config in (old, new))
     found = []
     for section in sorted(set(old) | set(new)):
         before, after = old.get(section) or {}, new.get(section) or {}

@@ -28,6 +28,8 @@ def test_train_then_sample(tmp_path):
     small = ("--config.model.depth=1", "--config.data.batch_size=8", "--config.tracking.every_steps=1")
     said = call("train.py", "--config=configs/digits_dit.py", f"--workdir={workdir}", "--config.train.steps=2", *small)
     assert "step 2/2" in said and "steps/s" in said and "left" in said and "Compiled" in said
+    said = call("train.py", "--config=configs/digits_dit.py", f"--workdir={workdir}", "--config.train.steps=3", *small)
+    assert "Continuing from step 2" in said and "step 3/3" in said
     said = call(
         "sample.py", f"--checkpoint={workdir}", f"--out={out}", "--num_images=3", "--sampling.steps=2", "--batch_size=2"
     )
