@@ -43,6 +43,7 @@ class Evaluation:
       inception: file of the published PyTorch port of the network, or its name to have it fetched.
       save_statistics: file for the reference's statistics, "" for none.
       batch_size: images at once.
+      side: pictures of folders and datasets are cropped to it; 0 leaves them as they are.
       report: whether results also go into the folder that a set lies in, as evaluation.json and on its page.
     """
 
@@ -52,13 +53,14 @@ class Evaluation:
     inception: str = DEFAULT_INCEPTION
     save_statistics: str = ""
     batch_size: int = 64
+    side: int = 0
     report: bool = False
 
     def __post_init__(self):
         if not self.samples:
             raise InputError("--samples is empty; name one set of images or several, with commas between them.")
-        if self.batch_size < 1:
-            raise InputError(f"--batch_size must be at least 1, not {self.batch_size}.")
+        if self.batch_size < 1 or self.side < 0:
+            raise InputError(f"--batch_size must be at least 1 and --side at least 0: {self.batch_size}, {self.side}.")
         if self.save_statistics and not self.reference:
             raise InputError("--save_statistics keeps those of --reference; name one.")
         if self.report and not all(epath.Path(path).is_dir() for path in self.samples):
@@ -91,13 +93,13 @@ def evaluate(request: Evaluation) -> list[dict]:
     Raises:
       InputError: anything wrong with the files, as far as possible before anything is computed.
     """
-    sets = [open_images(path) for path in request.samples]
+    sets = [open_images(path, request.side) for path in request.samples]
     params, network = load_inception(request.inception)
     mesh = make_mesh(MeshConfig())
     measure = functools.partial(image_statistics, params=params, mesh=mesh, batch_size=request.batch_size)
     reference = None
     if request.reference:
-        reference = _reference_statistics(request.reference, network, measure)
+        reference = _reference_statistics(request.reference, network, measure, request.side)
         if request.save_statistics:
             save_statistics(request.save_statistics, reference, network)
     records = []
@@ -186,12 +188,12 @@ def compare(samples: Statistics, reference: Statistics | None) -> dict:
     return scores
 
 
-def _reference_statistics(path: str, network: str, measure) -> Statistics:
+def _reference_statistics(path: str, network: str, measure, side: int) -> Statistics:
     """Read or compute the reference: saved statistics, an ADM batch with moments, or plain images."""
     shapes = npz_shapes(path) if path.endswith(".npz") and epath.Path(path).is_file() else {}
     has_moments = all(name in shapes for name in MOMENTS)
     if not has_moments:
-        return measure(open_images(path))
+        return measure(open_images(path, side))
     with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         if "network" in arrays and str(arrays["network"]) != network:
             raise InputError(f"{path} holds statistics of another network; make them anew with --save_statistics.")

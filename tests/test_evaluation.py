@@ -11,6 +11,7 @@ from conftest import fidelity_network
 from PIL import Image
 
 from dydit_jax.convert.torch_files import write_tensors
+from dydit_jax.data.archives import prepare_pictures
 from dydit_jax.data.image_sets import open_images
 from dydit_jax.errors import InputError
 from dydit_jax.evaluation import MOMENTS, Evaluation, evaluate, image_statistics, load_inception
@@ -110,7 +111,7 @@ def test_wrong_files_are_refused(tmp_path):
         Image.fromarray(pictures(1, 0)[0, :side, :side]).save(tmp_path / f"{side:02d}.png")
     with pytest.raises(InputError, match="Image 1 of"):
         list(open_images(tmp_path).batches(2))
-    with pytest.raises(InputError, match="can't be opened as tfds"):
+    with pytest.raises(InputError, match="can't be opened as <folder or name>"):
         open_images("tfds:no_such_dataset/train")
 
 
@@ -141,3 +142,19 @@ def test_published_figures_of_adm_are_found():
     assert found["fid"] == pytest.approx(3.943, rel=2e-3) and found["sfid"] == pytest.approx(6.140, rel=2e-3)
     # The official distances are float16, which moves these by up to 0.007.
     assert found["precision"] == pytest.approx(0.8265, abs=0.01) and found["recall"] == pytest.approx(0.5309, abs=0.01)
+
+
+def test_prepared_datasets_and_folders_are_cropped_alike(tmp_path):
+    for number in range(4):
+        place = tmp_path / "pictures" / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pictures(1, number)[0]).resize((20 + number, 24)).save(place / f"{number}.png")
+    dataset = open_images("tfds:" + prepare_pictures(str(tmp_path / "pictures"), str(tmp_path / "prepared")), side=8)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in (tmp_path / "pictures").rglob("*.png"):
+        (flat / file.name).write_bytes(file.read_bytes())
+    read = lambda images: sorted(image.tobytes() for batch in images.batches(3) for image in batch)
+    assert dataset.count == 4 and read(dataset) == read(open_images(flat, side=8))
+    with pytest.raises(InputError, match="Image 1 of"):
+        list(open_images(flat).batches(2))

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from etils import epath
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from dydit_jax.data.images import center_crop, decode_image
+from dydit_jax.data.sources import open_prepared
 from dydit_jax.errors import InputError
 
 IMAGES_ENTRY = "arr_0"
@@ -54,21 +56,22 @@ class ImageSet:
             yield np.stack(batch)
 
 
-def open_images(path) -> ImageSet:
+def open_images(path, side: int = 0) -> ImageSet:
     """Open a set of images.
 
     Args:
       path: an `.npz` with the key arr_0, uint8 [n,height,width,3]; a folder of pictures, with or without a sub-folder
-        `images` (what `sample.py` writes); or "tfds:name/split" of a dataset that is prepared.
+        `images` (what `sample.py` writes); or "tfds:<folder or name>/<split>" of a dataset that is prepared.
+      side: pictures of a folder or a dataset are cropped to it as ADM does; 0 leaves them as they are.
 
     Raises:
       InputError: nothing of the kind, or other content.
     """
     if str(path).startswith(DATASET_PREFIX):
-        return _open_dataset(str(path))
+        return _open_dataset(str(path), side)
     path = epath.Path(path)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, side)
     if not path.is_file():
         raise InputError(f"There is no file or folder {path}.")
     return _open_npz(path)
@@ -121,7 +124,7 @@ def _open_npz(path) -> ImageSet:
     return ImageSet(str(path), shape[0], checksum, images)
 
 
-def _open_folder(path) -> ImageSet:
+def _open_folder(path, side: int) -> ImageSet:
     folder = path / "images" if (path / "images").is_dir() else path
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
@@ -129,29 +132,19 @@ def _open_folder(path) -> ImageSet:
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return ImageSet(str(path), len(files), digest.hexdigest(), lambda: map(_read_picture, files))
+    read = lambda file: _sized(decode_image(file.read_bytes(), str(file)), side)
+    return ImageSet(str(path), len(files), digest.hexdigest(), lambda: map(read, files))
 
 
-def _read_picture(file) -> np.ndarray:
-    try:
-        with file.open("rb") as opened, Image.open(opened) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{file} is not a readable picture: {error}.") from error
-
-
-def _open_dataset(name: str) -> ImageSet:
-    import tensorflow_datasets as tfds
-
-    dataset, _, split = name.removeprefix(DATASET_PREFIX).rpartition("/")
-    try:
-        source = tfds.data_source(dataset, split=split, download=False)
-    except Exception as error:  # noqa: BLE001 (tfds has no common error for "is not there")
-        raise InputError(f"{name} can't be opened as tfds:name/split of a prepared dataset: {error}.") from error
+def _open_dataset(name: str, side: int) -> ImageSet:
+    _, source = open_prepared(name.removeprefix(DATASET_PREFIX))
 
     def images():
         for index in range(len(source)):
-            image = np.asarray(source[index]["image"])
-            yield np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+            yield _sized(decode_image(source[index]["image"], f"Example {index} of {name}"), side)
 
     return ImageSet(name, len(source), "", images)
+
+
+def _sized(image: Image.Image, side: int) -> np.ndarray:
+    return center_crop(image, side) if side else np.asarray(image)

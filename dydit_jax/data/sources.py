@@ -215,22 +215,10 @@ class Prepared(_Pictures):
     """
 
     def __init__(self, config, model):
-        import tensorflow_datasets as tfds
-
         super().__init__(config, model)
-        name, _, split = config.path.rpartition("/")
-        try:
-            found = (epath.Path(name) / "dataset_info.json").is_file()
-            builder = tfds.builder_from_directory(name) if found else tfds.builder(name)
-            self._source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-        except Exception as error:  # noqa: BLE001 (tfds has no common error for "is not there")
-            told = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"data.path {config.path!r} can't be opened as <folder or name>/<split> of a prepared dataset: {told}"
-            ) from error
-        classes = builder.info.features["label"].num_classes
-        _require_shape("tfds", (model.side, model.side, 3), classes, model)
-        self.fingerprint = f"tfds {builder.info.full_name} {split} {len(self._source)}"
+        info, self._source = open_prepared(config.path)
+        _require_shape("tfds", (model.side, model.side, 3), info.features["label"].num_classes, model)
+        self.fingerprint = f"tfds {info.full_name} {config.path.rpartition('/')[2]} {len(self._source)}"
 
     def __len__(self):
         return len(self._source)
@@ -238,6 +226,32 @@ class Prepared(_Pictures):
     def _content(self, index):
         example = self._source[index]
         return example["image"], example["label"], f"example {index} of {self.fingerprint}"
+
+
+def open_prepared(path: str):
+    """Open a dataset that lies as array_record files, without TensorFlow.
+
+    Args:
+      path: <folder with dataset_info.json>/<split>, or <name known to tensorflow_datasets>/<split>.
+
+    Returns:
+      Its `DatasetInfo` and a random-access source of examples, pictures as the bytes of their files.
+
+    Raises:
+      InputError: not there, or prepared in another form.
+    """
+    import tensorflow_datasets as tfds
+
+    name, _, split = path.rpartition("/")
+    try:
+        found = (epath.Path(name) / "dataset_info.json").is_file()
+        builder = tfds.builder_from_directory(name) if found else tfds.builder(name)
+        return builder.info, builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except Exception as error:  # noqa: BLE001 (tfds has no common error for "is not there")
+        told = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{path!r} can't be opened as <folder or name>/<split> of a prepared dataset: {told}"
+        ) from error
 
 
 def list_class_folders(folder) -> tuple[list, np.ndarray]:
