@@ -23,7 +23,8 @@ def test_rank_deficient_covariances_work():
     few, many = generator.standard_normal((10, 32)), 1 + generator.standard_normal((500, 32))
     distance = frechet_distance(*moments(few), *moments(many))
     assert np.isfinite(distance)
-    assert distance == pytest.approx(frechet_distance(*moments(many), *moments(few)), rel=1e-9)
+    # The roots of 22 eigenvalues that are zero but for rounding, 1e-17, differ by 1.2e-9 of the distance.
+    assert distance == pytest.approx(frechet_distance(*moments(many), *moments(few)), rel=1e-8)
 
 
 def test_distance_of_known_gaussians():

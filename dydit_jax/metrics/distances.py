@@ -12,10 +12,14 @@ import scipy.linalg
 import scipy.special
 
 
-def moments(features) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean [d] and covariance [d,d] of features [n,d], float64."""
-    features = np.asarray(features, np.float64)
-    return features.mean(0), np.cov(features, rowvar=False)
+def moments(features, *, block: int = 4096) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean [d] and covariance [d,d] of features [n,d], float64; `block` rows at a time are float64 too."""
+    mean = np.mean(features, axis=0, dtype=np.float64)
+    total = np.zeros((len(mean), len(mean)))
+    for part in _blocks(features, block):
+        centred = part - mean
+        total += centred.T @ centred
+    return mean, total / (len(features) - 1)
 
 
 def frechet_distance(mean, covariance, other_mean, other_covariance) -> float:
@@ -57,46 +61,65 @@ def inception_score(logits, *, split: int = 5000) -> float:
     return float(np.mean(scores))
 
 
-def precision_recall(reference, samples, *, neighbours: int = 3, block: int = 1000) -> tuple[float, float]:
+def precision_recall(reference, samples, *, neighbours: int = 3, block: int = 2500) -> tuple[float, float]:
     """Return precision and recall of samples: the shares that lie in the other set's manifold.
 
     A point is in a manifold if it is no farther from one of its points than that point's k-th nearest neighbour.
 
     Args:
-      reference, samples: features [n,d] and [m,d].
+      reference, samples: features [n,d] and [m,d], float32.
       neighbours: k.
-      block: points whose distances to all others are in memory at once.
+      block: points on each side whose distances are in memory at once.
 
     Source: https://arxiv.org/abs/1904.06991.
     """
     # Distances do not change, but their squares are differences of smaller numbers.
-    centre = np.mean(reference, axis=0, dtype=np.float64)
-    reference, samples = (np.asarray(points - centre, np.float32) for points in (reference, samples))
-    reference_radii, sample_radii = (
-        squared_radii(points, neighbours=neighbours, block=block) for points in (reference, samples)
-    )
-    precision = _share_inside(samples, reference, reference_radii, block)
-    return precision, _share_inside(reference, samples, sample_radii, block)
+    centre = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
+    settings = dict(centre=centre, block=block)
+    radii = [squared_radii(points, neighbours=neighbours, **settings) for points in (reference, samples)]
+    precision = _share_inside(samples, reference, radii[0], **settings)
+    return precision, _share_inside(reference, samples, radii[1], **settings)
 
 
-def squared_radii(points: np.ndarray, *, neighbours: int, block: int = 1000) -> np.ndarray:
+def squared_radii(points: np.ndarray, *, neighbours: int, centre=0.0, block: int = 2500) -> np.ndarray:
     """Return the squared distance [n] of each point [n,d] to its k-th nearest other point."""
-    nearest = lambda distances: -jax.lax.top_k(-distances, neighbours + 1)[0][:, -1]  # itself is the nearest
-    return np.concatenate([nearest(_squared_distances(part, points)) for part in _blocks(points, block)])
+    radii = []
+    for part in _blocks(points, block):
+        nearest = np.full((len(part), neighbours + 1), np.inf, np.float32)  # itself is the nearest
+        for others in _blocks(points, block):
+            nearest = _nearest(part, others, centre, nearest)
+        radii.append(np.asarray(nearest[:, -1]))
+    return np.concatenate(radii)
 
 
-def _share_inside(points: np.ndarray, manifold: np.ndarray, radii: np.ndarray, block: int) -> float:
-    inside = [(_squared_distances(part, manifold) <= radii).any(1) for part in _blocks(points, block)]
+def _share_inside(points: np.ndarray, manifold: np.ndarray, radii: np.ndarray, *, centre, block: int) -> float:
+    inside = []
+    for part in _blocks(points, block):
+        pairs = zip(_blocks(manifold, block), _blocks(radii, block))
+        inside.append(np.any([_any_inside(part, others, centre, reach) for others, reach in pairs], axis=0))
     return float(np.concatenate(inside).mean())
 
 
-def _blocks(points: np.ndarray, block: int) -> list[np.ndarray]:
-    return [points[first : first + block] for first in range(0, len(points), block)]
+def _blocks(rows: np.ndarray, block: int) -> list[np.ndarray]:
+    return [rows[first : first + block] for first in range(0, len(rows), block)]
 
 
 @jax.jit
-def _squared_distances(points, others):
+def _nearest(points, others, centre, nearest):
+    """Return the smallest distances so far [n,k+1], ascending, with those to other points [m,d] taken in."""
+    both = jnp.concatenate([nearest, _squared_distances(points, others, centre)], axis=1)
+    return -jax.lax.top_k(-both, nearest.shape[1])[0]
+
+
+@jax.jit
+def _any_inside(points, others, centre, radii):
+    """Return whether each of points [n,d] is within the radius [m] of any other."""
+    return (_squared_distances(points, others, centre) <= radii).any(1)
+
+
+def _squared_distances(points, others, centre):
     """Return [n,m] for [n,d] and [m,d]."""
+    points, others = points - centre, others - centre
     product = jnp.dot(points, others.T, precision="highest")
     squares = (points**2).sum(1)[:, None] + (others**2).sum(1) - 2 * product
     return jnp.maximum(squares, 0)
