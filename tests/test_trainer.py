@@ -209,7 +209,7 @@ def killed_now_and_then(config: dict, workdir, kills: int) -> int:
 @pytest.mark.slow
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
     """20 times kill -9, a checkpoint after every step, so that many fall into the middle of a save."""
-    config = changed(STATIC, train=dict(steps=3000), mesh=dict(data=1, fsdp=1), checkpoint=dict(every_steps=1))
+    config = changed(STATIC, train=dict(steps=1000), mesh=dict(data=1, fsdp=1), checkpoint=dict(every_steps=1))
     assert killed_now_and_then(config, tmp_path / "killed", 20) >= 15
     killed_now_and_then(config, tmp_path / "whole", 0)
     killed, whole = (load_checkpoint(tmp_path / name / "weights.safetensors").params for name in ("killed", "whole"))
