@@ -342,7 +342,7 @@ def _draw(
             # One shape for all batches; the last one is filled up and cut again.
             indices = np.asarray(batch + [batch[-1]] * (size - len(batch)))
             samples = draw(labels[indices], indices=indices, mode=request.mode, plan=plan, report=progress.update)
-            job = samples if job is None else _together(job, samples, done, len(batch))
+            job = samples if job is None else _joined(job, samples, done, len(batch))
             done += len(batch)
             pixels = to_uint8(decode(samples.images))
             if is_main():
@@ -356,7 +356,7 @@ def _draw(
     return job, plan
 
 
-def _together(job: Samples, samples: Samples, done: int, count: int) -> Samples:
+def _joined(job: Samples, samples: Samples, done: int, count: int) -> Samples:
     """Add a batch of `count` images to the record of a job of `done`; only its own images are kept."""
     mean = lambda before, now: (done * before + count * now) / (done + count)
     return Samples(
