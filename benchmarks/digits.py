@@ -4,7 +4,7 @@
 
 Per seed: a static DiT; from it the control (trained on for as many steps as fine-tuning takes) and a DyDiT for each
 lambda; and a static DiT of half the size, trained for as many steps as both stages. Runs that are there already are
-continued or reused; two cores need about half an hour per seed.
+continued or reused.
 
 Measured on 1000 images per model, 100 of each class: accuracy of a classifier trained on the real digits, Fréchet
 distance in its features to the real training digits, and MACs. The judge is scikit-learn's and shares nothing with the

@@ -200,10 +200,11 @@ def _draw_routing(out, weights: Weights, request: Analysis, mesh) -> Samples:
     model = build_model(weights.model, precision=request.precision, mesh=mesh)
     decode = make_decode_fn(weights, mesh)
     settings = dict(sampling=weights.sampling, diffusion=weights.diffusion)
-    plan = plan_sampling(model, weights.params, **settings)
+    params = jax.device_put(weights.params, replicated(mesh))  # once, not with every image
+    plan = plan_sampling(model, params, **settings)
     steps = len(steps_of(**settings).timestep)
     with tqdm(total=len(request.labels) * steps, unit="step", desc=f"images of {out.name}") as progress:
-        draw = functools.partial(generate, model, weights.params, **settings, mode="gated", report=progress.update)
+        draw = functools.partial(generate, model, params, **settings, mode="gated", report=progress.update)
         each = [
             draw([int(label)], indices=np.array([index]), seed=request.seed)
             for index, label in enumerate(request.labels)

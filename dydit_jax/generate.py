@@ -193,10 +193,16 @@ def _predict(params, layers, labels, x, c, gates, *, model: Model, sampling, for
     return output, _Record(tokens.mean(0), tokens.mean(-1).max(0), over)
 
 
-def _begin(indices, labels, *, sampling: SamplingConfig, seed: int, shape: tuple[int, ...]):
-    """Return the sampler's first state, the images' keys and their labels, all with the leading axis B."""
-    keys = image_keys(seed, indices)
-    return make_sampler(sampling).init(_first_noise(keys, shape)), keys, jnp.asarray(labels)
+@functools.cache
+def _compiled_begin(sampling: SamplingConfig, shape: tuple[int, ...], mesh: Mesh | None):
+    """Make (indices, labels, seed) -> the sampler's first state, keys and labels of the images, leading axis B."""
+
+    def begin(indices, labels, seed):
+        keys = image_keys(seed, indices)
+        return make_sampler(sampling).init(_first_noise(keys, shape)), keys, jnp.asarray(labels)
+
+    # On a mesh every process makes its own part.
+    return jax.jit(begin) if mesh is None else jax.jit(begin, out_shardings=batch_sharding(mesh))
 
 
 def generate(
@@ -237,12 +243,11 @@ def generate(
     config, labels = model.config, _checked_labels(labels, model.config.classes)
     table = steps_of(sampling, diffusion)
     indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
-    begin = functools.partial(_begin, sampling=sampling, seed=seed, shape=(config.side, config.side, config.channels))
     if mesh is not None:
         require_divisible(mesh, len(labels))
         params = jax.device_put(params, replicated(mesh))
-        begin = jax.jit(begin, out_shardings=batch_sharding(mesh))  # where each process can make its own part
-    state, keys, labels = begin(indices, labels)
+    shape = (config.side, config.side, config.channels)
+    state, keys, labels = _compiled_begin(sampling, shape, mesh)(indices, labels, seed)
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     images = len(labels) // devices * (1 if sampling.guidance == 1.0 else 2)
     heads, groups, programs = _programs(model, params, table, mode, plan, images)

@@ -114,7 +114,9 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
     for name in (LATENTS_FILE, LABELS_FILE):
         _current(out, name).replace(out / name)
     told = hashlib.sha256("".join(done).encode()).hexdigest()
-    (out / INFO_FILE).write_text(json.dumps(dict(job, checksum=told, chunks=done), indent=2) + "\n")
+    partial = out / f"{INFO_FILE}.partial"
+    partial.write_text(json.dumps(dict(job, checksum=told, chunks=done), indent=2) + "\n")
+    partial.replace(out / INFO_FILE)
     (out / PROGRESS_FILE).unlink()
     logger.info("Wrote %s: use data.name=latents, data.path=%s", out, out)
     return out
@@ -162,7 +164,9 @@ def _open_partial(out, job: dict):
     """Return the arrays under way and the checksums of the chunks that are done."""
     count, side = job["count"], job["side"] // 8
     lines = (out / PROGRESS_FILE).read_text().splitlines() if (out / PROGRESS_FILE).is_file() else []
-    done = [json.loads(line)["sha256"] for line in lines]
+    whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
+    (out / PROGRESS_FILE).write_text("".join(line + "\n" for line in whole))
+    done = [json.loads(line)["sha256"] for line in whole]
     shapes = {LATENTS_FILE: ((count, 2, side, side, 8), np.float16), LABELS_FILE: ((count,), np.int32)}
     mode = "r+" if done else "w+"
     moments, labels = (

@@ -131,8 +131,9 @@ def train_and_evaluate(config: dict, workdir) -> TrainState:
     data = together(lambda: _opened_data(experiment))
     require_same("dataset", data.fingerprint)
     model = build_model(experiment.model, precision=experiment.train.precision, mesh=mesh, remat=experiment.train.remat)
-    require_same("content of the work directory", str(has_checkpoint(workdir)))
-    source = {} if has_checkpoint(workdir) else together(lambda: starting_leaves(model, experiment))
+    continued = has_checkpoint(workdir)
+    require_same("content of the work directory", str(continued))
+    source = {} if continued else together(lambda: starting_leaves(model, experiment))
     together(lambda: prepare_workdir(workdir, config) if is_main() else None)
     together(lambda: _require_shared(workdir))
     workdir = epath.Path(workdir)
@@ -236,7 +237,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     writers = make_writers(tracking, workdir) if is_main() else []
     shown, decode = None, None
     if tracking.samples_every_steps:  # an autoencoder that is not there must not end the run days later
-        shown = examples(data, count=SHOWN_EXAMPLES)
+        shown = _place_examples(data, experiment, mesh)
         decode = make_decode_fn(Weights(experiment.model, experiment.diffusion, experiment.sampling, {}, {}), mesh)
     if step < last:
         compiled(passes_at(step, experiment))  # before the clock starts
@@ -263,7 +264,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
             if tracking.samples_every_steps and step % tracking.samples_every_steps == 0:
                 watch.now(f"the samples of step {step}")
                 seen = _draw_samples(step, state, workdir, model, experiment, mesh, decode)
-                seen |= _measure_ema(state, model, experiment, mesh, shown)
+                seen |= _measure_ema(state, model, experiment, shown)
                 for writer in writers:
                     writer.write(step, seen)
         watch.now("the last checkpoint")
@@ -304,21 +305,23 @@ def _require_progress(step: int, metrics: dict, run: Run, experiment: Experiment
         )
 
 
-def _measure_ema(state: TrainState, model: Model, experiment: Experiment, mesh: Mesh, shown: dict) -> dict:
+def _measure_ema(state: TrainState, model: Model, experiment: Experiment, shown: tuple) -> dict:
     """Return the EMA weights' loss on the same examples and noise every time, at timesteps from easy to hard."""
-    count = len(shown["label"])
-    indices = np.resize(np.arange(count), -(-count // mesh.size) * mesh.size)
-    place = jax.jit(lambda *arrays: arrays, out_shardings=batch_sharding(mesh))
-    start, labels = place(shown["image"][indices], shown["label"][indices])
-    keys = jax.jit(
-        lambda: image_keys(experiment.train.seed, jnp.asarray(indices)), out_shardings=batch_sharding(mesh)
-    )()
     mode = "complete" if experiment.model.routers == "none" else "gated"
     settings = dict(model=model, diffusion=experiment.diffusion, mode=mode)
     steps = experiment.diffusion.train_steps
     timesteps = [steps * share // 10 for share in SHOWN_TENTHS]
-    losses = [patch_losses(state.ema, start, labels, keys, np.int32(t), **settings) for t in timesteps]
-    return {f"ema/loss_t{t}": float(to_host(loss)[:count].mean()) for t, loss in zip(timesteps, losses)}
+    losses = [patch_losses(state.ema, *shown, np.int32(t), **settings) for t in timesteps]
+    return {f"ema/loss_t{t}": float(to_host(loss).mean()) for t, loss in zip(timesteps, losses)}
+
+
+def _place_examples(data, experiment: Experiment, mesh: Mesh) -> tuple:
+    """Return the images, labels and keys that the EMA is measured on, in their shards."""
+    found = examples(data, count=SHOWN_EXAMPLES)
+    rows = np.resize(np.arange(len(found["label"])), -(-SHOWN_EXAMPLES // mesh.size) * mesh.size)
+    start, labels, seed = found["image"][rows], found["label"][rows], experiment.train.seed
+    place = lambda start, labels, rows: (start, labels, image_keys(seed, rows))
+    return jax.jit(place, out_shardings=batch_sharding(mesh))(start, labels, rows)
 
 
 def _draw_samples(

@@ -45,8 +45,7 @@ def step(golden_v2, reference):
 
     def loss(params):
         arguments = (params, current, reference["t"], reference["y"])
-        dynamic, routing = golden_v2.model.apply(*arguments, mode="gated", noise=router_noise)
-        complete, _ = golden_v2.model.apply(*arguments, mode="complete")
+        dynamic, complete, routing = golden_v2.model.apply_both(*arguments, noise=router_noise)  # as training does
         terms = {
             "mse": denoising_error(dynamic, noise),
             "vb": variational_bound(dynamic, start, current, c),

@@ -86,6 +86,8 @@ def test_killed_job_goes_on_where_it_was(folder, encoded, tmp_path, monkeypatch)
         patch.setattr(preparation, "encode_moments", dies)
         prepare_latents(request(folder, tmp_path / "parts"))
     assert not (tmp_path / "parts" / "moments.npy").exists()
+    with (tmp_path / "parts" / "progress.jsonl").open("a") as journal:
+        journal.write('{"first": 4, "sha')  # a line that the kill has cut
     encoded.clear()
     prepare_latents(request(folder, tmp_path / "parts"))
     assert sum(encoded) == 2 * (COUNT - 4)
