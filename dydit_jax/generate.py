@@ -11,6 +11,7 @@ DiT models are sampled.
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 
@@ -23,8 +24,8 @@ from dydit_jax.diffusion.gaussian import coefficients
 from dydit_jax.diffusion.samplers import SamplingConfig, make_sampler, run_sampler
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.fast.narrow import narrow
-from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
+from dydit_jax.fast.narrow import narrow, whole_parts
+from dydit_jax.fast.plan import Plan, Segment, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import DEFAULT_FORMS, capacities_of, overflows, runners
 from dydit_jax.models.cost import routed_macs
 from dydit_jax.models.dit import MODES as APPLY_MODES
@@ -251,16 +252,20 @@ def generate(
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     images = len(labels) // devices * (1 if sampling.guidance == 1.0 else 2)
     heads, groups, programs = _programs(model, params, table, mode, plan, images)
+    whole = whole_parts(params["blocks"], dtype=model.dtype)
+    narrowed = functools.partial(narrow, params["blocks"], dtype=model.dtype, whole=whole)
     records, layers, narrowed_to = [], None, None
-    for segment, form, capacities in programs:
+    for program, following in itertools.pairwise([*programs, None]):
+        segment = program.segment
         if (segment.heads, segment.groups) != narrowed_to:
             layers, narrowed_to = None, (segment.heads, segment.groups)  # one segment's weights in memory at a time
-            layers = narrow(params["blocks"], heads=segment.heads, groups=segment.groups, dtype=model.dtype)
-        rows = jax.tree.map(operator.itemgetter(slice(segment.start, segment.stop)), table)
-        # [steps,1,kept] per layer: the same for all images.
-        gates = jax.tree.map(lambda gate: gate[:, None].astype(np.float32), (segment.head_gates, segment.group_gates))
-        settings = dict(model=model, sampling=sampling, form=form, capacities=capacities, mesh=mesh)
-        state, record = run_segment(params, layers, state, rows, gates, labels, keys, **settings)
+            layers = narrowed(heads=segment.heads, groups=segment.groups)
+        run_program = functools.partial(_call_with_program, table=table, model=model, sampling=sampling, mesh=mesh)
+        state, record = run_program(run_segment, program, params, layers, state, labels, keys)
+        if following is not None:
+            # The call above returned before its steps are done: the next program is compiled meanwhile.
+            shapes = _narrowed_shapes(params["blocks"], following.segment, model.dtype, like=layers)
+            run_program(run_segment.lower, following, params, shapes, state, labels, keys).compile()
         records.append(to_host(record))
         if report is not None:
             report(len(segment))
@@ -272,8 +277,36 @@ def generate(
     return Samples(to_host(state.current), table.timestep, routing, np.asarray(macs), shares, record.over.sum(0))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """What is compiled for a segment: the form of its tokens (None: all are open) and the capacities of each layer."""
+
+    segment: Segment
+    form: str | None
+    capacities: tuple | None
+
+
+def _call_with_program(function, program: _Program, params, layers, state, labels, keys, *, table, **settings):
+    """Call `run_segment`, or what compiles it, for one program."""
+    segment = program.segment
+    rows = jax.tree.map(operator.itemgetter(slice(segment.start, segment.stop)), table)
+    # [steps,1,kept] per layer: the same for all images.
+    gates = jax.tree.map(lambda gate: gate[:, None].astype(np.float32), (segment.head_gates, segment.group_gates))
+    settings |= dict(form=program.form, capacities=program.capacities)
+    return function(params, layers, state, rows, gates, labels, keys, **settings)
+
+
+def _narrowed_shapes(blocks: dict, segment: Segment, dtype, *, like):
+    """Return a segment's layers as shapes, placed as the layers of another one are."""
+    place = lambda shape, leaf: jax.ShapeDtypeStruct(
+        shape.shape, shape.dtype, sharding=leaf.sharding if leaf.committed else None
+    )
+    narrowed = functools.partial(narrow, heads=segment.heads, groups=segment.groups, dtype=dtype)
+    return jax.tree.map(place, jax.eval_shape(narrowed, blocks), like)
+
+
 def _programs(model: Model, params, table, mode: str, plan: Plan | None, images: int):
-    """Return the gates [S,L,H] and [S,L,G] of a run, and for each of its segments the form and capacities of tokens."""
+    """Return the gates [S,L,H] and [S,L,G] of a run, and its programs."""
     config, steps = model.config, len(table.step)
     if mode == "fast":
         plan = plan or plan_of(model, params, table)
@@ -292,10 +325,11 @@ def _programs(model: Model, params, table, mode: str, plan: Plan | None, images:
             heads = groups = np.ones((steps, config.depth, config.heads), bool)
         pieces = max(n for n in range(1, PROGRESS_PIECES + 1) if steps % n == 0) if steps >= 2 * PROGRESS_PIECES else 1
         segments = whole_segments(heads, groups, pieces=pieces)
-    return heads, groups, [(segment, form, _capacities(config, plan, form, segment, images)) for segment in segments]
+    capacities = functools.partial(_capacities, config, plan, form, images=images)
+    return heads, groups, [_Program(segment, form, capacities(segment)) for segment in segments]
 
 
-def _capacities(config: DiTConfig, plan: Plan | None, form: str | None, segment, images: int):
+def _capacities(config: DiTConfig, plan: Plan | None, form: str | None, segment: Segment, *, images: int):
     """Return the capacities of every layer of a segment, for the block's tokens on one device."""
     if form is None:
         return None

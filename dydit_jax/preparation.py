@@ -4,17 +4,21 @@
     <out>/labels.npy    int32 [n]
     <out>/info.json     what made them, and a checksum per chunk
 
-Training draws flip and latent anew in every epoch, as with pictures. A job that was killed goes on at the chunk that
-it was at: a chunk counts once its line is in progress.jsonl, which is written after its numbers are on the disk.
+Training draws flip and latent anew in every epoch, as with pictures. Several processes share the chunks, each with
+the devices of its own machine and a journal of its own, progress-<process>.jsonl. A job that was killed makes only
+the chunks that are in no journal, with any number of processes: a line is written after its chunk is on the disk.
 """
 
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
+import os
 import types
 
+import jax
 import numpy as np
 from etils import epath
 from tqdm import tqdm
@@ -24,11 +28,12 @@ from dydit_jax.data.sources import INFO_FILE, LABELS_FILE, LATENTS_FILE, DataCon
 from dydit_jax.errors import InputError
 from dydit_jax.latents import encode_moments
 from dydit_jax.loading import load_autoencoder
+from dydit_jax.processes import is_main, require_same, together
 from dydit_jax.sharding import MeshConfig, make_mesh
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_FILE, JOB_FILE = "progress.jsonl", "job.json"
+JOB_FILE, JOURNALS = "job.json", "progress-*.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +43,9 @@ class LatentsRequest:
     Attributes:
       data, path: the pictures, as `data.name` ("images" or "tfds") and `data.path` of a config.
       autoencoder: a file or a published name.
-      out: folder for the results, on a disk of this machine.
+      out: folder for the results, on a disk that all processes share.
       side: of the cropped pictures, in pixels.
-      chunk: pictures between two points to go on from.
+      chunk: pictures that a process makes at once, between two points to go on from.
       threads: that read pictures.
       max_bad: unreadable pictures that are replaced by their neighbours before the job stops.
     """
@@ -64,7 +69,7 @@ class LatentsRequest:
 
 
 def prepare_latents(request: LatentsRequest) -> epath.Path:
-    """Carry out a request, or what is left of it.
+    """Carry out a request, or what is left of it; with several processes all of them call this.
 
     Returns:
       The folder, which is what `data.path` should be.
@@ -73,8 +78,8 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
       InputError: pictures or an autoencoder that can't be read, or a folder of another job.
     """
     config = DataConfig(name=request.data, path=request.path, batch_size=1, max_bad=request.max_bad)
-    source = open_source(config, types.SimpleNamespace(side=request.side, channels=3, classes=None))
-    params = load_autoencoder(request.autoencoder)
+    pictures = types.SimpleNamespace(side=request.side, channels=3, classes=None)
+    source, params = together(lambda: (open_source(config, pictures), load_autoencoder(request.autoencoder)))
     job = dict(
         source=source.fingerprint,
         count=len(source),
@@ -83,43 +88,39 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
         autoencoder_checksum=checksum(params),
         chunk=request.chunk,
     )
-    out = _prepare_out(request.out, job)
+    require_same("source or autoencoder", json.dumps(job))
+    out = epath.Path(request.out)
+    together(lambda: _prepare_out(out, job) if is_main() else None)
+    together(lambda: _require_shared(out))
     if (out / INFO_FILE).is_file():
         logger.info("%s is complete.", out)
         return out
-    moments, labels, done = _open_partial(out, job)
-    mesh = make_mesh(MeshConfig())
-    starts = range(len(done) * request.chunk, len(source), request.chunk)
-    indices = lambda first: range(first, min(first + request.chunk, len(source)))
-    with (
-        concurrent.futures.ThreadPoolExecutor(request.threads) as readers,
-        tqdm(total=len(source), initial=len(done) * request.chunk, unit="picture", desc="latents") as progress,
-        (out / PROGRESS_FILE).open("a") as journal,
-    ):
-        read = lambda first: [readers.submit(source.__getitem__, index) for index in indices(first)]
-        ahead = read(starts[0]) if starts else []
-        for first in starts:
-            examples, following = [future.result() for future in ahead], first + request.chunk
-            ahead = read(following) if following < len(source) else []  # while the devices work
-            chunk = slice(first, first + len(examples))
-            moments[chunk] = _encode(params, np.stack([example["pixels"] for example in examples]), mesh)
-            labels[chunk] = [example["label"] for example in examples]
-            moments.flush()
-            labels.flush()
-            done.append(_digest(moments[chunk], labels[chunk]))
-            journal.write(json.dumps(dict(first=first, sha256=done[-1])) + "\n")
-            journal.flush()
-            progress.update(len(examples))
-    del moments, labels
-    for name in (LATENTS_FILE, LABELS_FILE):
-        _current(out, name).replace(out / name)
-    told = hashlib.sha256("".join(done).encode()).hexdigest()
-    partial = out / f"{INFO_FILE}.partial"
-    partial.write_text(json.dumps(dict(job, checksum=told, chunks=done), indent=2) + "\n")
-    partial.replace(out / INFO_FILE)
-    (out / PROGRESS_FILE).unlink()
+    done = together(lambda: _read_journals(out))
+    left = [first for first in range(0, len(source), request.chunk) if first not in done]
+    _make_chunks(left[jax.process_index() :: jax.process_count()], source, params, request, out)
+    together(lambda: None)  # all are done
+    together(lambda: _finish(out, job) if is_main() else None)
     logger.info("Wrote %s: use data.name=latents, data.path=%s", out, out)
     return out
+
+
+def _make_chunks(starts: list[int], source, params, request: LatentsRequest, out) -> None:
+    """Make the chunks that begin at these pictures, each kept before the next."""
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    chunk_at = lambda first: range(first, min(first + request.chunk, len(source)))
+    with (
+        concurrent.futures.ThreadPoolExecutor(request.threads) as readers,
+        tqdm(total=sum(len(chunk_at(first)) for first in starts), unit="picture", desc="latents") as progress,
+        _Arrays(out) as arrays,
+    ):
+        read = lambda first: [readers.submit(source.__getitem__, index) for index in chunk_at(first)]
+        ahead = read(starts[0]) if starts else []
+        for first, following in itertools.zip_longest(starts, starts[1:]):
+            examples = [future.result() for future in ahead]
+            ahead = [] if following is None else read(following)  # while the devices work
+            moments = _encode(params, np.stack([example["pixels"] for example in examples]), mesh)
+            arrays.write(first, moments, np.array([example["label"] for example in examples], np.int32))
+            progress.update(len(examples))
 
 
 def verify_latents(folder) -> None:
@@ -140,48 +141,115 @@ def verify_latents(folder) -> None:
     logger.info("%s: %d chunks, as they were made.", folder, len(info["chunks"]))
 
 
-def _prepare_out(name: str, job: dict) -> epath.Path:
-    """Make the folder, or find that it is this job's."""
-    out = epath.Path(name)
+# --- The folder of a job under way ---------------------------------------------------------------
+
+
+def _prepare_out(out, job: dict) -> None:
+    """Make the folder and its empty arrays, or find that they are this job's and what is in the journals is whole."""
     known = next((out / file for file in (INFO_FILE, JOB_FILE) if (out / file).is_file()), None)
-    if known is not None:
+    if known is None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} is not empty and holds no latents; name another --out.")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / JOB_FILE).write_text(json.dumps(job, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"Can't write to {out}: {error}.") from error
+    else:
         found = json.loads(known.read_text())
         changed = [key for key in job if found.get(key) != job[key]]
         if changed:
             raise InputError(f"{out} holds latents made otherwise ({', '.join(changed)} differ); name another --out.")
-        return out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is not empty and holds no latents; name another --out.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / JOB_FILE).write_text(json.dumps(job, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"Can't write to {out}: {error}.") from error
-    return out
+    if not (out / INFO_FILE).is_file():
+        _make_arrays(out, job)
+        _require_whole(out, job["chunk"])
 
 
-def _open_partial(out, job: dict):
-    """Return the arrays under way and the checksums of the chunks that are done."""
+def _make_arrays(out, job: dict) -> None:
+    """Make what is not there of the arrays, of zeros that take no room yet."""
     count, side = job["count"], job["side"] // 8
-    lines = (out / PROGRESS_FILE).read_text().splitlines() if (out / PROGRESS_FILE).is_file() else []
-    whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
-    (out / PROGRESS_FILE).write_text("".join(line + "\n" for line in whole))
-    done = [json.loads(line)["sha256"] for line in whole]
     shapes = {LATENTS_FILE: ((count, 2, side, side, 8), np.float16), LABELS_FILE: ((count,), np.int32)}
-    mode = "r+" if done else "w+"
-    moments, labels = (
-        np.lib.format.open_memmap(_current(out, name), mode, dtype=dtype, shape=shape)
-        for name, (shape, dtype) in shapes.items()
-    )
-    last = slice((len(done) - 1) * job["chunk"], len(done) * job["chunk"])
-    if done and _digest(moments[last], labels[last]) != done[-1]:
-        raise InputError(f"{out} is damaged: its last chunk has another checksum; remove the folder and start again.")
-    return moments, labels, done
+    missing = {name: told for name, told in shapes.items() if not _current(out, name).is_file()}
+    if missing and any(out.glob(JOURNALS)):
+        raise InputError(f"{out} lacks {', '.join(missing)}; remove the folder and start again.")
+    for name, (shape, dtype) in missing.items():
+        np.lib.format.open_memmap(_current(out, name), "w+", dtype=dtype, shape=shape)
+
+
+def _require_whole(out, chunk: int) -> None:
+    """Compare the last chunk of every journal with its checksum; what a kill has cut off a journal is dropped."""
+    moments, labels = (np.load(_current(out, name), mmap_mode="r") for name in (LATENTS_FILE, LABELS_FILE))
+    for path in out.glob(JOURNALS):
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        path.write_text("".join(line + "\n" for line in lines))
+        for line in map(json.loads, lines[-1:]):
+            rows = slice(line["first"], line["first"] + chunk)
+            if _digest(moments[rows], labels[rows]) != line["sha256"]:
+                raise InputError(
+                    f"{out} is damaged: pictures from {line['first']} on have another checksum; remove the folder and "
+                    "start again."
+                )
+
+
+def _require_shared(out) -> None:
+    if not (out / INFO_FILE).is_file() and not (out / JOB_FILE).is_file():
+        raise InputError(f"{out} is not what process 0 sees there; name a folder that all machines share.")
+
+
+def _read_journals(out) -> dict[int, str]:
+    """Return the checksum of every chunk that is done, by its first picture, ascending."""
+    lines = [json.loads(line) for path in out.glob(JOURNALS) for line in path.read_text().splitlines()]
+    return {line["first"]: line["sha256"] for line in sorted(lines, key=lambda line: line["first"])}
+
+
+class _Arrays:
+    """The arrays of a job, written by rows. Use as a context.
+
+    By ordinary writes, not through a memory map, which writes whole pages: other machines write the neighbouring rows.
+    """
+
+    def __init__(self, out):
+        self._offsets = [np.load(_current(out, name), mmap_mode="r").offset for name in (LATENTS_FILE, LABELS_FILE)]
+        self._files = [_current(out, name).open("r+b") for name in (LATENTS_FILE, LABELS_FILE)]
+        self._journal = (out / JOURNALS.replace("*", str(jax.process_index()))).open("a")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for file in (*self._files, self._journal):
+            file.close()
+
+    def write(self, first: int, moments: np.ndarray, labels: np.ndarray) -> None:
+        """Write rows from `first` on, and then say so in the journal."""
+        for file, offset, rows in zip(self._files, self._offsets, (moments, labels)):
+            file.seek(offset + first * rows[0].nbytes)
+            file.write(np.ascontiguousarray(rows).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        self._journal.write(json.dumps(dict(first=first, sha256=_digest(moments, labels))) + "\n")
+        self._journal.flush()
+
+
+def _finish(out, job: dict) -> None:
+    """Give the arrays their names and describe them; the journals are not needed any more."""
+    chunks = list(_read_journals(out).values())
+    for name in (LATENTS_FILE, LABELS_FILE):
+        _current(out, name).replace(out / name)
+    told = hashlib.sha256("".join(chunks).encode()).hexdigest()
+    partial = out / f"{INFO_FILE}.partial"
+    partial.write_text(json.dumps(dict(job, checksum=told, chunks=chunks), indent=2) + "\n")
+    partial.replace(out / INFO_FILE)
+    for path in out.glob(JOURNALS):
+        path.unlink()
 
 
 def _current(out, name: str):
     """Return where an array lies as long as the job is not finished; a kill while it finished may have renamed it."""
     return out / name if (out / name).is_file() else out / f"{name}.partial"
+
+
+# --- One chunk -----------------------------------------------------------------------------------
 
 
 def _encode(params, pixels: np.ndarray, mesh) -> np.ndarray:

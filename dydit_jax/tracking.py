@@ -26,6 +26,8 @@ PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
 }
 FLOPS_PER_MAC = 6  # of a training step: 2 forward, 4 backward
+# By what is rematerialised: a whole forward pass, or what is not a product.
+RECOMPUTED_FLOPS_PER_MAC = {"none": 0, "dots": 0, "block": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +149,33 @@ def duration(seconds: float) -> str:
 
 def flops_utilisation(macs_per_second: float, dtype) -> float | None:
     """Return the share of the chips' bfloat16 peak that a training step's MACs make; None where the peak is unknown."""
+    peak = _peak_flops(dtype)
+    return None if peak is None else FLOPS_PER_MAC * macs_per_second / peak
+
+
+def best_case(macs: float, dtype, remat: str) -> tuple[float, float] | None:
+    """Return what a training step would take at the chips' peak, and the share of it that counts as use.
+
+    Args:
+      macs: of all images and passes of a step.
+      dtype: of the products.
+      remat: what the backward pass computes again, as in `Model`.
+
+    Returns:
+      Seconds, and the utilisation that no step can exceed; None where the peak is unknown.
+    """
+    peak = _peak_flops(dtype)
+    if peak is None:
+        return None
+    executed = FLOPS_PER_MAC + RECOMPUTED_FLOPS_PER_MAC[remat]
+    return macs * executed / peak, FLOPS_PER_MAC / executed
+
+
+def _peak_flops(dtype) -> float | None:
+    """Return the dense peak of all chips of this job, where it is known."""
     kind = jax.devices()[0].device_kind
     peak = next((flops for name, flops in sorted(PEAK_FLOPS.items(), reverse=True) if kind.startswith(name)), None)
-    if peak is None or dtype != jnp.bfloat16:
-        return None
-    return FLOPS_PER_MAC * macs_per_second / (peak * jax.device_count())
+    return None if peak is None or dtype != jnp.bfloat16 else peak * jax.device_count()
 
 
 class Watch:

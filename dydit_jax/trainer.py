@@ -35,7 +35,7 @@ from dydit_jax.pictures import draw_grid, save_image
 from dydit_jax.processes import RESTART_CODE, Notice, is_main, require_same, to_host, together
 from dydit_jax.sampling import make_decode_fn
 from dydit_jax.sharding import batch_sharding, make_mesh, process_rows, require_divisible, shardings
-from dydit_jax.tracking import Clock, Profile, Watch, duration, flops_utilisation, make_writers
+from dydit_jax.tracking import Clock, Profile, Watch, best_case, duration, flops_utilisation, make_writers
 from dydit_jax.trees import flatten, unflatten
 from dydit_jax.update import TrainState, compile_update, init_state, passes_at, patch_losses
 
@@ -241,6 +241,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
         decode = make_decode_fn(Weights(experiment.model, experiment.diffusion, experiment.sampling, {}, {}), mesh)
     if step < last:
         compiled(passes_at(step, experiment))  # before the clock starts
+        _foretell(step, model, experiment)
     clock = Clock(step, last)
     with Watch(tracking.stall_seconds) as watch, Notice() as notice, Profile(tracking.profile, workdir) as profile:
         while step < last:
@@ -272,12 +273,28 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     return state
 
 
+def _step_macs(step: int, model: Model, experiment: Experiment) -> float:
+    """Return the MACs of a step's forward passes: what counts as use of the chips, with every gate open."""
+    return len(passes_at(step, experiment)) * experiment.data.batch_size * model.config.macs.complete
+
+
+def _foretell(step: int, model: Model, experiment: Experiment) -> None:
+    """Say before the first step how long the run takes at least, where the chips' peak is known."""
+    found = best_case(_step_macs(step, model, experiment), model.dtype, experiment.train.remat)
+    if found is not None and is_main():
+        seconds, utilisation = found
+        logger.info(
+            "At the chips' peak a step takes %.3f s, the %d steps to go %s; MFU at most %.0f %%.",
+            *(seconds, experiment.train.steps - step, duration(seconds * (experiment.train.steps - step))),
+            100 * utilisation,
+        )
+
+
 def _report(step: int, last: int, metrics: dict, clock: Clock, writers, model: Model, experiment: Experiment) -> None:
     """Write the metrics of a step and one line for people."""
     pace, seconds_left = clock.read(step)
     metrics["time/steps_per_second"] = pace
-    macs = len(passes_at(step - 1, experiment)) * experiment.data.batch_size * model.config.macs.complete
-    utilisation = flops_utilisation(macs * pace, model.dtype)
+    utilisation = flops_utilisation(_step_macs(step - 1, model, experiment) * pace, model.dtype)
     if utilisation is not None:
         metrics["time/mfu"] = utilisation
     for writer in writers:

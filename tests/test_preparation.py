@@ -2,11 +2,11 @@
 
 import io
 import tarfile
-import types
 
 import numpy as np
 import pytest
 from PIL import Image
+from stand_ins import mean_for_autoencoder
 
 from dydit_jax import preparation
 from dydit_jax.data.archives import prepare_pictures
@@ -36,19 +36,10 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def encoded(monkeypatch):
-    """Put a plain mean over 8x8 pixels in the autoencoder's place; returns how many images it was given."""
-    given = []
-
-    def encode(params, images, mesh):
-        given.append(len(images))
-        mean = images.reshape(len(images), 2, 8, 2, 8, 3).mean((2, 4))
-        mean = np.concatenate([mean, mean[..., :1]], axis=-1)
-        return types.SimpleNamespace(mean=mean, log_variance=np.full_like(mean, -20))
-
-    monkeypatch.setattr(preparation, "encode_moments", encode)
-    monkeypatch.setattr(preparation, "load_autoencoder", lambda name: {"weight": np.ones(3)})
-    return given
+def encoded():
+    """Put a plain mean in the autoencoder's place; returns how many images it was given."""
+    with mean_for_autoencoder() as given:
+        yield given
 
 
 def request(folder, out, **settings):
@@ -86,7 +77,7 @@ def test_killed_job_goes_on_where_it_was(folder, encoded, tmp_path, monkeypatch)
         patch.setattr(preparation, "encode_moments", dies)
         prepare_latents(request(folder, tmp_path / "parts"))
     assert not (tmp_path / "parts" / "moments.npy").exists()
-    with (tmp_path / "parts" / "progress.jsonl").open("a") as journal:
+    with (tmp_path / "parts" / "progress-0.jsonl").open("a") as journal:
         journal.write('{"first": 4, "sha')  # a line that the kill has cut
     encoded.clear()
     prepare_latents(request(folder, tmp_path / "parts"))

@@ -12,9 +12,12 @@ import jax
 import numpy as np
 import pytest
 from conftest import DYNAMIC, ROOT, changed
+from PIL import Image
+from stand_ins import mean_for_autoencoder
 
 from dydit_jax.errors import InputError
 from dydit_jax.loading import load_checkpoint
+from dydit_jax.preparation import LatentsRequest, prepare_latents, verify_latents
 from dydit_jax.processes import start_processes
 from dydit_jax.sampling import Request, sample
 from dydit_jax.trainer import train_and_evaluate
@@ -85,6 +88,20 @@ def test_two_processes_sample_as_one_does(trained, tmp_path):
     for number in range(2):
         np.testing.assert_allclose(np.load(tmp_path / "two" / f"process_{number}.npy"), whole, atol=1e-5)
     assert len(list((tmp_path / "two" / "images").iterdir())) == 8
+
+
+def test_two_processes_pack_the_latents_of_one(tmp_path):
+    for number in range(10):
+        place = tmp_path / "pictures" / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), 20 * number, np.uint8)).save(place / f"{number}.png")
+    told = dict(data="images", path=str(tmp_path / "pictures"), autoencoder="vae", side=16, chunk=3)
+    with mean_for_autoencoder():
+        whole = prepare_latents(LatentsRequest(**told, out=str(tmp_path / "one")))
+    finish(start("latents", dict(told, out=str(tmp_path / "two"))))
+    for path in whole.iterdir():
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes(), path.name
+    verify_latents(tmp_path / "two")
 
 
 @pytest.mark.slow

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import pytest
 
 from dydit_jax.errors import InputError
-from dydit_jax.tracking import Clock, JsonLines, TrackingConfig, Watch, duration, flops_utilisation, make_writers
+from dydit_jax.tracking import (
+    Clock,
+    JsonLines,
+    TrackingConfig,
+    Watch,
+    best_case,
+    duration,
+    flops_utilisation,
+    make_writers,
+)
 
 
 def test_json_lines_of_repeated_steps_are_replaced(tmp_path):
@@ -63,8 +72,13 @@ def test_utilisation_is_told_where_the_peak_is_known(monkeypatch):
         monkeypatch.setattr(jax, "devices", lambda kind=kind: chip(kind))
         assert flops_utilisation(1e13, jnp.bfloat16) == pytest.approx(6e13 / (4 * peak))
         assert flops_utilisation(1e13, jnp.float32) is None
+        # Recomputing a forward pass executes four FLOPs where three count.
+        for remat, executed in (("none", 6), ("block", 8)):
+            seconds, most = best_case(1e13, jnp.bfloat16, remat)
+            assert seconds == pytest.approx(1e13 * executed / (4 * peak))
+            assert most == pytest.approx(flops_utilisation(1e13 / seconds, jnp.bfloat16)) == pytest.approx(6 / executed)
     monkeypatch.setattr(jax, "devices", lambda: chip("abacus"))
-    assert flops_utilisation(1e13, jnp.bfloat16) is None
+    assert flops_utilisation(1e13, jnp.bfloat16) is None and best_case(1e13, jnp.bfloat16, "none") is None
 
 
 @pytest.mark.parametrize(

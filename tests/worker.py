@@ -1,4 +1,4 @@
-"""One of several processes: trains or samples as told, for `test_processes.py`."""
+"""One of several processes: trains, samples or packs latents as told, for `test_processes.py`."""
 
 import json
 import os
@@ -10,7 +10,10 @@ import numpy as np
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(os.environ.get("WORKER_DEVICES", 4)))
 
-from dydit_jax.errors import InputError, StopError  # noqa: E402 (after the devices are fixed)
+from stand_ins import mean_for_autoencoder  # noqa: E402 (after the devices are fixed)
+
+from dydit_jax import preparation  # noqa: E402
+from dydit_jax.errors import InputError, StopError  # noqa: E402
 from dydit_jax.processes import start_processes  # noqa: E402
 from dydit_jax.sampling import Request, sample  # noqa: E402
 from dydit_jax.trainer import train_and_evaluate  # noqa: E402
@@ -23,6 +26,9 @@ def main():
     try:
         if action == "train":
             train_and_evaluate(told["config"][int(number)], told["workdir"][int(number)])
+        elif action == "latents":
+            with mean_for_autoencoder():
+                preparation.prepare_latents(preparation.LatentsRequest(**told))
         else:
             samples = sample(Request(**told))
             np.save(f"{told['out']}/process_{number}.npy", samples.images)

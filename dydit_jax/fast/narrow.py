@@ -13,7 +13,7 @@ UNIT_AXES = {
 }
 
 
-def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> tuple[dict, ...]:
+def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype, whole: tuple | None = None) -> tuple[dict, ...]:
     """Return one parameter tree per layer with the units that a segment keeps.
 
     Biases of the projections stay whole: they are added whatever is on.
@@ -22,19 +22,28 @@ def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> tuple[dict, .
       blocks: the parameters of all blocks, stacked [L,...].
       heads, groups: per layer, the kept units, ascending.
       dtype: of the kernels of attention, MLP and modulation, which are only read in it.
+      whole: from `whole_parts`, where several segments share them; made here if missing.
     """
     index = lambda kept: np.asarray(kept, np.int32)
+    whole = whole or whole_parts(blocks, dtype=dtype)
     return tuple(
-        _narrow_layer(blocks, layer, index(kept_heads), index(kept_groups), dtype)
+        _narrow_layer(blocks, layer, index(kept_heads), index(kept_groups), dtype) | whole[layer]
         for layer, (kept_heads, kept_groups) in enumerate(zip(heads, groups, strict=True))
     )
 
 
+def whole_parts(blocks: dict, *, dtype) -> tuple[dict, ...]:
+    """Return per layer the parts that no segment narrows, modulation and token router; arguments as for `narrow`."""
+    parts = {name: part for name, part in blocks.items() if name not in UNIT_AXES}
+    layers = jax.tree.leaves(parts)[0].shape[0]
+    return tuple(_take_whole(parts, layer, dtype) for layer in range(layers))
+
+
 def _narrow_layer(blocks: dict, layer: int, heads: np.ndarray, groups: np.ndarray, dtype) -> dict:
-    narrowed = dict(_take_rest({name: part for name, part in blocks.items() if name not in UNIT_AXES}, layer, dtype))
-    for (name, axes), kept in zip(UNIT_AXES.items(), (heads, groups)):
-        narrowed[name] = _take_units(blocks[name], layer, kept, tuple(axes.items()), dtype)
-    return narrowed
+    return {
+        name: _take_units(blocks[name], layer, kept, tuple(axes.items()), dtype)
+        for (name, axes), kept in zip(UNIT_AXES.items(), (heads, groups))
+    }
 
 
 # Compiled once per number of kept units, not once per segment: which units they are, and of which layer, is data.
@@ -43,13 +52,13 @@ def _take_units(part: dict, layer, kept, axes, dtype) -> dict:
     taken = {name: leaf[layer] for name, leaf in part.items()}
     for name, axis in axes:
         units = taken[name].shape[axis]
-        leaf = taken[name] if len(kept) == units else jnp.take(taken[name], kept, axis=axis)
+        leaf = taken[name] if len(kept) == units else jnp.take(taken[name], kept, axis=axis, mode="clip")
         taken[name] = leaf.astype(dtype)
     return taken
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def _take_rest(parts: dict, layer, dtype) -> dict:
+def _take_whole(parts: dict, layer, dtype) -> dict:
     taken = jax.tree.map(lambda leaf: leaf[layer], parts)
     taken["modulation"]["kernel"] = taken["modulation"]["kernel"].astype(dtype)
     return taken
