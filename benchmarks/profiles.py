@@ -42,7 +42,7 @@ def profiled_params(model: Model, timesteps, shares: tuple[float, float, float],
     embedding = _embedding(params["time_embed"], timesteps)
     generator = np.random.default_rng(seed)
     for name, share in zip(("head_router", "group_router"), shares):
-        logits = _swinging_logits(generator, len(timesteps), (model.config.depth, model.config.heads), share)
+        logits = swinging_logits(generator, len(timesteps), (model.config.depth, model.config.heads), share)
         kernel = np.linalg.lstsq(embedding, logits.reshape(len(timesteps), -1), rcond=None)[0]  # [D,L*H]
         kernel = kernel.reshape(-1, model.config.depth, model.config.heads).transpose(1, 0, 2)
         params[name] = dict(kernel=jnp.asarray(kernel, jnp.float32), bias=jnp.zeros(logits.shape[1:]))
@@ -56,7 +56,7 @@ def _embedding(part: dict, timesteps) -> np.ndarray:
     return hidden / (1 + np.exp(-hidden)) @ part["kernel_out"] + part["bias_out"]
 
 
-def _swinging_logits(generator, steps: int, units: tuple[int, int], share: float) -> np.ndarray:
+def swinging_logits(generator, steps: int, units: tuple[int, int], share: float) -> np.ndarray:
     """Return [S,L,H] cosines of random phase, shifted so that `share` of them is above zero."""
     phase = generator.uniform(0, 1, units)
     wave = np.cos(2 * np.pi * (SWINGS * np.linspace(0, 1, steps)[:, None, None] + phase))

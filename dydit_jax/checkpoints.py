@@ -205,7 +205,10 @@ class Run:
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(epath.Path(workdir).absolute() / CHECKPOINTS_FOLDER, options=options)
+        workdir = epath.Path(workdir)
+        if not workdir.is_absolute():  # gs:// is; `absolute` would put the current folder before it
+            workdir = workdir.absolute()
+        self._manager = ocp.CheckpointManager(workdir / CHECKPOINTS_FOLDER, options=options)
 
     def __enter__(self):
         return self

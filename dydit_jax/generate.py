@@ -251,7 +251,7 @@ def generate(
     state, keys, labels = _compiled_begin(sampling, shape, mesh)(indices, labels, seed)
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     images = len(labels) // devices * (1 if sampling.guidance == 1.0 else 2)
-    heads, groups, programs = _programs(model, params, table, mode, plan, images)
+    heads, groups, programs = programs_of(model, params, table, mode, plan, images)
     whole = whole_parts(params["blocks"], dtype=model.dtype)
     narrowed = functools.partial(narrow, params["blocks"], dtype=model.dtype, whole=whole)
     records, layers, narrowed_to = [], None, None
@@ -260,7 +260,7 @@ def generate(
         if (segment.heads, segment.groups) != narrowed_to:
             layers, narrowed_to = None, (segment.heads, segment.groups)  # one segment's weights in memory at a time
             layers = narrowed(heads=segment.heads, groups=segment.groups)
-        run_program = functools.partial(_call_with_program, table=table, model=model, sampling=sampling, mesh=mesh)
+        run_program = functools.partial(call_with_program, table=table, model=model, sampling=sampling, mesh=mesh)
         state, record = run_program(run_segment, program, params, layers, state, labels, keys)
         if following is not None:
             # The call above returned before its steps are done: the next program is compiled meanwhile.
@@ -278,7 +278,7 @@ def generate(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
+class Program:
     """What is compiled for a segment: the form of its tokens (None: all are open) and the capacities of each layer."""
 
     segment: Segment
@@ -286,7 +286,7 @@ class _Program:
     capacities: tuple | None
 
 
-def _call_with_program(function, program: _Program, params, layers, state, labels, keys, *, table, **settings):
+def call_with_program(function, program: Program, params, layers, state, labels, keys, *, table, **settings):
     """Call `run_segment`, or what compiles it, for one program."""
     segment = program.segment
     rows = jax.tree.map(operator.itemgetter(slice(segment.start, segment.stop)), table)
@@ -305,7 +305,7 @@ def _narrowed_shapes(blocks: dict, segment: Segment, dtype, *, like):
     return jax.tree.map(place, jax.eval_shape(narrowed, blocks), like)
 
 
-def _programs(model: Model, params, table, mode: str, plan: Plan | None, images: int):
+def programs_of(model: Model, params, table, mode: str, plan: Plan | None, images: int):
     """Return the gates [S,L,H] and [S,L,G] of a run, and its programs."""
     config, steps = model.config, len(table.step)
     if mode == "fast":
@@ -326,7 +326,7 @@ def _programs(model: Model, params, table, mode: str, plan: Plan | None, images:
         pieces = max(n for n in range(1, PROGRESS_PIECES + 1) if steps % n == 0) if steps >= 2 * PROGRESS_PIECES else 1
         segments = whole_segments(heads, groups, pieces=pieces)
     capacities = functools.partial(_capacities, config, plan, form, images=images)
-    return heads, groups, [_Program(segment, form, capacities(segment)) for segment in segments]
+    return heads, groups, [Program(segment, form, capacities(segment)) for segment in segments]
 
 
 def _capacities(config: DiTConfig, plan: Plan | None, form: str | None, segment: Segment, *, images: int):

@@ -5,6 +5,7 @@ import resource
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
@@ -34,6 +35,15 @@ def test_checksum_sees_values_and_names(weights):
     changed = jax.tree.map(lambda leaf: leaf, weights.params)
     changed["label_embed"]["table"] = changed["label_embed"]["table"] + 1e-3
     assert checksum(changed) != checksum(weights.params)
+
+
+def test_checkpoints_of_a_run_lie_where_its_path_says(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ocp, "CheckpointManager", lambda path, options: given.append(str(path)))
+    for workdir in ("gs://bucket/run", "runs/run", "/runs/run"):
+        Run(workdir, CheckpointConfig())
+    assert given == ["gs://bucket/run/checkpoints", f"{tmp_path}/runs/run/checkpoints", "/runs/run/checkpoints"]
 
 
 def test_foreign_and_broken_files_are_refused(tmp_path, weights):

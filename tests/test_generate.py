@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from conftest import relative_error
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
-from dydit_jax.generate import generate, guided, to_uint8, uniform_labels
+from dydit_jax.generate import generate, guided, plan_sampling, to_uint8, uniform_labels
 
 SAMPLING = SamplingConfig(sampler="ddim", eta=1.0, steps="6", clip=1.0, guidance=2.0)
 
@@ -48,6 +49,23 @@ def test_record_tells_what_was_on(tiny):
     complete = draw(tiny, [1, 2], mode="complete")
     np.testing.assert_allclose(complete.macs, model.config.macs.complete, rtol=1e-6)
     assert samples.macs.mean() < model.config.macs.complete
+
+
+def test_every_program_is_compiled_once_and_ahead_of_its_turn(tiny, caplog):
+    model, params = tiny
+    sampling = dataclasses.replace(SAMPLING, steps="7")  # no other test compiles these
+    settings = dict(sampling=sampling, diffusion=DiffusionConfig())
+    plan = plan_sampling(model, params, segments=3, **settings)
+    with jax.log_compiles():
+        generate(model, params, [1, 2], plan=plan, report=lambda steps: logging.warning("ran %d", steps), **settings)
+    compiled = lambda message: message.startswith("Finished XLA compilation of jit(run_segment)")
+    events = [m.split()[0] for m in caplog.messages if compiled(m) or m.startswith("ran")]
+    # The second program is there before the first has run.
+    assert events == ["Finished", "Finished", "ran", "Finished", "ran", "ran"]
+    caplog.clear()
+    with jax.log_compiles():
+        generate(model, params, [1, 2], plan=plan, **settings)
+    assert not any(map(compiled, caplog.messages))
 
 
 def test_guidance_of_one_runs_the_labels_alone(tiny):

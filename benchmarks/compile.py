@@ -1,0 +1,108 @@
+"""Time how long the programs of a fast run take to compile, and to be there again on a second start.
+
+    python benchmarks/compile.py --model XL/2 --steps 250 --batch_size 2 --out docs/speed/compile_xl2.json
+
+The plan is that of a profile (`profiles.py`), with token shares that spread by one per cent; nothing is run and no
+weights are made. Each start is a process of its own; the first finds the cache of programs empty, the second full. In a
+run a program is compiled while the one before it runs, so that only the first one is waited for.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from profiles import swinging_logits
+
+from dydit_jax.console import run
+from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.fast.narrow import narrow
+from dydit_jax.fast.plan import Shares, make_plan
+from dydit_jax.generate import call_with_program, programs_of, run_segment, steps_of
+from dydit_jax.models.dit import Model, published_config
+
+MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
+PROFILE = flags.DEFINE_list("profile", ["65", "65", "65"], "Per cent of heads, groups and tokens on.")
+STEPS = flags.DEFINE_string("steps", "250", "Steps of the DDPM run.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "Images at once.")
+SEGMENTS = flags.DEFINE_integer("segments", None, "Programs that the schedule is cut into; decides by itself.")
+ONE_START = flags.DEFINE_bool("one_start", False, "Compile in this process and print the seconds; for this program.")
+OUT = flags.DEFINE_string("out", None, "File for the results.")
+
+SHARE_DEVIATION = 0.01
+
+
+def main():
+    if ONE_START.value:
+        sys.stdout.write(json.dumps(start()))
+        return
+    with tempfile.TemporaryDirectory() as cache:
+        starts = [_start_of_its_own(cache) for _ in range(2)]
+    report = dict(
+        command="python " + " ".join(sys.argv),
+        machine=f"{os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+        date=time.strftime("%Y-%m-%d"),
+        first_start=starts[0],
+        second_start=starts[1],
+    )
+    path = epath.Path(OUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def _start_of_its_own(cache: str) -> dict:
+    environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR=cache)
+    done = subprocess.run(
+        [sys.executable, *sys.argv, "--one_start"], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def start() -> dict:
+    """Compile all programs of the run; return the seconds of each part of each program."""
+    model = Model(published_config(MODEL.value, side=32, routers="free"))
+    config, shares = model.config, [int(per_cent) / 100 for per_cent in PROFILE.value]
+    sampling = SamplingConfig(sampler="ddpm", steps=STEPS.value)
+    table = steps_of(sampling, DiffusionConfig())
+    generator, steps = np.random.default_rng(0), len(table.step)
+    units = (config.depth, config.heads)
+    gates = [swinging_logits(generator, steps, units, share) > 0 for share in shares[:2]]
+    plan = make_plan(*gates, config.macs, segments=SEGMENTS.value)
+    on = np.clip(generator.normal(shares[2], SHARE_DEVIATION, (steps, config.depth)), 0, 1)
+    plan = plan.calibrated(Shares(on, on))
+    params = model.abstract_params()
+    noise = jax.ShapeDtypeStruct((BATCH_SIZE.value, config.side, config.side, config.channels), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH_SIZE.value))
+    labels = jax.ShapeDtypeStruct((BATCH_SIZE.value,), jnp.int32)
+    settings = dict(table=table, model=model, sampling=sampling, mesh=None)
+    rows = []
+    for program in programs_of(model, params, table, "fast", plan, BATCH_SIZE.value)[2]:
+        kept = dict(heads=program.segment.heads, groups=program.segment.groups)
+        layers = jax.eval_shape(functools.partial(narrow, **kept, dtype=model.dtype), params["blocks"])
+        began = time.perf_counter()
+        arguments = (params, layers, SamplerState(noise, noise), labels, keys)
+        lowered = call_with_program(run_segment.lower, program, *arguments, **settings)
+        traced = time.perf_counter()
+        lowered.compile()
+        rows.append(dict(trace=traced - began, compile=time.perf_counter() - traced))
+    return dict(
+        plan=plan.in_words(),
+        padding=plan.padding,
+        seconds_of_all=sum(row["trace"] + row["compile"] for row in rows),
+        seconds_of_the_first=rows[0]["trace"] + rows[0]["compile"],
+        programs=rows,
+    )
+
+
+if __name__ == "__main__":
+    run(main)
