@@ -121,12 +121,13 @@ def _blocks(chip: str, batch: int) -> list[dict]:
     condition = jax.ShapeDtypeStruct((batch, config.width), jnp.float32)
 
     def complete(weights, x, condition):
-        return nnx.merge(graph, nnx.State(weights))(x, condition, None, None, routed=False)[0]
+        block = nnx.merge(graph, nnx.State(weights))
+        return block(x, block.modulation(condition), None, None, routed=False)[0]
 
     def fast(weights, x, condition):
         [run_on_tokens] = runners("one_hot", ((CAPACITY.value,),))
         block = nnx.merge(graph, nnx.State(weights))
-        return block(x, condition, None, None, routed=True, run_on_tokens=run_on_tokens)
+        return block(x, block.modulation(condition), None, None, routed=True, run_on_tokens=run_on_tokens)
 
     costs = dict(
         complete=compile_and_cost(complete, kept(config.heads, config.heads), x, condition, chip=chip),

@@ -10,12 +10,14 @@ the chunks that are in no journal, with any number of processes: a line is writt
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import logging
 import os
+import pathlib
 import types
 
 import jax
@@ -66,6 +68,8 @@ class LatentsRequest:
             raise InputError(f"--side must be a multiple of 8, not {self.side}.")
         if min(self.chunk, self.threads) < 1 or not self.out:
             raise InputError("--chunk and --threads must be at least 1, and --out a folder.")
+        if "://" in self.out:
+            raise InputError(f"--out must be a folder on a disk, or a bucket mounted as one, not {self.out}.")
 
 
 def prepare_latents(request: LatentsRequest) -> epath.Path:
@@ -210,15 +214,16 @@ class _Arrays:
 
     def __init__(self, out):
         self._offsets = [np.load(_current(out, name), mmap_mode="r").offset for name in (LATENTS_FILE, LABELS_FILE)]
-        self._files = [_current(out, name).open("r+b") for name in (LATENTS_FILE, LABELS_FILE)]
-        self._journal = (out / JOURNALS.replace("*", str(jax.process_index()))).open("a")
+        self._stack = contextlib.ExitStack()
+        opened = lambda path, mode: self._stack.enter_context(pathlib.Path(path).open(mode))
+        self._files = [opened(_current(out, name), "r+b") for name in (LATENTS_FILE, LABELS_FILE)]
+        self._journal = opened(out / JOURNALS.replace("*", str(jax.process_index())), "a")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for file in (*self._files, self._journal):
-            file.close()
+        self._stack.close()
 
     def write(self, first: int, moments: np.ndarray, labels: np.ndarray) -> None:
         """Write rows from `first` on, and then say so in the journal."""

@@ -101,6 +101,8 @@ def test_damage_and_other_jobs_are_noticed(folder, encoded, tmp_path):
         prepare_latents(request(folder, folder))
     with pytest.raises(InputError, match="--side must be a multiple of 8"):
         request(folder, out, side=20)
+    with pytest.raises(InputError, match="a bucket mounted as one"):
+        request(folder, "gs://bucket/latents")
     config = dict(
         model=dict(depth=1, width=32, heads=2, patch=1, side=2, channels=4, classes=2),
         data=dict(name="latents", path=str(out), batch_size=8),

@@ -54,9 +54,9 @@ def _attend_cpu(x, qkv, bias, out, gates):
     scores = jnp.einsum("bhnk,bhmk->bhnm", query * (1 / math.sqrt(size)), key).astype(jnp.float32)  # [B,H,N,N]
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     attended = jnp.einsum("bhnm,bhmk->bhnk", weights.astype(x.dtype), value)  # [B,H,N,K]
-    attended = (attended / weights.sum(-1, keepdims=True)).astype(x.dtype)
-    if gates is not None:
-        attended = attended * gates[:, :, None, None].astype(x.dtype)
+    # The gate goes into the scale of each token: a pass over all values less.
+    scale = (1 if gates is None else gates[:, :, None, None]) / weights.sum(-1, keepdims=True)  # [B,H,N,1]
+    attended = (attended * scale).astype(x.dtype)
     return attended.swapaxes(1, 2).reshape(batch, tokens, heads * size) @ out.reshape(heads * size, width)
 
 

@@ -179,7 +179,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x,
-        condition,
+        modulation,
         heads,
         groups,
         *,
@@ -194,7 +194,7 @@ class Block(nnx.Module):
 
         Args:
           x: tokens [B,N,D], float32.
-          condition: [B,D].
+          modulation: of the condition, [6,B,D]: shift, scale and gate of attention, then of the MLP.
           heads, groups: gates [B or 1,H] and [B or 1,G]; None opens all.
           routed: whether tokens are routed; False opens all.
           noise: logistic noise for the tokens' logits [B,N], or None.
@@ -207,7 +207,7 @@ class Block(nnx.Module):
         Returns:
           The new tokens and the token gates [B,N], or None.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = map(constrain, self.modulation(condition))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = map(constrain, modulation)
         attended = self.attention(modulate(layer_norm(x), shift_a, scale_a), heads)
         x = x + gate_a[:, None] * attended
         modulated, mlp = (
@@ -267,14 +267,15 @@ class DiT(nnx.Module):
             def run_block(tokens, layer, capacity=capacity):
                 block, heads, groups, noise = layer
                 routing = dict(routed=gated, noise=noise, capacity=capacity, paired=paired, constrain=constrain)
-                tokens, gates = nnx.merge(graph, block)(tokens, condition, heads, groups, **routing)
+                block = nnx.merge(graph, block)
+                tokens, gates = block(tokens, block.modulation(condition), heads, groups, **routing)
                 return constrain(tokens), gates
 
             run = jax.tree.map(lambda leaf, first=first, last=last: leaf[first:last], layers)
             tokens, gates = jax.lax.scan(_rematerialised(run_block, remat), tokens, run)
             kept.append(gates)
         routing = Routing(heads, groups, by_layer(jnp.concatenate(kept))) if gated else None
-        return self.output(tokens, condition, constrain), routing
+        return self.output(tokens, self.output.modulation(condition), constrain), routing
 
 
 def first_of_pairs(x):
@@ -388,7 +389,7 @@ class Model:
         gated, complete = jnp.moveaxis(predictions.reshape(-1, 2, *predictions.shape[1:]), 1, 0)
         return gated, complete, routing
 
-    def apply_layers(self, params, layers, x, t, labels, *, heads, groups, run_on_tokens=None):
+    def apply_layers(self, params, layers, x, t, labels, *, heads, groups, run_on_tokens=None, modulations=None):
         """Run the network with blocks of their own, one after the other: narrowed ones have different widths.
 
         Args:
@@ -397,26 +398,43 @@ class Model:
           x, t, labels: as for `apply`.
           heads, groups: per layer, gates [1,kept] of what is kept, or None where all of it is on.
           run_on_tokens: per layer, how the MLP runs on the tokens that are on, see `Block`; None opens all tokens.
+          modulations: from `modulations`, where they are known already.
 
         Returns:
           The prediction [B,side,side,2C] and the token gates [B,L,N].
         """
-        graphs = _part_graphs(self.config, self.dtype, self.platform)
-        part = lambda name: nnx.merge(graphs[name], nnx.State(params[name]))
+        part, block = self._parts(params)
         routed = self.config.routers != "none" and run_on_tokens is not None
+        *of_blocks, of_output = modulations or self.modulations(params, layers, t, labels)
         with jax.default_matmul_precision(self.matmul_precision):
-            tokens = part("patch_embed")(x)  # [B,N,D]
-            condition = part("time_embed")(t) + part("label_embed")(labels)  # [B,D]
-            kept = []
+            tokens, kept = part("patch_embed")(x), []  # [B,N,D]
             for layer in range(self.config.depth):
-                block = nnx.merge(graphs["block"], nnx.State(layers[layer]))
                 routing = dict(routed=routed, capacity=self.config.capacities[layer])
                 if routed:
                     routing["run_on_tokens"] = run_on_tokens[layer]
-                tokens, gates = block(tokens, condition, heads[layer], groups[layer], **routing)
+                run_block = block(layers[layer])
+                tokens, gates = run_block(tokens, of_blocks[layer], heads[layer], groups[layer], **routing)
                 kept.append(gates)
-            prediction = part("output")(tokens, condition)
+            prediction = part("output")(tokens, of_output)
         return prediction, jnp.stack(kept, 1) if routed else self.open_routing(x.shape[0]).tokens
+
+    def modulations(self, params, layers, t, labels) -> tuple:
+        """Return what the condition makes of each block, [6,B,D], and of the output, [2,B,D].
+
+        Args:
+          params, layers: as for `apply_layers`.
+          t, labels: timesteps and labels, [B].
+        """
+        part, block = self._parts(params)
+        with jax.default_matmul_precision(self.matmul_precision):
+            condition = part("time_embed")(t) + part("label_embed")(labels)  # [B,D]
+            return *(block(layer).modulation(condition) for layer in layers), part("output").modulation(condition)
+
+    def _parts(self, params):
+        """Return two functions: from a part's name, and from the parameters of a block, to its module."""
+        graphs = _part_graphs(self.config, self.dtype, self.platform)
+        part = lambda name: nnx.merge(graphs[name], nnx.State(params[name]))
+        return part, lambda layer: nnx.merge(graphs["block"], nnx.State(layer))
 
     def time_gates(self, params, t):
         """Return what is on at timesteps t [S]: heads [S,L,H] and groups [S,L,G], float32 0 or 1."""

@@ -185,9 +185,11 @@ class Modulation(nnx.Module):
 
     def __call__(self, condition):
         """Turn the condition [B,D] into float32 [parts,B,D]."""
-        condition = jax.nn.silu(condition).astype(self.dtype)
-        vectors = jnp.einsum("bd,dme->mbe", condition, self.kernel[...].astype(self.dtype))
-        return vectors.astype(jnp.float32) + self.bias[...][:, None]
+        width, parts, _ = self.kernel.shape
+        # One plain product: with an axis of its own for the parts, a CPU transposes the kernel first.
+        kernel = self.kernel[...].astype(self.dtype).reshape(width, parts * width)
+        vectors = (jax.nn.silu(condition).astype(self.dtype) @ kernel).astype(jnp.float32)
+        return vectors.reshape(-1, parts, width).swapaxes(0, 1) + self.bias[...][:, None]
 
 
 class Attention(nnx.Module):
@@ -247,12 +249,12 @@ class Output(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((patch, patch, channels)))
         self.dtype = dtype
 
-    def __call__(self, x, condition, constrain=unconstrained):
-        """Turn tokens x [B,N,D] into float32 images [B,side,side,channels]."""
+    def __call__(self, x, modulation, constrain=unconstrained):
+        """Turn tokens x [B,N,D] into float32 images [B,side,side,channels]; modulation [2,B,D] is shift and scale."""
         _, patch, _, channels = self.kernel.shape
         batch, tokens, width = x.shape
         grid = math.isqrt(tokens)
-        shift, scale = map(constrain, self.modulation(condition))
+        shift, scale = map(constrain, modulation)
         x = modulate(layer_norm(x), shift, scale).reshape(batch, grid, grid, width).astype(self.dtype)
         x = jnp.einsum("bijd,dpqc->bipjqc", x, self.kernel[...].astype(self.dtype))
         x = x.astype(jnp.float32) + self.bias[...][:, None]
