@@ -215,9 +215,10 @@ class _Arrays:
     def __init__(self, out):
         self._offsets = [np.load(_current(out, name), mmap_mode="r").offset for name in (LATENTS_FILE, LABELS_FILE)]
         self._stack = contextlib.ExitStack()
-        opened = lambda path, mode: self._stack.enter_context(pathlib.Path(path).open(mode))
-        self._files = [opened(_current(out, name), "r+b") for name in (LATENTS_FILE, LABELS_FILE)]
-        self._journal = opened(out / JOURNALS.replace("*", str(jax.process_index())), "a")
+        paths = [pathlib.Path(_current(out, name)) for name in (LATENTS_FILE, LABELS_FILE)]
+        self._files = [self._stack.enter_context(path.open("r+b")) for path in paths]
+        journal = out / JOURNALS.replace("*", str(jax.process_index()))
+        self._journal = self._stack.enter_context(journal.open("a"))
 
     def __enter__(self):
         return self
