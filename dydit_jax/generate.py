@@ -24,7 +24,7 @@ from dydit_jax.diffusion.gaussian import coefficients
 from dydit_jax.diffusion.samplers import SamplingConfig, make_sampler, run_sampler
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.fast.narrow import narrow, whole_parts
+from dydit_jax.fast.narrow import narrow, shapes_of, whole_parts
 from dydit_jax.fast.plan import Plan, Segment, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import DEFAULT_FORMS, capacities_of, overflows, runners
 from dydit_jax.models.cost import routed_macs
@@ -292,7 +292,7 @@ def generate(
         state, record = run_program(run_segment, program, params, layers, state, labels, keys)
         if following is not None:
             # The call above returned before its steps are done: the next program is compiled meanwhile.
-            shapes = _narrowed_shapes(params["blocks"], following.segment, model.dtype, like=layers)
+            shapes = shapes_of(layers, heads=following.segment.heads, groups=following.segment.groups)
             run_program(run_segment.lower, following, params, shapes, state, labels, keys).compile()
         records.append(to_host(record))
         if report is not None:
@@ -322,15 +322,6 @@ def call_with_program(function, program: Program, params, layers, state, labels,
     gates = jax.tree.map(lambda gate: gate[:, None].astype(np.float32), (segment.head_gates, segment.group_gates))
     settings |= dict(form=program.form, capacities=program.capacities)
     return function(params, layers, state, rows, gates, labels, keys, **settings)
-
-
-def _narrowed_shapes(blocks: dict, segment: Segment, dtype, *, like):
-    """Return a segment's layers as shapes, placed as the layers of another one are."""
-    place = lambda shape, leaf: jax.ShapeDtypeStruct(
-        shape.shape, shape.dtype, sharding=leaf.sharding if leaf.committed else None
-    )
-    narrowed = functools.partial(narrow, heads=segment.heads, groups=segment.groups, dtype=dtype)
-    return jax.tree.map(place, jax.eval_shape(narrowed, blocks), like)
 
 
 def programs_of(model: Model, params, table, mode: str, plan: Plan | None, images: int):

@@ -208,12 +208,12 @@ class Block(nnx.Module):
           The new tokens and the token gates [B,N], or None.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = map(constrain, modulation)
-        attended = self.attention(modulate(layer_norm(x), shift_a, scale_a), heads)
+        # On a TPU one pass of statistics rides on the product that unpacks tokens; a complete MLP it would slow down.
+        first_norm = functools.partial(layer_norm, single_pass=self.platform == "tpu" and run_on_tokens is not None)
+        attended = self.attention(modulate(first_norm(x), shift_a, scale_a), heads)
         x = x + gate_a[:, None] * attended
-        modulated, mlp = (
-            modulate(layer_norm(x, single_pass=self.platform == "tpu"), shift_m, scale_m),
-            functools.partial(self.mlp, gates=groups),
-        )
+        modulated = modulate(layer_norm(x, single_pass=self.platform == "tpu"), shift_m, scale_m)
+        mlp = functools.partial(self.mlp, gates=groups)
         if not routed:
             return x + gate_m[:, None] * mlp(modulated), None
         # The router reads the residual stream as it stands, not its norm.
