@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from conftest import relative_error
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
-from dydit_jax.generate import generate, guided, plan_sampling, to_uint8, uniform_labels
+from dydit_jax.fast.narrow import narrow
+from dydit_jax.generate import _modulations_ahead, generate, guided, plan_sampling, to_uint8, uniform_labels
 
 SAMPLING = SamplingConfig(sampler="ddim", eta=1.0, steps="6", clip=1.0, guidance=2.0)
 
@@ -66,6 +68,21 @@ def test_every_program_is_compiled_once_and_ahead_of_its_turn(tiny, caplog):
     with jax.log_compiles():
         generate(model, params, [1, 2], plan=plan, **settings)
     assert not any(map(compiled, caplog.messages))
+
+
+def test_modulations_of_all_steps_are_those_of_each(tiny, monkeypatch):
+    model, params = tiny
+    every = (tuple(range(model.config.heads)),) * model.config.depth
+    layers = narrow(params["blocks"], heads=every, groups=every, dtype=model.dtype)
+    timesteps, labels = jnp.asarray([900, 500, 7]), jnp.asarray([1, 3])
+    ahead = _modulations_ahead(model, params, layers, timesteps, labels)
+    for step, t in enumerate(timesteps):
+        each = model.modulations(params, layers, jnp.full(2, t), labels)
+        for all_steps, one in zip(ahead, each, strict=True):
+            np.testing.assert_allclose(all_steps[step], one, atol=1e-6)
+    assert ahead[0].shape == (3, 6, 2, model.config.width) and len(ahead) == model.config.depth + 1
+    monkeypatch.setattr(sys.modules["dydit_jax.generate"], "MOST_MODULATION_BYTES", 100)
+    assert _modulations_ahead(model, params, layers, timesteps, labels) is None
 
 
 def test_guidance_of_one_runs_the_labels_alone(tiny):
