@@ -1,7 +1,7 @@
 """Time a training step: static, dynamic, and dynamic with top-k tokens; on this machine, or by the TPU compiler.
 
     python benchmarks/train_step.py --model S/2 --batch_size 8 --out docs/speed/train_s2.json
-    python benchmarks/train_step.py --model XL/2 --batch_size 16 --chip v5e --remat block --out train_xl2_v5e.json
+    python benchmarks/train_step.py --model XL/2 --batch_size 16 --chip v5e --remats block --out train_xl2_v5e.json
 
 The steps take turns and medians are reported. With --chip nothing runs: the cycles are the compiler's, by both models
 of cost in `tpu_compiler.py`; that needs `pip install "jax[tpu]"`.
@@ -31,7 +31,7 @@ MODEL = flags.DEFINE_string("model", "S/2", "A published size.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images of a step, on one device.")
 CAPACITY = flags.DEFINE_float("token_capacity", 0.5, "Share of tokens of the top-k step.")
 DEPTH = flags.DEFINE_integer("depth", None, "Blocks of the model; those of its size by default.")
-REMAT = flags.DEFINE_string("remat", "none", "none, block or dots.")
+REMATS = flags.DEFINE_list("remats", ["none"], "Of none, block, dots: each is a contestant of its own.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
 CHIP = flags.DEFINE_string("chip", None, "v5e, v6e or v5p: ask the TPU compiler, time nothing.")
 OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
@@ -61,7 +61,10 @@ def main():
     shape = (BATCH_SIZE.value, config.side, config.side, config.channels)
     batch = dict(image=jax.ShapeDtypeStruct(shape, jnp.float32), label=jax.ShapeDtypeStruct(shape[:1], jnp.int32))
     updates = {
-        kind: make_update_fn(Model(own, dtype, remat=REMAT.value, platform=platform), experiment, passes)
+        kind if remat == REMATS.value[0] else f"{kind}, remat {remat}": make_update_fn(
+            Model(own, dtype, remat=remat, platform=platform), experiment, passes
+        )
+        for remat in REMATS.value
         for kind, (own, passes) in kinds.items()
     }
     rows = _costed(updates, state, batch) if CHIP.value else _timed(updates, state, batch)
