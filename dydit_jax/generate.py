@@ -280,29 +280,36 @@ def generate(
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     images = len(labels) // devices * (1 if sampling.guidance == 1.0 else 2)
     heads, groups, programs = programs_of(model, params, table, mode, plan, images)
-    whole = whole_parts(params["blocks"], dtype=model.dtype)
-    narrowed = functools.partial(narrow, params["blocks"], dtype=model.dtype, whole=whole)
-    records, layers, narrowed_to = [], None, None
-    for program, following in itertools.pairwise([*programs, None]):
-        segment = program.segment
-        if (segment.heads, segment.groups) != narrowed_to:
-            layers, narrowed_to = None, (segment.heads, segment.groups)  # one segment's weights in memory at a time
-            layers = narrowed(heads=segment.heads, groups=segment.groups)
-        run_program = functools.partial(call_with_program, table=table, model=model, sampling=sampling, mesh=mesh)
-        state, record = run_program(run_segment, program, params, layers, state, labels, keys)
-        if following is not None:
-            # The call above returned before its steps are done: the next program is compiled meanwhile.
-            shapes = shapes_of(layers, heads=following.segment.heads, groups=following.segment.groups)
-            run_program(run_segment.lower, following, params, shapes, state, labels, keys).compile()
-        records.append(to_host(record))
-        if report is not None:
-            report(len(segment))
+    settings = dict(table=table, model=model, sampling=sampling, mesh=mesh)
+    state, records = _run_programs(programs, params, state, labels, keys, report=report, **settings)
     record = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *records)  # [devices,S,...]
     routing = Routing(np.float32(heads), np.float32(groups), record.tokens.mean(0))
     routed = mode != "complete" and config.routers != "none"
     macs = routed_macs(routing, config.macs) if routed else np.full(len(heads), float(config.macs.complete))
     shares = Shares(routing.tokens.mean(-1), record.fullest.max(0))
     return Samples(to_host(state.current), table.timestep, routing, np.asarray(macs), shares, record.over.sum(0))
+
+
+def _run_programs(programs: list, params, state, labels, keys, *, report, model: Model, **settings):
+    """Run the programs of a run one after the other; return the last state and the records of all."""
+    whole = whole_parts(params["blocks"], dtype=model.dtype)
+    narrowed = functools.partial(narrow, params["blocks"], dtype=model.dtype, whole=whole)
+    call = functools.partial(call_with_program, model=model, **settings)
+    records, layers, narrowed_to = [], None, None
+    for program, following in itertools.pairwise([*programs, None]):
+        segment = program.segment
+        if (segment.heads, segment.groups) != narrowed_to:
+            layers, narrowed_to = None, (segment.heads, segment.groups)  # one segment's weights in memory at a time
+            layers = narrowed(heads=segment.heads, groups=segment.groups)
+        state, record = call(run_segment, program, params, layers, state, labels, keys)
+        if following is not None:
+            # The call above returned before its steps are done: the next program is compiled meanwhile.
+            shapes = shapes_of(layers, heads=following.segment.heads, groups=following.segment.groups)
+            call(run_segment.lower, following, params, shapes, state, labels, keys).compile()
+        records.append(to_host(record))
+        if report is not None:
+            report(len(segment))
+    return state, records
 
 
 @dataclasses.dataclass(frozen=True)
