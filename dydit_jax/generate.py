@@ -173,8 +173,8 @@ def run_segment(params, layers, state, steps, gates, labels, keys, *, model: Mod
 def _modulations_ahead(model: Model, params, layers, timesteps, labels):
     """Return the modulations of all steps of a segment, [S,...] each, or None where they are too large to keep.
 
-    A third of a DiT's weights only multiply one vector per image. Read for all steps at once, they are read once per
-    segment; on few images this is a tenth of the time of a narrowed step.
+    A third of a DiT's weights only multiply one vector per image. Made for all steps at once, the modulations read them
+    once per segment and not at every step, which on few images is most of what they cost.
     """
     steps, images = len(timesteps), len(labels)
     *of_blocks, of_output = jax.eval_shape(model.modulations, params, layers, timesteps[:1], labels[:1])

@@ -101,8 +101,8 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
         return out
     done = together(lambda: _read_journals(out))
     left = [first for first in range(0, len(source), request.chunk) if first not in done]
-    _make_chunks(left[jax.process_index() :: jax.process_count()], source, params, request, out)
-    together(lambda: None)  # all are done
+    mine = left[jax.process_index() :: jax.process_count()]
+    together(lambda: _make_chunks(mine, source, params, request, out))  # too many bad pictures in one end all
     together(lambda: _finish(out, job) if is_main() else None)
     logger.info("Wrote %s: use data.name=latents, data.path=%s", out, out)
     return out

@@ -102,6 +102,10 @@ def test_two_processes_pack_the_latents_of_one(tmp_path):
     for path in whole.iterdir():
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes(), path.name
     verify_latents(tmp_path / "two")
+    # The process that makes the chunk of a broken picture stops; so does the other one.
+    (tmp_path / "pictures" / "class1" / "9.png").write_bytes(b"broken")
+    said = finish(start("latents", dict(told, out=str(tmp_path / "three"), max_bad=0)), code=2)
+    assert all("class1/9.png" in text for text in said)
 
 
 @pytest.mark.slow
