@@ -3,13 +3,15 @@
     python benchmarks/compile.py --model XL/2 --steps 250 --batch_size 2 --out docs/speed/compile_xl2.json
 
 The plan is that of a profile (`profiles.py`), with token shares that spread by one per cent; nothing is run and no
-weights are made. Each start is a process of its own; the first finds the cache of programs empty, the second full. In a
-run a program is compiled while the one before it runs, so that only the first one is waited for.
+weights are made. Each start is a process of its own; the first finds the cache of programs empty, the second full. Told
+are the seconds after which each program is there. A run starts as soon as the first one is, and the others are compiled
+meanwhile.
 """
 
 import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -27,8 +29,9 @@ from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Shares, make_plan
-from dydit_jax.generate import call_with_program, programs_of, run_segment, steps_of
+from dydit_jax.generate import program_arguments, program_settings, programs_of, run_segment, steps_of
 from dydit_jax.models.dit import Model, published_config
+from dydit_jax.programs import THREADS, call_of, compiled_ahead
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 PROFILE = flags.DEFINE_list("profile", ["65", "65", "65"], "Per cent of heads, groups and tokens on.")
@@ -69,7 +72,7 @@ def _start_of_its_own(cache: str) -> dict:
 
 
 def start() -> dict:
-    """Compile all programs of the run; return the seconds of each part of each program."""
+    """Compile all programs of the run; return when each was there."""
     model = Model(published_config(MODEL.value, side=32, routers="free"))
     config, shares = model.config, [int(per_cent) / 100 for per_cent in PROFILE.value]
     sampling = SamplingConfig(sampler="ddpm", steps=STEPS.value)
@@ -84,23 +87,27 @@ def start() -> dict:
     noise = jax.ShapeDtypeStruct((BATCH_SIZE.value, config.side, config.side, config.channels), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH_SIZE.value))
     labels = jax.ShapeDtypeStruct((BATCH_SIZE.value,), jnp.int32)
-    settings = dict(table=table, model=model, sampling=sampling, mesh=None)
-    rows = []
+    settings = dict(model=model, sampling=sampling, mesh=None)
+    rest = dict(params=params, state=SamplerState(noise, noise), labels=labels, keys=keys, table=table)
+    began, calls = time.perf_counter(), []
     for program in programs_of(model, params, table, "fast", plan, BATCH_SIZE.value)[2]:
         kept = dict(heads=program.segment.heads, groups=program.segment.groups)
         layers = jax.eval_shape(functools.partial(narrow, **kept, dtype=model.dtype), params["blocks"])
-        began = time.perf_counter()
-        arguments = (params, layers, SamplerState(noise, noise), labels, keys)
-        lowered = call_with_program(run_segment.lower, program, *arguments, **settings)
-        traced = time.perf_counter()
-        lowered.compile()
-        rows.append(dict(trace=traced - began, compile=time.perf_counter() - traced))
+        arguments = program_arguments(program, layers=layers, **rest)
+        calls.append(call_of(run_segment, arguments, program_settings(program, settings)))
+    seconds = []
+    with compiled_ahead(calls) as programs:
+        for program in programs:
+            program.result()
+            seconds.append(time.perf_counter() - began)
     return dict(
         plan=plan.in_words(),
         padding=plan.padding,
-        seconds_of_all=sum(row["trace"] + row["compile"] for row in rows),
-        seconds_of_the_first=rows[0]["trace"] + rows[0]["compile"],
-        programs=rows,
+        threads=THREADS,
+        seconds_until_the_first=seconds[0],
+        seconds_until_all=seconds[-1],
+        seconds_until_each=seconds,
+        peak_process_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     )
 
 

@@ -11,7 +11,6 @@ DiT models are sampled.
 
 import dataclasses
 import functools
-import itertools
 import operator
 from collections.abc import Callable
 
@@ -24,7 +23,7 @@ from dydit_jax.diffusion.gaussian import coefficients
 from dydit_jax.diffusion.samplers import SamplingConfig, make_sampler, run_sampler
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.fast.narrow import narrow, shapes_of, whole_parts
+from dydit_jax.fast.narrow import narrow, whole_parts
 from dydit_jax.fast.plan import Plan, Segment, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import DEFAULT_FORMS, capacities_of, overflows, runners
 from dydit_jax.models.cost import routed_macs
@@ -33,6 +32,7 @@ from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.layers import unconstrained
 from dydit_jax.models.routing import Routing
 from dydit_jax.processes import to_host
+from dydit_jax.programs import call_of, compiled_ahead, shape_of
 from dydit_jax.sharding import BATCH, batch_sharding, replicated, require_divisible
 
 MODES = (*APPLY_MODES, "fast")
@@ -159,7 +159,6 @@ def run_segment(params, layers, state, steps, gates, labels, keys, *, model: Mod
     if mesh is None:
         return run_on_a_device(params, layers, state, steps, gates, labels, keys)
     # Packing tokens over all devices would move them between devices at every layer; this way nothing is moved.
-    model = dataclasses.replace(model, constrain=unconstrained)
     split, whole = BATCH, PartitionSpec()
     return jax.shard_map(
         run_on_a_device,
@@ -269,6 +268,7 @@ def generate(
       InputError: labels out of range, an unknown mode, steps that the schedule does not have, or a plan of another run.
     """
     require_known("mode", mode, MODES)
+    model = dataclasses.replace(model, constrain=unconstrained)  # each device computes its own images
     config, labels = model.config, _checked_labels(labels, model.config.classes)
     table = steps_of(sampling, diffusion)
     indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
@@ -290,25 +290,35 @@ def generate(
     return Samples(to_host(state.current), table.timestep, routing, np.asarray(macs), shares, record.over.sum(0))
 
 
-def _run_programs(programs: list, params, state, labels, keys, *, report, model: Model, **settings):
+def _run_programs(programs: list, params, state, labels, keys, *, table, report, model: Model, **settings):
     """Run the programs of a run one after the other; return the last state and the records of all."""
+    settings |= dict(model=model)
     whole = whole_parts(params["blocks"], dtype=model.dtype)
-    narrowed = functools.partial(narrow, params["blocks"], dtype=model.dtype, whole=whole)
-    call = functools.partial(call_with_program, model=model, **settings)
-    records, layers, narrowed_to = [], None, None
-    for program, following in itertools.pairwise([*programs, None]):
-        segment = program.segment
-        if (segment.heads, segment.groups) != narrowed_to:
-            layers, narrowed_to = None, (segment.heads, segment.groups)  # one segment's weights in memory at a time
-            layers = narrowed(heads=segment.heads, groups=segment.groups)
-        state, record = call(run_segment, program, params, layers, state, labels, keys)
-        if following is not None:
-            # The call above returned before its steps are done: the next program is compiled meanwhile.
-            shapes = shapes_of(layers, heads=following.segment.heads, groups=following.segment.groups)
-            call(run_segment.lower, following, params, shapes, state, labels, keys).compile()
-        records.append(to_host(record))
-        if report is not None:
-            report(len(segment))
+    narrowed = lambda heads, groups: narrow(
+        params["blocks"], heads=heads, groups=groups, dtype=model.dtype, whole=whole
+    )
+    kept = [(program.segment.heads, program.segment.groups) for program in programs]
+    layers = narrowed(*kept[0])
+    shapes_of = functools.cache(
+        lambda *kept: jax.tree.map(shape_of, jax.eval_shape(functools.partial(narrowed, *kept)), layers)
+    )
+    arguments = functools.partial(program_arguments, params=params, labels=labels, keys=keys, table=table)
+    calls = [
+        call_of(
+            run_segment, arguments(program, layers=shapes_of(*units), state=state), program_settings(program, settings)
+        )
+        for program, units in zip(programs, kept)
+    ]
+    records = []
+    with compiled_ahead(calls) as compiled:
+        for program, run, units, before in zip(programs, compiled, kept, [kept[0], *kept]):
+            if units != before:
+                layers = None  # one segment's weights in memory at a time
+                layers = narrowed(*units)
+            state, record = run.result()(*arguments(program, layers=layers, state=state))
+            records.append(to_host(record))
+            if report is not None:
+                report(len(program.segment))
     return state, records
 
 
@@ -321,14 +331,18 @@ class Program:
     capacities: tuple | None
 
 
-def call_with_program(function, program: Program, params, layers, state, labels, keys, *, table, **settings):
-    """Call `run_segment`, or what compiles it, for one program."""
+def program_arguments(program: Program, *, params, layers, state, labels, keys, table) -> tuple:
+    """Return the arguments of `run_segment` for a program, of which all but its layers and the state are the run's."""
     segment = program.segment
-    rows = jax.tree.map(operator.itemgetter(slice(segment.start, segment.stop)), table)
+    steps = jax.tree.map(operator.itemgetter(slice(segment.start, segment.stop)), table)
     # [steps,1,kept] per layer: the same for all images.
     gates = jax.tree.map(lambda gate: gate[:, None].astype(np.float32), (segment.head_gates, segment.group_gates))
-    settings |= dict(form=program.form, capacities=program.capacities)
-    return function(params, layers, state, rows, gates, labels, keys, **settings)
+    return params, layers, state, steps, gates, labels, keys
+
+
+def program_settings(program: Program, settings: dict) -> dict:
+    """Return the static arguments of `run_segment` for a program: the run's and its own."""
+    return settings | dict(form=program.form, capacities=program.capacities)
 
 
 def programs_of(model: Model, params, table, mode: str, plan: Plan | None, images: int):

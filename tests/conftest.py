@@ -22,6 +22,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 from dydit_jax.convert.tables import convert_state_dict  # noqa: E402 (after the devices are fixed)
 from dydit_jax.models.dit import DiTConfig, Model  # noqa: E402
+from dydit_jax.programs import compiled  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -211,3 +212,17 @@ def fidelity_network():
             elif tensor.dtype.is_floating_point:
                 torch.nn.init.kaiming_normal_(tensor)
     return network, module.interpolate_bilinear_2d_like_tensorflow1x
+
+
+@pytest.fixture
+def program_folder(tmp_path):
+    """Keep compiled programs, however short they took, in a new folder; return it."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path), 0.0)):
+        jax.config.update(name, value)
+    compiled.cache_clear()
+    yield tmp_path / "ready"
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compiled.cache_clear()

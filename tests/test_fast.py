@@ -126,7 +126,7 @@ def test_capacities_are_chosen_by_what_calibration_saw():
     assert switch(None, 64) == (8, 16, 24, 32, 40, 48, 56, 64)
     assert switch(None, 10) == (8, 10)
     shares = np.repeat([0.2, 0.5, 0.7], [10, 5, 5])
-    assert switch(shares, 1000) == (216, 256, 552, 752, 1000)
+    assert switch(shares, 1000) == (216, 256, 512, 752, 1000)
     assert switch(np.ones(4), 1000) == (1000,)
     assert switch(np.zeros(4), 1000) == (16, 56, 1000)
     assert capacities_of("fixed", shares, images=4, tokens=250) == (752,)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 import sys
 
 import jax
@@ -16,6 +15,7 @@ from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.generate import _modulations_ahead, generate, guided, plan_sampling, to_uint8, uniform_labels
+from dydit_jax.programs import call_of
 
 SAMPLING = SamplingConfig(sampler="ddim", eta=1.0, steps="6", clip=1.0, guidance=2.0)
 
@@ -53,21 +53,26 @@ def test_record_tells_what_was_on(tiny):
     assert samples.macs.mean() < model.config.macs.complete
 
 
-def test_every_program_is_compiled_once_and_ahead_of_its_turn(tiny, caplog):
+def test_every_program_is_compiled_once(tiny, monkeypatch, program_folder):
     model, params = tiny
     sampling = dataclasses.replace(SAMPLING, steps="7")  # no other test compiles these
     settings = dict(sampling=sampling, diffusion=DiffusionConfig())
+    lowered = []
+
+    def counted(function, arguments, settings):
+        call = call_of(function, arguments, settings)
+        return dataclasses.replace(call, lower=lambda: (lowered.append(call.name), call.lower())[1])
+
+    monkeypatch.setattr(sys.modules["dydit_jax.generate"], "call_of", counted)
     plan = plan_sampling(model, params, segments=3, **settings)
-    with jax.log_compiles():
-        generate(model, params, [1, 2], plan=plan, report=lambda steps: logging.warning("ran %d", steps), **settings)
-    compiled = lambda message: message.startswith("Finished XLA compilation of jit(run_segment)")
-    events = [m.split()[0] for m in caplog.messages if compiled(m) or m.startswith("ran")]
-    # The second program is there before the first has run.
-    assert events == ["Finished", "Finished", "ran", "Finished", "ran", "ran"]
-    caplog.clear()
-    with jax.log_compiles():
-        generate(model, params, [1, 2], plan=plan, **settings)
-    assert not any(map(compiled, caplog.messages))
+    first = generate(model, params, [1, 2], plan=plan, **settings)
+    assert len(lowered) == len(set(lowered)) == 3
+    again = generate(model, params, [1, 2], plan=plan, **settings)
+    assert len(lowered) == 3
+    np.testing.assert_array_equal(first.images, again.images)
+    lowered.clear()
+    generate(model, params, [1, 2], mode="gated", **dict(settings, sampling=dataclasses.replace(sampling, steps="20")))
+    assert len(lowered) == 1  # for ten pieces
 
 
 def test_modulations_of_all_steps_are_those_of_each(tiny, monkeypatch):

@@ -16,6 +16,7 @@ FLOORS = {
     "console": 1,
     "diffusion": 1,
     "sharding": 1,
+    "programs": 1,
     "tracking": 1,
     "pictures": 1,
     "figures": 1,

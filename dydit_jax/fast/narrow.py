@@ -16,7 +16,8 @@ UNIT_AXES = {
 def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype, whole: tuple | None = None) -> tuple[dict, ...]:
     """Return one parameter tree per layer with the units that a segment keeps.
 
-    Biases of the projections stay whole: they are added whatever is on.
+    Biases of the projections stay whole: they are added whatever is on. The kernels of queries, keys and values become
+    three arrays [D,H,K]: a product cannot read a third of one array in place.
 
     Args:
       blocks: the parameters of all blocks, stacked [L,...].
@@ -46,22 +47,6 @@ def _narrow_layer(blocks: dict, layer: int, heads: np.ndarray, groups: np.ndarra
     }
 
 
-def shapes_of(layers: tuple, *, heads: tuple, groups: tuple) -> tuple[dict, ...]:
-    """Return what `narrow` makes for other units, as shapes, placed as these layers are."""
-
-    def shape(leaf, axis: int | None = None, units: int = 0):
-        sizes = [units if i == axis else size for i, size in enumerate(leaf.shape)]
-        return jax.ShapeDtypeStruct(sizes, leaf.dtype, sharding=leaf.sharding if leaf.committed else None)
-
-    found = []
-    for layer, *kept in zip(layers, heads, groups, strict=True):
-        shapes = {name: jax.tree.map(shape, part) for name, part in layer.items()}
-        for (name, axes), units in zip(UNIT_AXES.items(), kept):
-            shapes[name] |= {leaf: shape(layer[name][leaf], axis, len(units)) for leaf, axis in axes.items()}
-        found.append(shapes)
-    return tuple(found)
-
-
 # Compiled once per number of kept units, not once per segment: which units they are, and of which layer, is data.
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))
 def _take_units(part: dict, layer, kept, axes, dtype) -> dict:
@@ -69,7 +54,8 @@ def _take_units(part: dict, layer, kept, axes, dtype) -> dict:
     for name, axis in axes:
         units = taken[name].shape[axis]
         leaf = taken[name] if len(kept) == units else jnp.take(taken[name], kept, axis=axis, mode="clip")
-        taken[name] = leaf.astype(dtype)
+        leaf = leaf.astype(dtype)
+        taken[name] = tuple(leaf) if name == "qkv" else leaf
     return taken
 
 

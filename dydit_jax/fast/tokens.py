@@ -28,7 +28,8 @@ FORMS = ("switch", "fixed", "one_hot", "multiply")
 DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "one_hot"}
 UNIFORM_CAPACITIES = 8  # when nothing is known about the counts
 CALIBRATED_CAPACITIES = 4  # beside the whole batch
-TIGHT_MARGIN = 0.015  # tried first where the next capacity is only a branch away
+TIGHT_MARGIN = 0.01  # tried first where the next capacity is only a branch away
+TIGHT_WEIGHT = 5  # to one that a step needs the full margin
 ROW_MULTIPLE = 8
 
 
@@ -55,7 +56,8 @@ def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, 
         wanted = rows * np.arange(1, UNIFORM_CAPACITIES + 1) / UNIFORM_CAPACITIES
         return _rounded([*wanted, rows], rows)
     shares = np.asarray(shares)
-    wanted = np.sort(np.minimum(rows, rows * np.concatenate([shares + TIGHT_MARGIN, shares + MARGIN])))
+    shares = np.concatenate([np.repeat(shares + TIGHT_MARGIN, TIGHT_WEIGHT), shares + MARGIN])
+    wanted = np.sort(np.minimum(rows, rows * shares))
     return _rounded([*_best_of(wanted, CALIBRATED_CAPACITIES), rows], rows)
 
 
@@ -121,7 +123,7 @@ def _run_packed(function, x, gates, capacities: tuple[int, ...]):
         return lambda packed: jnp.pad(function(packed[None, :capacity])[0], padding)
 
     # One branch is no switch; otherwise the smallest capacity that is not below the count.
-    chosen = jnp.searchsorted(jnp.asarray(capacities, jnp.int32), position[-1] + 1)
+    chosen = (position[-1] + 1 > np.asarray(capacities, np.int32)).sum()
     result = jax.lax.switch(chosen, [branch(capacity) for capacity in capacities], packed)
     # `where`, not a product: rows beyond the count hold whatever the function made of copies.
     result = jnp.where(is_open[:, None], result.at[position].get(mode="clip"), 0)

@@ -26,7 +26,7 @@ def attend(x, qkv, bias, out, gates, *, platform: str):
 
     Args:
       x: tokens [B,N,D], in the dtype of the products, like all other arrays.
-      qkv: kernels of queries, keys and values [3,D,H,K].
+      qkv: kernels of queries, keys and values, one array [3,D,H,K] or three [D,H,K].
       bias: theirs [3,H,K].
       out: kernel of the output projection [H,K,D].
       gates: of the heads, [B or 1,H], or None (all on).
@@ -44,7 +44,7 @@ def attend(x, qkv, bias, out, gates, *, platform: str):
 
 def _attend_cpu(x, qkv, bias, out, gates):
     batch, tokens, width = x.shape
-    _, _, heads, size = qkv.shape
+    heads, size, _ = out.shape
 
     def project(kernel, bias):
         projected = x @ kernel.reshape(width, heads * size) + bias.reshape(heads * size)
@@ -63,7 +63,7 @@ def _attend_cpu(x, qkv, bias, out, gates):
 def _attend_tpu(x, qkv, bias, out, gates):
     # Three products, not one and a split: splitting [B,N,3HK] into heads copies it.
     query, key, value = (jnp.einsum("bnd,dhk->bhkn", x, qkv[i]) + bias[i][..., None] for i in range(3))
-    scores = jnp.einsum("bhkn,bhkm->bhnm", query, key).astype(jnp.float32) * (1 / math.sqrt(qkv.shape[-1]))
+    scores = jnp.einsum("bhkn,bhkm->bhnm", query, key).astype(jnp.float32) * (1 / math.sqrt(out.shape[1]))
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))).astype(x.dtype)  # [B,H,N,N]
     # A row of ones below the values: the product that weighs them gives the sum of the weights as well.
     value = jnp.concatenate([value, jnp.ones_like(value[:, :, :1])], axis=2)  # [B,H,K+1,N]
@@ -76,7 +76,7 @@ def _attend_tpu(x, qkv, bias, out, gates):
 
 def _attend_gpu(x, qkv, bias, out, gates):
     query, key, value = (jnp.einsum("bnd,dhk->bnhk", x, qkv[i]) + bias[i] for i in range(3))
-    implementation = "cudnn" if _cudnn_accepts(qkv.shape[-1], x.dtype) else "xla"
+    implementation = "cudnn" if _cudnn_accepts(out.shape[1], x.dtype) else "xla"
     attended = jax.nn.dot_product_attention(query, key, value, implementation=implementation)  # [B,N,H,K]
     if gates is not None:
         attended = attended * gates[:, None, :, None].astype(x.dtype)

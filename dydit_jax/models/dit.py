@@ -327,7 +327,7 @@ class Model:
     dtype: jnp.dtype = jnp.float32
     matmul_precision: str = "default"
     remat: str = "none"
-    constrain: Callable = unconstrained
+    constrain: Callable = dataclasses.field(default=unconstrained, repr=False)
     platform: str = dataclasses.field(default_factory=jax.default_backend)
 
     def __post_init__(self):

@@ -207,10 +207,11 @@ class Attention(nnx.Module):
     def __call__(self, x, gates):
         """Attend over tokens x [B,N,D] with gates [B,H] or None (all heads on); returns [B,N,D]."""
         out_bias = self.out_bias[...].astype(self.dtype)
-        if self.qkv.shape[2] == 0:  # narrowed to no head at all
+        if self.out.shape[0] == 0:  # narrowed to no head at all
             return jnp.broadcast_to(out_bias, x.shape)
-        arrays = (leaf[...].astype(self.dtype) for leaf in (self.qkv, self.qkv_bias, self.out))
-        return attend(x.astype(self.dtype), *arrays, gates, platform=self.platform) + out_bias
+        bias, out = (leaf[...].astype(self.dtype) for leaf in (self.qkv_bias, self.out))
+        qkv = [kernel.astype(self.dtype) for kernel in self.qkv.get_value()]
+        return attend(x.astype(self.dtype), qkv, bias, out, gates, platform=self.platform) + out_bias
 
 
 class MLP(nnx.Module):

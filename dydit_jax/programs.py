@@ -1,0 +1,207 @@
+"""Compiled programs: several are made at once, ahead of their turn, and kept for the next start.
+
+JAX keeps compiled programs too, but finds one only after it was traced and lowered, which takes longer than reading it.
+Here a program is named by all that it is made of - this package's code, versions, devices, settings, shapes - and found
+by that name. The files lie in the folder `ready` of JAX's own cache, and like that cache they are code: whoever can
+write there can run code here.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import os
+import pathlib
+import pickle
+import platform
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.experimental import serialize_executable
+
+logger = logging.getLogger(__name__)
+
+THREADS = 4  # compilers of large programs want much memory
+KEPT_IN_MEMORY = 128
+PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+PROCESSORS = pathlib.Path("/proc/cpuinfo")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of a jitted function, without its arrays.
+
+    Attributes:
+      name: what the program is made of, as a checksum; calls of one name are one program.
+      devices: that run it.
+      lower: makes the program, uncompiled.
+    """
+
+    name: str
+    devices: tuple[jax.Device, ...]
+    lower: Callable = dataclasses.field(compare=False)
+
+
+def call_of(function, arguments: tuple, settings: dict) -> Call:
+    """Describe a call.
+
+    Args:
+      function: jitted.
+      arguments: arrays or shapes.
+      settings: static; the `repr` of each must say all that it is.
+    """
+    shapes = jax.tree.map(shape_of, arguments)
+    leaves, structure = jax.tree.flatten(shapes)
+    devices = _devices_of([leaf.sharding for leaf in leaves if leaf.sharding is not None])
+
+    def lower():
+        # A context of the caller's does not reach the thread that compiles.
+        with jax.default_device(devices[0]):
+            return function.lower(*shapes, **settings)
+
+    described = (function.__qualname__, leaves, structure, sorted(settings.items()), devices, _surroundings())
+    return Call(hashlib.sha256(repr(described).encode()).hexdigest(), devices, lower)
+
+
+def _devices_of(shardings: list) -> tuple[jax.Device, ...]:
+    """Return the devices of arrays, which all lie on the same, or the default one where none is fixed to any."""
+    meshes = [sharding.mesh for sharding in shardings if isinstance(sharding, jax.sharding.NamedSharding)]
+    if meshes:
+        return tuple(meshes[0].devices.flat)
+    if shardings:
+        return tuple(shardings[0].device_set)
+    return tuple(jnp.zeros(()).devices())
+
+
+def shape_of(leaf, placed_as=None) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of an array, and where it lies, if that is fixed: it, or the array `placed_as`."""
+    placed = leaf if placed_as is None else placed_as
+    # Shapes and arrays of numpy are not placed anywhere, arrays of JAX need not be.
+    sharding = placed.sharding if getattr(placed, "committed", isinstance(placed, jax.ShapeDtypeStruct)) else None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+@contextlib.contextmanager
+def compiled_ahead(calls: Sequence[Call]):
+    """Compile calls in their order, the first by itself, so that it is there soon, the others while it runs.
+
+    Yields:
+      A future for each call; its result takes the arrays.
+    """
+    first, *others = {call.name: call for call in calls}.values()
+    with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        programs = {first.name: pool.submit(compiled, first)}
+        concurrent.futures.wait(programs.values())
+        programs |= {call.name: pool.submit(compiled, call) for call in others}
+        # Behind them all in the queue: nobody waits for a file.
+        kept = [pool.submit(_keep, call, programs[call.name]) for call in (first, *others)]
+        try:
+            yield [programs[call.name] for call in calls]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for done in kept:
+        done.result()
+
+
+@functools.lru_cache(maxsize=KEPT_IN_MEMORY)
+def compiled(call: Call) -> "Executable":
+    """Return a compiled program: from memory, from its file, or newly compiled."""
+    path = _path_of(call)
+    if path is not None and path.exists():
+        try:
+            return Executable(_read(path, call.devices), worth_keeping=False)
+        except Exception as error:  # whatever a damaged file makes of it
+            logger.warning("Compiled again: %s cannot be used (%s).", path, " ".join(str(error).split()))
+            path.unlink(missing_ok=True)
+    began, _thread.found_by_jax = time.perf_counter(), False
+    run = call.lower().compile()
+    worth_it = time.perf_counter() - began >= jax.config.jax_persistent_cache_min_compile_time_secs
+    # What JAX has read from its own cache lacks its functions when it is written again.
+    return Executable(run, worth_keeping=worth_it and not _thread.found_by_jax)
+
+
+@dataclasses.dataclass(frozen=True)
+class Executable:
+    """A compiled program.
+
+    Attributes:
+      run: takes the arrays of a call, without its static settings.
+      worth_keeping: whether it is new, and took long enough.
+    """
+
+    run: Callable
+    worth_keeping: bool
+
+    def __call__(self, *arguments):
+        """Run it."""
+        return self.run(*arguments)
+
+
+_thread = threading.local()
+
+
+def _note_what_jax_finds(event: str, **_) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _thread.found_by_jax = True
+
+
+jax.monitoring.register_event_listener(_note_what_jax_finds)
+
+
+def _read(path: epath.Path, devices: tuple[jax.Device, ...]):
+    program, inputs, outputs = pickle.loads(path.read_bytes())
+    places = dict(backend=devices[0].client, execution_devices=devices)
+    return serialize_executable.deserialize_and_load(program, inputs, outputs, **places)
+
+
+def _keep(call: Call, future: concurrent.futures.Future) -> None:
+    path = _path_of(call)
+    if future.exception() is not None or not future.result().worth_keeping or path is None or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(pickle.dumps(serialize_executable.serialize(future.result().run)))
+        partial.replace(path)
+    except (OSError, ValueError) as error:  # a full disk, or a backend that cannot
+        logger.warning("A compiled program is not kept: %s.", " ".join(str(error).split()))
+
+
+def _path_of(call: Call) -> epath.Path | None:
+    """Return where a program is kept, or None where JAX keeps none or several processes share it."""
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1:
+        return None
+    return epath.Path(folder) / "ready" / f"{call.name}.program"
+
+
+def _surroundings() -> tuple:
+    """Return what a program depends on beside its code and arguments."""
+    options = {name: value for name, value in jax.config.values.items() if "cache" not in name and "log" not in name}
+    environment = [os.environ.get(name) for name in ENVIRONMENT]
+    return _code_and_machine(), environment, sorted(options.items())
+
+
+@functools.cache
+def _code_and_machine() -> tuple:
+    """Return this package's checksum, versions, the kinds of devices, and what the processor can do."""
+    code = hashlib.sha256()
+    for file in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        code.update(file.read_bytes())
+    versions = [importlib.metadata.version(name) for name in PACKAGES]
+    backend = jax.devices()[0].client.platform_version
+    devices = [device.device_kind for device in jax.devices()]
+    processor = [platform.machine(), platform.processor()]
+    if PROCESSORS.exists():
+        lines = PROCESSORS.read_text().splitlines()
+        processor += sorted({line for line in lines if line.lower().startswith(("flags", "features", "model name"))})
+    return code.hexdigest(), versions, backend, devices, processor

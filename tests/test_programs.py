@@ -1,0 +1,154 @@
+"""A compiled program is found by what it is made of, and whatever is wrong with its file it is only made again."""
+
+import dataclasses
+import functools
+import logging
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.generate import generate, plan_sampling
+from dydit_jax.programs import call_of, compiled, compiled_ahead
+from dydit_jax.sharding import MeshConfig, make_mesh
+
+
+@functools.partial(jax.jit, static_argnames="factor")
+def scaled(x, *, factor):
+    return {"scaled": factor * x}
+
+
+def made(call):
+    with compiled_ahead([call]) as (program,):
+        return program.result()
+
+
+def forbidden():
+    raise AssertionError("compiled although it is there")
+
+
+def test_a_program_is_found_by_the_next_start_without_being_made(program_folder):
+    x = np.arange(3.0, dtype=np.float32)
+    call = call_of(scaled, (x,), dict(factor=2))
+    np.testing.assert_array_equal(made(call)(x)["scaled"], [0, 2, 4])
+    assert [path.name for path in program_folder.iterdir()] == [f"{call.name}.program"]
+    compiled.cache_clear()  # as if the process had ended
+    found = made(dataclasses.replace(call, lower=forbidden))
+    np.testing.assert_array_equal(found(x)["scaled"], [0, 2, 4])
+
+
+def test_what_jax_finds_in_its_own_cache_is_not_written_again(program_folder):
+    x = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    call = call_of(jax.jit(lambda x: jnp.sort(jnp.tanh(x @ x))), (x,), {})
+    first = np.asarray(made(call)(x))
+    next(program_folder.iterdir()).unlink()
+    for _ in range(2):
+        compiled.cache_clear()
+        jax.clear_caches()
+        np.testing.assert_array_equal(made(call)(x), first)
+    assert not list(program_folder.iterdir())
+
+
+def test_what_differs_has_another_name(monkeypatch):
+    x = jax.ShapeDtypeStruct((3,), jnp.float32)
+    name = lambda *arguments, function=scaled, **settings: call_of(function, arguments, dict(factor=2) | settings).name
+    names = [
+        name(x),
+        name(x, factor=3),
+        name(jax.ShapeDtypeStruct((4,), jnp.float32)),
+        name(jax.ShapeDtypeStruct((3,), jnp.int32)),
+        name((x,)),
+        name(x, function=jax.jit(forbidden)),
+        *(name(jax.device_put(np.zeros(3, np.float32), device)) for device in jax.devices()[:2]),
+    ]
+    with jax.default_matmul_precision("highest"):
+        names.append(name(x))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    names.append(name(x))
+    assert len(set(names)) == len(names)
+
+
+NAME_OF_A_SEGMENT = """
+import sys
+import jax, numpy as np
+sys.path.insert(0, "tests")
+import conftest
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.generate import run_segment
+from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.programs import call_of
+from dydit_jax.sharding import MeshConfig, batch_sharding, make_mesh
+
+mesh = make_mesh(MeshConfig(data=4))
+model = Model(DiTConfig(depth=2, width=32, heads=4, patch=2, side=8, channels=1, classes=10, routers="free"))
+settings = dict(model=model, sampling=SamplingConfig(), mesh=mesh, form="switch", capacities=((8, 16),) * 2)
+shape = jax.ShapeDtypeStruct((4, 8), np.float32, sharding=batch_sharding(mesh))
+name = call_of(run_segment, (shape, {"kernel": np.zeros(3)}), settings).name
+"""
+
+
+def test_a_name_is_the_same_in_another_process():
+    here = {}
+    exec(NAME_OF_A_SEGMENT, here)
+    told = [sys.executable, "-c", NAME_OF_A_SEGMENT + "sys.stdout.write(name)"]
+    there = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert there.stdout == here["name"]
+
+
+def test_arrays_and_their_shapes_have_one_name():
+    x = jnp.zeros(3)
+    names = {call_of(scaled, (leaf,), {}).name for leaf in (x, np.zeros(3, np.float32), jax.eval_shape(lambda: x))}
+    assert len(names) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"no program", None])
+def test_a_damaged_file_is_made_again(damage, program_folder, caplog):
+    x = np.ones(2, np.float32)
+    call = call_of(scaled, (x,), dict(factor=5))
+    made(call)
+    (path,) = program_folder.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    compiled.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(made(call)(x)["scaled"], [5, 5])
+    assert f"Compiled again: {path} cannot be used" in caplog.text
+    compiled.cache_clear()
+    np.testing.assert_array_equal(made(dataclasses.replace(call, lower=forbidden))(x)["scaled"], [5, 5])
+
+
+def test_calls_of_one_name_are_one_program_and_errors_reach_the_caller(program_folder):
+    x = np.ones(2, np.float32)
+    two, three = (call_of(scaled, (x,), dict(factor=factor)) for factor in (2, 3))
+    with compiled_ahead([two, three, two]) as programs:
+        assert [float(run.result()(x)["scaled"][0]) for run in programs] == [2, 3, 2]
+    assert len(list(program_folder.iterdir())) == 2
+    broken = dataclasses.replace(two, name="broken", lower=forbidden)
+    with compiled_ahead([three, broken]) as programs:
+        programs[0].result()
+        with pytest.raises(AssertionError, match="compiled although"):
+            programs[1].result()
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_images_of_a_second_start_are_those_of_the_first(devices, tiny, program_folder, monkeypatch):
+    model, params = tiny
+    settings = dict(sampling=SamplingConfig(sampler="ddim", steps="6", guidance=2.0), diffusion=DiffusionConfig())
+    plan = plan_sampling(model, params, segments=2, **settings)
+    mesh = make_mesh(MeshConfig(data=devices)) if devices > 1 else None
+    draw = lambda: generate(model, params, [0, 1, 2, 3], plan=plan, mesh=mesh, **settings)
+    first = draw()
+    assert len(list(program_folder.iterdir())) == 2
+    compiled.cache_clear()
+    monkeypatch.setattr(
+        sys.modules["dydit_jax.generate"],
+        "call_of",
+        lambda *described: dataclasses.replace(call_of(*described), lower=forbidden),
+    )
+    np.testing.assert_array_equal(draw().images, first.images)
