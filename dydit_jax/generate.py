@@ -32,7 +32,7 @@ from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.layers import unconstrained
 from dydit_jax.models.routing import Routing
 from dydit_jax.processes import to_host
-from dydit_jax.programs import call_of, compiled_ahead, shape_of
+from dydit_jax.programs import Call, call_of, compiled_ahead, shape_of
 from dydit_jax.sharding import BATCH, batch_sharding, replicated, require_divisible
 
 MODES = (*APPLY_MODES, "fast")
@@ -294,27 +294,21 @@ def _run_programs(programs: list, params, state, labels, keys, *, table, report,
     """Run the programs of a run one after the other; return the last state and the records of all."""
     settings |= dict(model=model)
     whole = whole_parts(params["blocks"], dtype=model.dtype)
-    narrowed = lambda heads, groups: narrow(
-        params["blocks"], heads=heads, groups=groups, dtype=model.dtype, whole=whole
-    )
-    kept = [(program.segment.heads, program.segment.groups) for program in programs]
-    layers = narrowed(*kept[0])
-    shapes_of = functools.cache(
-        lambda *kept: jax.tree.map(shape_of, jax.eval_shape(functools.partial(narrowed, *kept)), layers)
-    )
     arguments = functools.partial(program_arguments, params=params, labels=labels, keys=keys, table=table)
-    calls = [
-        call_of(
-            run_segment, arguments(program, layers=shapes_of(*units), state=state), program_settings(program, settings)
-        )
-        for program, units in zip(programs, kept)
-    ]
-    records = []
-    with compiled_ahead(calls) as compiled:
-        for program, run, units, before in zip(programs, compiled, kept, [kept[0], *kept]):
-            if units != before:
+
+    def narrowed(segment: Segment):
+        return narrow(params["blocks"], heads=segment.heads, groups=segment.groups, dtype=model.dtype, whole=whole)
+
+    def call(program: Program) -> Call:
+        shapes = jax.tree.map(shape_of, jax.eval_shape(lambda: narrowed(program.segment)), layers)
+        return call_of(run_segment, arguments(program, layers=shapes, state=state), program_settings(program, settings))
+
+    records, layers = [], narrowed(programs[0].segment)
+    with compiled_ahead([call(program) for program in programs]) as compiled:
+        for program, run, before in zip(programs, compiled, [programs[0], *programs]):
+            if program.segment.kept != before.segment.kept:
                 layers = None  # one segment's weights in memory at a time
-                layers = narrowed(*units)
+                layers = narrowed(program.segment)
             state, record = run.result()(*arguments(program, layers=layers, state=state))
             records.append(to_host(record))
             if report is not None:

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 THREADS = 4  # compilers of large programs want much memory
 KEPT_IN_MEMORY = 128
+SILENT_SECONDS = 5
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 PROCESSORS = pathlib.Path("/proc/cpuinfo")
@@ -61,10 +62,10 @@ def call_of(function, arguments: tuple, settings: dict) -> Call:
     shapes = jax.tree.map(shape_of, arguments)
     leaves, structure = jax.tree.flatten(shapes)
     devices = _devices_of([leaf.sharding for leaf in leaves if leaf.sharding is not None])
+    default = jax.config.jax_default_device  # a context of the caller's does not reach the thread that compiles
 
     def lower():
-        # A context of the caller's does not reach the thread that compiles.
-        with jax.default_device(devices[0]):
+        with jax.default_device(default):
             return function.lower(*shapes, **settings)
 
     described = (function.__qualname__, leaves, structure, sorted(settings.items()), devices, _surroundings())
@@ -99,7 +100,9 @@ def compiled_ahead(calls: Sequence[Call]):
     first, *others = {call.name: call for call in calls}.values()
     with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         programs = {first.name: pool.submit(compiled, first)}
-        concurrent.futures.wait(programs.values())
+        if concurrent.futures.wait(programs.values(), timeout=SILENT_SECONDS).not_done:
+            logger.info("Compiling; the run starts with the first of %d programs.", 1 + len(others))
+            concurrent.futures.wait(programs.values())
         programs |= {call.name: pool.submit(compiled, call) for call in others}
         # Behind them all in the queue: nobody waits for a file.
         kept = [pool.submit(_keep, call, programs[call.name]) for call in (first, *others)]

@@ -43,6 +43,11 @@ class Segment:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def kept(self) -> tuple:
+        """Heads and groups, which fix the weights."""
+        return self.heads, self.groups
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

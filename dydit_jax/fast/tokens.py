@@ -56,9 +56,9 @@ def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, 
         wanted = rows * np.arange(1, UNIFORM_CAPACITIES + 1) / UNIFORM_CAPACITIES
         return _rounded([*wanted, rows], rows)
     shares = np.asarray(shares)
-    shares = np.concatenate([np.repeat(shares + TIGHT_MARGIN, TIGHT_WEIGHT), shares + MARGIN])
-    wanted = np.sort(np.minimum(rows, rows * shares))
-    return _rounded([*_best_of(wanted, CALIBRATED_CAPACITIES), rows], rows)
+    wanted = np.minimum(rows, rows * np.concatenate([shares + TIGHT_MARGIN, shares + MARGIN]))
+    weights = np.repeat([TIGHT_WEIGHT, 1], len(shares))
+    return _rounded([*_best_of(wanted, weights, CALIBRATED_CAPACITIES), rows], rows)
 
 
 def _rounded(wanted, rows: int) -> tuple[int, ...]:
@@ -66,15 +66,17 @@ def _rounded(wanted, rows: int) -> tuple[int, ...]:
     return tuple(sorted(set(sizes.tolist())))
 
 
-def _best_of(wanted: np.ndarray, count: int) -> list[float]:
-    """Choose `count` of ascending values so that rounding each value up to a chosen one adds least."""
+def _best_of(wanted: np.ndarray, weights: np.ndarray, count: int) -> list[float]:
+    """Choose `count` of the wanted values so that rounding each of them up to a chosen one adds least."""
+    order = np.argsort(wanted)
+    wanted, until = wanted[order], np.concatenate([[0], np.cumsum(weights[order])])
     total = len(wanted)
     # least[j, i]: the sum of the first i values rounded up, with j chosen, the last of them wanted[i - 1].
     least, before = np.full((count + 1, total + 1), np.inf), np.zeros((count + 1, total + 1), int)
     least[0, 0] = 0
     for chosen in range(1, count + 1):
         for end in range(1, total + 1):
-            sums = least[chosen - 1, :end] + (end - np.arange(end)) * wanted[end - 1]
+            sums = least[chosen - 1, :end] + (until[end] - until[:end]) * wanted[end - 1]
             before[chosen, end], least[chosen, end] = sums.argmin(), sums.min()
     chosen, end, picked = int(least[:, total].argmin()), total, []
     for j in range(chosen, 0, -1):

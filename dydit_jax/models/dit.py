@@ -212,7 +212,7 @@ class Block(nnx.Module):
         first_norm = functools.partial(layer_norm, single_pass=self.platform == "tpu" and run_on_tokens is not None)
         attended = self.attention(modulate(first_norm(x), shift_a, scale_a), heads)
         x = x + gate_a[:, None] * attended
-        modulated = modulate(layer_norm(x, single_pass=self.platform == "tpu"), shift_m, scale_m)
+        modulated = modulate(layer_norm(x, single_pass=self.platform == "tpu"), shift_m, scale_m).astype(self.mlp.dtype)
         mlp = functools.partial(self.mlp, gates=groups)
         if not routed:
             return x + gate_m[:, None] * mlp(modulated), None
