@@ -170,12 +170,12 @@ def _keep(call: Call, future: concurrent.futures.Future) -> None:
     path = _path_of(call)
     if future.exception() is not None or not future.result().worth_keeping or path is None or path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(pickle.dumps(serialize_executable.serialize(future.result().run)))
         partial.replace(path)
-    except (OSError, ValueError) as error:  # a full disk, or a backend that cannot
+    except (OSError, ValueError) as error:  # no place for it, or a backend that cannot
         logger.warning("A compiled program is not kept: %s.", " ".join(str(error).split()))
 
 

@@ -123,6 +123,13 @@ def test_a_damaged_file_is_made_again(damage, program_folder, caplog):
     np.testing.assert_array_equal(made(dataclasses.replace(call, lower=forbidden))(x)["scaled"], [5, 5])
 
 
+def test_a_folder_that_cannot_be_written_costs_only_the_file(program_folder, caplog):
+    program_folder.write_text("a file where the folder should be")
+    x = np.ones(2, np.float32)
+    np.testing.assert_array_equal(made(call_of(scaled, (x,), dict(factor=7)))(x)["scaled"], [7, 7])
+    assert "A compiled program is not kept" in caplog.text
+
+
 def test_calls_of_one_name_are_one_program_and_errors_reach_the_caller(program_folder):
     x = np.ones(2, np.float32)
     two, three = (call_of(scaled, (x,), dict(factor=factor)) for factor in (2, 3))
