@@ -175,8 +175,10 @@ def _keep(call: Call, future: concurrent.futures.Future) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(pickle.dumps(serialize_executable.serialize(future.result().run)))
         partial.replace(path)
-    except (OSError, ValueError) as error:  # no place for it, or a backend that cannot
+    except OSError as error:
         logger.warning("A compiled program is not kept: %s.", " ".join(str(error).split()))
+    except (RuntimeError, ValueError) as error:  # some backends, and on a CPU some sorts, cannot be written
+        logger.debug("A compiled program is not kept: %s", error)
 
 
 def _path_of(call: Call) -> epath.Path | None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from jax.experimental import serialize_executable
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
@@ -128,6 +129,16 @@ def test_a_folder_that_cannot_be_written_costs_only_the_file(program_folder, cap
     x = np.ones(2, np.float32)
     np.testing.assert_array_equal(made(call_of(scaled, (x,), dict(factor=7)))(x)["scaled"], [7, 7])
     assert "A compiled program is not kept" in caplog.text
+
+
+def test_what_cannot_be_written_runs_all_the_same(program_folder, monkeypatch):
+    def refuse(program):
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED: a sort is not serializable")  # as a CPU says of some
+
+    monkeypatch.setattr(serialize_executable, "serialize", refuse)
+    x = np.ones(2, np.float32)
+    np.testing.assert_array_equal(made(call_of(scaled, (x,), dict(factor=9)))(x)["scaled"], [9, 9])
+    assert not list(program_folder.iterdir())
 
 
 def test_calls_of_one_name_are_one_program_and_errors_reach_the_caller(program_folder):
