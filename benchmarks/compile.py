@@ -31,7 +31,7 @@ from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Shares, make_plan
 from dydit_jax.generate import program_arguments, program_settings, programs_of, run_segment, steps_of
 from dydit_jax.models.dit import Model, published_config
-from dydit_jax.programs import THREADS, call_of, compiled_ahead
+from dydit_jax.programs import call_of, compiled_ahead
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 PROFILE = flags.DEFINE_list("profile", ["65", "65", "65"], "Per cent of heads, groups and tokens on.")
@@ -103,7 +103,6 @@ def start() -> dict:
     return dict(
         plan=plan.in_words(),
         padding=plan.padding,
-        threads=THREADS,
         seconds_until_the_first=seconds[0],
         seconds_until_all=seconds[-1],
         seconds_until_each=seconds,

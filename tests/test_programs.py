@@ -1,5 +1,6 @@
 """A compiled program is found by what it is made of, and whatever is wrong with its file it is only made again."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -145,6 +146,7 @@ def test_calls_of_one_name_are_one_program_and_errors_reach_the_caller(program_f
     x = np.ones(2, np.float32)
     two, three = (call_of(scaled, (x,), dict(factor=factor)) for factor in (2, 3))
     with compiled_ahead([two, three, two]) as programs:
+        assert not concurrent.futures.wait(programs, timeout=60).not_done  # all of them, before the first has run
         assert [float(run.result()(x)["scaled"][0]) for run in programs] == [2, 3, 2]
     assert len(list(program_folder.iterdir())) == 2
     broken = dataclasses.replace(two, name="broken", lower=forbidden)
