@@ -105,14 +105,13 @@ def compiled_ahead(calls: Sequence[Call]):
             concurrent.futures.wait(programs.values())
         programs |= {call.name: pool.submit(compiled, call) for call in others}
         # Behind them all in the queue: nobody waits for a file.
-        kept = [pool.submit(_keep, call, programs[call.name]) for call in (first, *others)]
+        for call in (first, *others):
+            pool.submit(_keep, call, programs[call.name])
         try:
             yield [programs[call.name] for call in calls]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    for done in kept:
-        done.result()
 
 
 @functools.lru_cache(maxsize=KEPT_IN_MEMORY)
@@ -124,7 +123,8 @@ def compiled(call: Call) -> "Executable":
             return Executable(_read(path, call.devices), worth_keeping=False)
         except Exception as error:  # whatever a damaged file makes of it
             logger.warning("Compiled again: %s cannot be used (%s).", path, " ".join(str(error).split()))
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
     began, _thread.found_by_jax = time.perf_counter(), False
     run = call.lower().compile()
     worth_it = time.perf_counter() - began >= jax.config.jax_persistent_cache_min_compile_time_secs
@@ -177,7 +177,7 @@ def _keep(call: Call, future: concurrent.futures.Future) -> None:
         partial.replace(path)
     except OSError as error:
         logger.warning("A compiled program is not kept: %s.", " ".join(str(error).split()))
-    except (RuntimeError, ValueError) as error:  # some backends, and on a CPU some sorts, cannot be written
+    except Exception as error:  # some backends, and on a CPU some sorts, cannot be written, and say so in many ways
         logger.debug("A compiled program is not kept: %s", error)
 
 
