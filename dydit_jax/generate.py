@@ -23,7 +23,7 @@ from dydit_jax.diffusion.gaussian import coefficients
 from dydit_jax.diffusion.samplers import SamplingConfig, make_sampler, run_sampler
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.fast.narrow import narrow, whole_parts
+from dydit_jax.fast.narrow import NarrowedBlocks
 from dydit_jax.fast.plan import Plan, Segment, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import DEFAULT_FORMS, capacities_of, overflows, runners
 from dydit_jax.models.cost import routed_macs
@@ -293,23 +293,19 @@ def generate(
 def _run_programs(programs: list, params, state, labels, keys, *, table, report, model: Model, **settings):
     """Run the programs of a run one after the other; return the last state and the records of all."""
     settings |= dict(model=model)
-    whole = whole_parts(params["blocks"], dtype=model.dtype)
+    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)
+    blocks.keep(*programs[0].segment.kept)
     arguments = functools.partial(program_arguments, params=params, labels=labels, keys=keys, table=table)
 
-    def narrowed(segment: Segment):
-        return narrow(params["blocks"], heads=segment.heads, groups=segment.groups, dtype=model.dtype, whole=whole)
-
     def call(program: Program) -> Call:
-        shapes = jax.tree.map(shape_of, jax.eval_shape(lambda: narrowed(program.segment)), layers)
-        return call_of(run_segment, arguments(program, layers=shapes, state=state), program_settings(program, settings))
+        layers = jax.tree.map(shape_of, blocks.shapes(*program.segment.kept), blocks.layers)
+        return call_of(run_segment, arguments(program, layers=layers, state=state), program_settings(program, settings))
 
-    records, layers = [], narrowed(programs[0].segment)
+    records = []
     with compiled_ahead([call(program) for program in programs]) as compiled:
-        for program, run, before in zip(programs, compiled, [programs[0], *programs]):
-            if program.segment.kept != before.segment.kept:
-                layers = None  # one segment's weights in memory at a time
-                layers = narrowed(program.segment)
-            state, record = run.result()(*arguments(program, layers=layers, state=state))
+        for program, run in zip(programs, compiled):
+            blocks.keep(*program.segment.kept)
+            state, record = run.result()(*arguments(program, layers=blocks.layers, state=state))
             records.append(to_host(record))
             if report is not None:
                 report(len(program.segment))

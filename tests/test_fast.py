@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import ROOT, channels_last, relative_error
 from dydit_jax.diffusion.samplers import SAMPLERS, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
-from dydit_jax.fast.narrow import narrow
+from dydit_jax.fast.narrow import NarrowedBlocks, narrow
 from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import FORMS, capacities_of, overflows, run_on_open_tokens, runners
 from dydit_jax.generate import generate, plan_sampling
@@ -99,6 +100,23 @@ def test_narrowed_weights_have_what_is_kept(tiny, gates):
             narrowed["mlp"]["down"], np.asarray(params["blocks"]["mlp"]["down"])[layer][groups]
         )
         np.testing.assert_array_equal(narrowed["mlp"]["down_bias"], params["blocks"]["mlp"]["down_bias"][layer])
+
+
+def test_the_next_segment_takes_over_what_it_shares_with_the_last(tiny):
+    model, params = tiny
+    narrowed = NarrowedBlocks(params["blocks"], dtype=jnp.dtype("float32"))
+    every, fewer = tuple(range(model.config.heads)), tuple(range(1, model.config.heads))
+    depth = model.config.depth
+    narrowed.keep((every,) * depth, (every,) * depth)
+    before = [dict(layer) for layer in narrowed.layers]
+    wanted = dict(heads=(fewer,) + (every,) * (depth - 1), groups=(every,) * (depth - 1) + (fewer,))
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), narrowed.shapes(**wanted))
+    narrowed.keep(**wanted)
+    assert narrowed.layers[0]["attention"] is not before[0]["attention"]
+    assert narrowed.layers[0]["mlp"] is before[0]["mlp"]
+    assert narrowed.layers[-1]["attention"] is before[-1]["attention"]
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), narrowed.layers) == shapes
+    chex.assert_trees_all_equal(narrowed.layers, narrow(params["blocks"], dtype=jnp.dtype("float32"), **wanted))
 
 
 @pytest.mark.parametrize("open_rows", [0, 1, 7, 8, 9, 31, 32])

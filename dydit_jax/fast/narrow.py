@@ -6,57 +6,93 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Which axis of a part's parameters counts heads, and which counts groups.
+# Which axis of a layer's parameters counts heads, and which counts groups.
 UNIT_AXES = {
     "attention": {"qkv": 2, "qkv_bias": 1, "out": 0},
     "mlp": {"up": 1, "up_bias": 0, "down": 0},
 }
 
 
-def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype, whole: tuple | None = None) -> tuple[dict, ...]:
-    """Return one parameter tree per layer with the units that a segment keeps.
+class NarrowedBlocks:
+    """The blocks of one segment after another.
 
-    Biases of the projections stay whole: they are added whatever is on. The kernels of queries, keys and values become
-    three arrays [D,H,K]: a product cannot read a third of one array in place.
+    What a layer keeps in two segments that follow each other is taken over, which is about half of it; the rest of the
+    old one is let go, layer by layer, before the new is made.
 
-    Args:
-      blocks: the parameters of all blocks, stacked [L,...].
-      heads, groups: per layer, the kept units, ascending.
-      dtype: of the kernels of attention, MLP and modulation, which are only read in it.
-      whole: from `whole_parts`, where several segments share them; made here if missing.
+    Attributes:
+      layers: one parameter tree per block, as of the last call of `keep`.
     """
-    index = lambda kept: np.asarray(kept, np.int32)
-    whole = whole or whole_parts(blocks, dtype=dtype)
-    return tuple(
-        _narrow_layer(blocks, layer, index(kept_heads), index(kept_groups), dtype) | whole[layer]
-        for layer, (kept_heads, kept_groups) in enumerate(zip(heads, groups, strict=True))
-    )
+
+    def __init__(self, blocks: dict, *, dtype):
+        """Take the parts that no segment narrows, modulation and token router.
+
+        Args:
+          blocks: the parameters of all blocks, stacked [L,...].
+          dtype: of the kernels of attention, MLP and modulation, which are only read in it.
+        """
+        self._blocks, self._dtype = blocks, dtype
+        whole = {name: part for name, part in blocks.items() if name not in UNIT_AXES}
+        depth = jax.tree.leaves(whole)[0].shape[0]
+        self.layers = [_take_whole(whole, layer, dtype) for layer in range(depth)]
+        self._kept = [{} for _ in range(depth)]
+        self._shape = functools.cache(self._shape_of_part)
+
+    def keep(self, heads: tuple, groups: tuple) -> None:
+        """Narrow to a segment.
+
+        Biases of the projections stay whole: they are added whatever is on. The kernels of queries, keys and values
+        become three arrays [D,H,K]: a product cannot read a third of one array in place.
+
+        Args:
+          heads, groups: per layer, the kept units, ascending.
+        """
+        for layer, units in enumerate(zip(heads, groups, strict=True)):
+            for (name, axes), kept in zip(UNIT_AXES.items(), units):
+                if self._kept[layer].get(name) != kept:
+                    self.layers[layer].pop(name, None)
+                    self.layers[layer][name] = _take_units(self._blocks[name], layer, kept, axes, self._dtype)
+                    self._kept[layer][name] = kept
+
+    def shapes(self, heads: tuple, groups: tuple) -> list[dict]:
+        """Return the layers that `keep` would make, with shapes in place of what it would narrow."""
+        units = zip(heads, groups, strict=True)
+        return [
+            layer | {name: self._shape(name, len(kept)) for name, kept in zip(UNIT_AXES, of_layer)}
+            for layer, of_layer in zip(self.layers, units)
+        ]
+
+    def _shape_of_part(self, name: str, count: int) -> dict:
+        return jax.eval_shape(
+            lambda part: _take_units(part, 0, range(count), UNIT_AXES[name], self._dtype), self._blocks[name]
+        )
 
 
-def whole_parts(blocks: dict, *, dtype) -> tuple[dict, ...]:
-    """Return per layer the parts that no segment narrows, modulation and token router; arguments as for `narrow`."""
-    parts = {name: part for name, part in blocks.items() if name not in UNIT_AXES}
-    layers = jax.tree.leaves(parts)[0].shape[0]
-    return tuple(_take_whole(parts, layer, dtype) for layer in range(layers))
+def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> list[dict]:
+    """Return one parameter tree per layer with the units that a segment keeps; arguments as for `NarrowedBlocks`."""
+    narrowed = NarrowedBlocks(blocks, dtype=dtype)
+    narrowed.keep(heads, groups)
+    return narrowed.layers
 
 
-def _narrow_layer(blocks: dict, layer: int, heads: np.ndarray, groups: np.ndarray, dtype) -> dict:
-    return {
-        name: _take_units(blocks[name], layer, kept, tuple(axes.items()), dtype)
-        for (name, axes), kept in zip(UNIT_AXES.items(), (heads, groups))
-    }
+def _take_units(part: dict, layer: int, kept: tuple, axes: dict, dtype) -> dict:
+    kept, taken = np.asarray(kept, np.int32), {}
+    for name, leaf in part.items():
+        if name == "qkv":  # one after the other: a gather with three results takes a CPU twice as long
+            taken[name] = tuple(_take(leaf, (layer, i), kept, axes[name] - 1, dtype) for i in range(3))
+        else:
+            taken[name] = _take(leaf, (layer,), kept, axes.get(name), dtype)
+    return taken
 
 
 # Compiled once per number of kept units, not once per segment: which units they are, and of which layer, is data.
-@functools.partial(jax.jit, static_argnames=("axes", "dtype"))
-def _take_units(part: dict, layer, kept, axes, dtype) -> dict:
-    taken = {name: leaf[layer] for name, leaf in part.items()}
-    for name, axis in axes:
-        units = taken[name].shape[axis]
-        leaf = taken[name] if len(kept) == units else jnp.take(taken[name], kept, axis=axis, mode="clip")
-        leaf = leaf.astype(dtype)
-        taken[name] = tuple(leaf) if name == "qkv" else leaf
-    return taken
+@functools.partial(jax.jit, static_argnames=("axis", "dtype"))
+def _take(leaf, index, kept, axis, dtype):
+    leaf = leaf[index]
+    if axis is None:
+        return leaf
+    if len(kept) < leaf.shape[axis]:
+        leaf = jnp.take(leaf, kept, axis=axis, mode="clip")
+    return leaf.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
