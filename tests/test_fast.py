@@ -96,9 +96,12 @@ def test_narrowed_weights_have_what_is_kept(tiny, gates):
         np.testing.assert_array_equal(
             narrowed["attention"]["qkv"], np.asarray(params["blocks"]["attention"]["qkv"])[layer][:, :, heads]
         )
-        np.testing.assert_array_equal(
-            narrowed["mlp"]["down"], np.asarray(params["blocks"]["mlp"]["down"])[layer][groups]
-        )
+        whole = jax.tree.map(lambda leaf: np.asarray(leaf[layer]), params["blocks"])
+        np.testing.assert_array_equal(narrowed["attention"]["qkv_bias"], whole["attention"]["qkv_bias"][:, heads])
+        np.testing.assert_array_equal(narrowed["attention"]["out"], whole["attention"]["out"][heads])
+        np.testing.assert_array_equal(narrowed["mlp"]["up"], whole["mlp"]["up"][:, groups])
+        np.testing.assert_array_equal(narrowed["mlp"]["up_bias"], whole["mlp"]["up_bias"][groups])
+        np.testing.assert_array_equal(narrowed["mlp"]["down"], whole["mlp"]["down"][groups])
         np.testing.assert_array_equal(narrowed["mlp"]["down_bias"], params["blocks"]["mlp"]["down_bias"][layer])
 
 

@@ -16,8 +16,8 @@ UNIT_AXES = {
 class NarrowedBlocks:
     """The blocks of one segment after another.
 
-    What a layer keeps in two segments that follow each other is taken over, which is about half of it; the rest of the
-    old one is let go, layer by layer, before the new is made.
+    What a layer keeps in two segments that follow each other is taken over; the rest of the old one is let go, layer by
+    layer, before the new is made.
 
     Attributes:
       layers: one parameter tree per block, as of the last call of `keep`.
@@ -77,7 +77,7 @@ def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> list[dict]:
 def _take_units(part: dict, layer: int, kept: tuple, axes: dict, dtype) -> dict:
     kept, taken = np.asarray(kept, np.int32), {}
     for name, leaf in part.items():
-        if name == "qkv":  # one after the other: a gather with three results takes a CPU twice as long
+        if name == "qkv":  # one after the other: on a CPU a gather with three results is slower
             taken[name] = tuple(_take(leaf, (layer, i), kept, axes[name] - 1, dtype) for i in range(3))
         else:
             taken[name] = _take(leaf, (layer,), kept, axes.get(name), dtype)
