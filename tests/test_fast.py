@@ -89,20 +89,25 @@ def test_impossible_numbers_of_segments_are_refused(gates, count):
 def test_narrowed_weights_have_what_is_kept(tiny, gates):
     model, params = tiny
     segment = make_plan(gates[0][:, :2], gates[1][:, :2], model.config.macs, segments=2).segments[0]
-    for layer, narrowed in enumerate(
-        narrow(params["blocks"], heads=segment.heads, groups=segment.groups, dtype=jnp.dtype("float32"))
-    ):
+    layers = narrow(params["blocks"], heads=segment.heads, groups=segment.groups, dtype=jnp.dtype("float32"))
+    attention, mlp = (jax.tree.map(np.asarray, params["blocks"][name]) for name in ("attention", "mlp"))
+    for layer, narrowed in enumerate(layers):
         heads, groups = list(segment.heads[layer]), list(segment.groups[layer])
-        np.testing.assert_array_equal(
-            narrowed["attention"]["qkv"], np.asarray(params["blocks"]["attention"]["qkv"])[layer][:, :, heads]
+        wanted = dict(
+            attention=dict(
+                qkv=tuple(attention["qkv"][layer][:, :, heads]),
+                qkv_bias=attention["qkv_bias"][layer][:, heads],
+                out=attention["out"][layer][heads],
+                out_bias=attention["out_bias"][layer],
+            ),
+            mlp=dict(
+                up=mlp["up"][layer][:, groups],
+                up_bias=mlp["up_bias"][layer][groups],
+                down=mlp["down"][layer][groups],
+                down_bias=mlp["down_bias"][layer],
+            ),
         )
-        whole = jax.tree.map(lambda leaf: np.asarray(leaf[layer]), params["blocks"])
-        np.testing.assert_array_equal(narrowed["attention"]["qkv_bias"], whole["attention"]["qkv_bias"][:, heads])
-        np.testing.assert_array_equal(narrowed["attention"]["out"], whole["attention"]["out"][heads])
-        np.testing.assert_array_equal(narrowed["mlp"]["up"], whole["mlp"]["up"][:, groups])
-        np.testing.assert_array_equal(narrowed["mlp"]["up_bias"], whole["mlp"]["up_bias"][groups])
-        np.testing.assert_array_equal(narrowed["mlp"]["down"], whole["mlp"]["down"][groups])
-        np.testing.assert_array_equal(narrowed["mlp"]["down_bias"], params["blocks"]["mlp"]["down_bias"][layer])
+        chex.assert_trees_all_equal({name: narrowed[name] for name in wanted}, wanted)
 
 
 def test_the_next_segment_takes_over_what_it_shares_with_the_last(tiny):
