@@ -9,6 +9,8 @@ compilation. Peers are diffusers' DiT of the same size, eager and compiled: eigh
 same work.
 """
 
+import concurrent.futures
+import functools
 import json
 import platform
 import resource
@@ -32,6 +34,7 @@ from dydit_jax.fast.tokens import DEFAULT_FORMS, capacities_of, runners
 from dydit_jax.generate import MODES, generate, plan_sampling, steps_of
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model, published_config
+from dydit_jax.programs import compile_for
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights to sample; or give --model.")
 MODEL = flags.DEFINE_string("model", None, "A published size with random weights: S/2, B/2, L/2, XL/2.")
@@ -43,6 +46,7 @@ SEGMENTS = flags.DEFINE_integer("segments", None, "Programs that fast cuts the s
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each contestant.")
 PRECISION = flags.DEFINE_string("precision", "auto", "auto, bfloat16, float32 or highest.")
 PEERS = flags.DEFINE_bool("peers", False, "Also time diffusers' DiT in PyTorch.")
+ONE_PASS = flags.DEFINE_bool("one_pass", True, "Also compare single passes in float32 and bfloat16: more compiling.")
 OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
 
 PEER_PASSES = 8
@@ -55,6 +59,7 @@ def main():
     plan = plan_sampling(model, params, segments=SEGMENTS.value, **run_settings)
     first, peak, samples = {}, {}, {}
     samples["gated"], first["gated"] = _timed(lambda: draw("gated"))
+    _tell("plan", plan.in_words())
     plan = plan.calibrated(samples["gated"].shares)
     plans = dict(complete=None, gated=None, fast=plan)
     contestants = {mode: lambda mode=mode: draw(mode, plans[mode]) for mode in MODES}
@@ -64,11 +69,13 @@ def main():
     for name, contestant in contestants.items():
         if name not in first:
             samples[name], first[name] = _timed(contestant)
-        peak[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak[name] = _peak_gib()
+        _tell(name, f"first call {first[name]:.1f} s")
     seconds = {name: [] for name in contestants}  # per step, or per pass of a peer
     for _ in range(ROUNDS.value):
         for name, contestant in contestants.items():
             seconds[name].append(_timed(contestant)[1] / (steps if name in MODES else PEER_PASSES))
+            _tell(name, f"{1e3 * seconds[name][-1]:.2f} ms per step")
     median = {name: float(np.median(taken)) for name, taken in seconds.items()}
     macs = {mode: float(samples[mode].macs.mean()) for mode in ("complete", "fast")}
     ideal = macs["complete"] / macs["fast"]
@@ -88,7 +95,7 @@ def main():
         seconds_per_step=median,
         spread_of_seconds_per_step={name: [min(taken), max(taken)] for name, taken in seconds.items()},
         first_call_seconds=first,
-        peak_process_gib_so_far=peak,
+        peak_gib_so_far=peak,
         giga_macs_per_pass={mode: count / 1e9 for mode, count in macs.items()},
         padding=plan.padding,
         ideal_speedup=ideal,
@@ -96,12 +103,23 @@ def main():
         efficiency=median["complete"] / median["fast"] / ideal,
         layers_computed_in_full=int(samples["fast"].over.sum()),
         largest_difference_to_gated=float(np.abs(samples["fast"].images - samples["gated"].images).max() / scale),
-        one_pass=_one_pass(model, params, plan, run_settings),
+        one_pass=_one_pass(model, params, plan, run_settings) if ONE_PASS.value else None,
     )
     path = epath.Path(OUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def _tell(name: str, what: str) -> None:
+    sys.stderr.write(f"{name}: {what}\n")
+
+
+def _peak_gib() -> dict:
+    """Return the most memory used so far, by the process, and on the accelerator, where there is one."""
+    found = dict(process=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    on_device = jax.local_devices()[0].memory_stats()
+    return found | (dict(device=on_device["peak_bytes_in_use"] / 2**30) if on_device else {})
 
 
 def _timed(function):
@@ -141,29 +159,42 @@ def _subject():
 def _one_pass(model: Model, params, plan, run_settings) -> dict:
     """Compare fast and gated on the same input, in float32 and in bfloat16: outputs, and gates that differ."""
     table, config, found = steps_of(**run_settings), model.config, {}
+    segments = plan.segments[:: max(1, len(plan.segments) // 2)]
     x = jax.random.normal(jax.random.key(1), (BATCH_SIZE.value, config.side, config.side, config.channels))
     labels = jnp.arange(BATCH_SIZE.value) % config.classes
     for dtype in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
-        model = Model(config, dtype)
+        of_dtype = Model(config, dtype)
+        gated = jax.jit(lambda p, t, model=of_dtype: model.apply(p, x, t, labels, mode="gated"))
+        times = [jnp.full(BATCH_SIZE.value, table.timestep[segment.start]) for segment in segments]
+        expected = [gated(params, t) for t in times]
+        layers = [narrow(params["blocks"], heads=s.heads, groups=s.groups, dtype=dtype) for s in segments]
+        passes = [_fast_pass(of_dtype, s, routing.tokens, x, labels) for s, (_, routing) in zip(segments, expected)]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            lowered = [jax.jit(fast).lower(params, *rest) for fast, *rest in zip(passes, layers, times)]
+            compiled = list(pool.map(functools.partial(compile_for, model.platform), lowered))
         differences, flips, decisions = [], 0, 0
-        for segment in plan.segments[:: max(1, len(plan.segments) // 2)]:
-            layers = narrow(params["blocks"], heads=segment.heads, groups=segment.groups, dtype=dtype)
-            gates = jax.tree.map(lambda gate: gate[:1].astype(np.float32), (segment.head_gates, segment.group_gates))
-            t = jnp.full(BATCH_SIZE.value, table.timestep[segment.start])
-            rows = capacities_of("switch", None, images=BATCH_SIZE.value, tokens=config.tokens)
-            run_on_tokens = runners("switch", (rows,) * config.depth)
-            arguments = dict(heads=gates[0], groups=gates[1], run_on_tokens=run_on_tokens)
-            fast = jax.jit(
-                lambda p, layers, t, model=model, a=arguments: model.apply_layers(p, layers, x, t, labels, **a)
-            )
-            gated = jax.jit(lambda p, t, model=model: model.apply(p, x, t, labels, mode="gated"))
-            (output, tokens), (expected, routing) = fast(params, layers, t), gated(params, t)
-            differences.append(float(jnp.abs(output - expected).max() / jnp.abs(expected).max()))
+        for fast, narrowed, t, (wanted, routing) in zip(compiled, layers, times, expected):
+            output, tokens = fast(params, narrowed, t)
+            differences.append(float(jnp.abs(output - wanted).max() / jnp.abs(wanted).max()))
             flips += int((tokens != routing.tokens).sum())
             decisions += tokens.size
         per_million = 1e6 * flips / decisions
         found[dtype.name] = dict(difference=max(differences), flips_per_million=per_million, decisions=decisions)
     return found
+
+
+def _fast_pass(model: Model, segment, tokens_on, x, labels):
+    """Return (params, layers, t) -> output and token gates of the first step of a segment, as `fast` computes them.
+
+    Capacities have their margin over the tokens [B,L,N] that are on in `gated`.
+    """
+    config, form = model.config, DEFAULT_FORMS[model.platform]
+    shares = tokens_on.mean(-1).max(0) if form == "one_hot" else tokens_on.mean((0, 2))  # [L]
+    sizes = dict(images=len(x), tokens=config.tokens)
+    capacities = tuple(capacities_of(form, [float(share)], **sizes) for share in shares)
+    gates = jax.tree.map(lambda gate: gate[:1].astype(np.float32), (segment.head_gates, segment.group_gates))
+    arguments = dict(heads=gates[0], groups=gates[1], run_on_tokens=runners(form, capacities))
+    return lambda params, layers, t: model.apply_layers(params, layers, x, t, labels, **arguments)
 
 
 def _peers(model: Model, images: int) -> dict:

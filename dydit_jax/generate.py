@@ -9,6 +9,7 @@ Source of guidance: https://arxiv.org/abs/2207.12598; that only the first three 
 DiT models are sampled.
 """
 
+import collections
 import dataclasses
 import functools
 import operator
@@ -23,7 +24,7 @@ from dydit_jax.diffusion.gaussian import coefficients
 from dydit_jax.diffusion.samplers import SamplingConfig, make_sampler, run_sampler
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.fast.narrow import NarrowedBlocks
+from dydit_jax.fast.narrow import NarrowedBlocks, with_gates
 from dydit_jax.fast.plan import Plan, Segment, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import DEFAULT_FORMS, capacities_of, overflows, runners
 from dydit_jax.models.cost import routed_macs
@@ -198,6 +199,9 @@ class _Record:
 def _predict(params, layers, labels, x, c, extra, *, model: Model, sampling, form, capacities):
     """Predict one step; where tokens do not fit into a form's only capacity, compute the step again, in full."""
     heads, groups, modulations = extra
+    if model.platform == "gpu":
+        layers = with_gates(layers, heads, groups)
+        heads = groups = (None,) * len(layers)
     narrowed = functools.partial(
         model.apply_layers,
         params,
@@ -295,20 +299,36 @@ def _run_programs(programs: list, params, state, labels, keys, *, table, report,
     settings |= dict(model=model)
     blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)
     blocks.keep(*programs[0].segment.kept)
-    arguments = functools.partial(program_arguments, params=params, labels=labels, keys=keys, table=table)
+    arrays = dict(params=params, labels=labels, keys=keys)
+    shapes = jax.tree.map(shape_of, arrays | dict(state=state))
 
     def call(program: Program) -> Call:
-        layers = jax.tree.map(shape_of, blocks.shapes(*program.segment.kept), blocks.layers)
-        return call_of(run_segment, arguments(program, layers=layers, state=state), program_settings(program, settings))
+        layers = blocks.shapes(*program.segment.kept)
+        described = program_arguments(program, layers=layers, table=table, **shapes)
+        return call_of(run_segment, described, program_settings(program, settings))
 
-    records = []
-    with compiled_ahead([call(program) for program in programs]) as compiled:
-        for program, run in zip(programs, compiled):
-            blocks.keep(*program.segment.kept)
-            state, record = run.result()(*arguments(program, layers=blocks.layers, state=state))
+    # An accelerator runs one segment while the host narrows and starts the next. A CPU would gain nothing by it, and
+    # hold the weights of both.
+    ahead = 0 if model.platform == "cpu" else 1
+    running, records = collections.deque(), []
+
+    def wait_for_all_but(count: int):
+        while len(running) > count:
+            segment, record = running.popleft()
             records.append(to_host(record))
             if report is not None:
-                report(len(program.segment))
+                report(len(segment))
+
+    with compiled_ahead(map(call, programs)) as compiled:
+        run = next(compiled)
+        for program in programs:
+            blocks.keep(*program.segment.kept)
+            arguments = program_arguments(program, layers=blocks.layers, state=state, table=table, **arrays)
+            state, record = run.result()(*arguments)
+            running.append((program.segment, record))
+            run = next(compiled, None)
+            wait_for_all_but(ahead)
+        wait_for_all_but(0)
     return state, records
 
 

@@ -19,7 +19,7 @@ import pickle
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,12 @@ from jax.experimental import serialize_executable
 
 logger = logging.getLogger(__name__)
 
-THREADS = 4  # compilers of large programs want much memory
+THREADS = 8  # compilers of large programs want much memory
 KEPT_IN_MEMORY = 128
 SILENT_SECONDS = 5
+# Products of queries, keys and values merged into one, and kernels of XLA's own in the race with the library's: either
+# keeps bias and GELU from riding on a product, as passes over its result.
+OPTIONS = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm": False}}
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 PROCESSORS = pathlib.Path("/proc/cpuinfo")
@@ -68,8 +71,12 @@ def call_of(function, arguments: tuple, settings: dict) -> Call:
         with jax.default_device(default):
             return function.lower(*shapes, **settings)
 
-    described = (function.__qualname__, leaves, structure, sorted(settings.items()), devices, _surroundings())
+    arrays = [(leaf.shape, _name_of(leaf.dtype), leaf.sharding) for leaf in leaves]
+    described = (function.__qualname__, arrays, structure, sorted(settings.items()), devices, _surroundings())
     return Call(hashlib.sha256(repr(described).encode()).hexdigest(), devices, lower)
+
+
+_name_of = functools.cache(str)
 
 
 def _devices_of(shardings: list) -> tuple[jax.Device, ...]:
@@ -84,6 +91,8 @@ def _devices_of(shardings: list) -> tuple[jax.Device, ...]:
 
 def shape_of(leaf, placed_as=None) -> jax.ShapeDtypeStruct:
     """Return the shape and dtype of an array, and where it lies, if that is fixed: it, or the array `placed_as`."""
+    if placed_as is None and isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
     placed = leaf if placed_as is None else placed_as
     # Shapes and arrays of numpy are not placed anywhere, arrays of JAX need not be.
     sharding = placed.sharding if getattr(placed, "committed", isinstance(placed, jax.ShapeDtypeStruct)) else None
@@ -91,24 +100,37 @@ def shape_of(leaf, placed_as=None) -> jax.ShapeDtypeStruct:
 
 
 @contextlib.contextmanager
-def compiled_ahead(calls: Sequence[Call]):
+def compiled_ahead(calls: Iterable[Call]):
     """Compile calls in their order, the first by itself, so that it is there soon, the others while it runs.
 
+    Args:
+      calls: read as far as the first, until the second is asked for: describing them all takes as long as a short run.
+
     Yields:
-      A future for each call; its result takes the arrays.
+      An iterator of futures, one for each call; its result takes the arrays.
     """
-    first, *others = {call.name: call for call in calls}.values()
-    with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        programs = {first.name: pool.submit(compiled, first)}
-        if concurrent.futures.wait(programs.values(), timeout=SILENT_SECONDS).not_done:
-            logger.info("Compiling; the run starts with the first of %d programs.", 1 + len(others))
-            concurrent.futures.wait(programs.values())
-        programs |= {call.name: pool.submit(compiled, call) for call in others}
+    calls, programs = iter(calls), {}
+
+    def submit(call: Call) -> concurrent.futures.Future:
+        if call.name not in programs:
+            programs[call.name] = pool.submit(compiled, call)
+        return programs[call.name]
+
+    def in_turn():
+        first = next(calls)
+        if concurrent.futures.wait([submit(first)], timeout=SILENT_SECONDS).not_done:
+            logger.info("Compiling; the run starts with the first program.")
+        yield submit(first)
+        others = list(calls)
+        futures = [submit(call) for call in others]
         # Behind them all in the queue: nobody waits for a file.
-        for call in (first, *others):
+        for call in {call.name: call for call in (first, *others)}.values():
             pool.submit(_keep, call, programs[call.name])
+        yield from futures
+
+    with concurrent.futures.ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         try:
-            yield [programs[call.name] for call in calls]
+            yield in_turn()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -126,10 +148,21 @@ def compiled(call: Call) -> "Executable":
             with contextlib.suppress(OSError):
                 path.unlink()
     began, _thread.found_by_jax = time.perf_counter(), False
-    run = call.lower().compile()
+    run = compile_for(call.devices[0].platform, call.lower())
     worth_it = time.perf_counter() - began >= jax.config.jax_persistent_cache_min_compile_time_secs
     # What JAX has read from its own cache lacks its functions when it is written again.
     return Executable(run, worth_keeping=worth_it and not _thread.found_by_jax)
+
+
+def compile_for(platform: str, lowered):
+    """Compile what `jax.jit(...).lower(...)` made, with the options for a platform as far as this XLA knows them."""
+    try:
+        return lowered.compile(compiler_options=OPTIONS.get(platform))
+    except jax.errors.JaxRuntimeError as error:
+        if "compile option" not in str(error):
+            raise
+        logger.warning("Compiled without this package's options, which this XLA does not know: %s", error)
+        return lowered.compile()
 
 
 @dataclasses.dataclass(frozen=True)

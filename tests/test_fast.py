@@ -96,7 +96,7 @@ def test_narrowed_weights_have_what_is_kept(tiny, gates):
         wanted = dict(
             attention=dict(
                 qkv=tuple(attention["qkv"][layer][:, :, heads]),
-                qkv_bias=attention["qkv_bias"][layer][:, heads],
+                qkv_bias=tuple(attention["qkv_bias"][layer][:, heads]),
                 out=attention["out"][layer][heads],
                 out_bias=attention["out_bias"][layer],
             ),

@@ -146,14 +146,15 @@ def test_calls_of_one_name_are_one_program_and_errors_reach_the_caller(program_f
     x = np.ones(2, np.float32)
     two, three = (call_of(scaled, (x,), dict(factor=factor)) for factor in (2, 3))
     with compiled_ahead([two, three, two]) as programs:
+        programs = list(programs)
         assert not concurrent.futures.wait(programs, timeout=60).not_done  # all of them, before the first has run
         assert [float(run.result()(x)["scaled"][0]) for run in programs] == [2, 3, 2]
     assert len(list(program_folder.iterdir())) == 2
     broken = dataclasses.replace(two, name="broken", lower=forbidden)
     with compiled_ahead([three, broken]) as programs:
-        programs[0].result()
+        next(programs).result()
         with pytest.raises(AssertionError, match="compiled although"):
-            programs[1].result()
+            next(programs).result()
 
 
 @pytest.mark.parametrize("devices", [1, 4])

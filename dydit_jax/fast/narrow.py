@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dydit_jax.programs import shape_of
+
 # Which axis of a layer's parameters counts heads, and which counts groups.
 UNIT_AXES = {
     "attention": {"qkv": 2, "qkv_bias": 1, "out": 0},
     "mlp": {"up": 1, "up_bias": 0, "down": 0},
 }
+IN_THREE = ("qkv", "qkv_bias")  # of queries, keys and values, which are narrowed to an array each
 
 
 class NarrowedBlocks:
@@ -28,12 +31,13 @@ class NarrowedBlocks:
 
         Args:
           blocks: the parameters of all blocks, stacked [L,...].
-          dtype: of the kernels of attention, MLP and modulation, which are only read in it.
+          dtype: of attention, MLP and the kernel of modulation, which are only read in it.
         """
         self._blocks, self._dtype = blocks, dtype
         whole = {name: part for name, part in blocks.items() if name not in UNIT_AXES}
         depth = jax.tree.leaves(whole)[0].shape[0]
         self.layers = [_take_whole(whole, layer, dtype) for layer in range(depth)]
+        self._whole = jax.tree.map(shape_of, self.layers)
         self._kept = [{} for _ in range(depth)]
         self._shape = functools.cache(self._shape_of_part)
 
@@ -41,7 +45,7 @@ class NarrowedBlocks:
         """Narrow to a segment.
 
         Biases of the projections stay whole: they are added whatever is on. The kernels of queries, keys and values
-        become three arrays [D,H,K]: a product cannot read a third of one array in place.
+        become three arrays [D,H,K], their biases [H,K]: a product cannot read a third of one array in place.
 
         Args:
           heads, groups: per layer, the kept units, ascending.
@@ -54,17 +58,24 @@ class NarrowedBlocks:
                     self._kept[layer][name] = kept
 
     def shapes(self, heads: tuple, groups: tuple) -> list[dict]:
-        """Return the layers that `keep` would make, with shapes in place of what it would narrow."""
+        """Return the shapes of the layers that `keep` would make."""
         units = zip(heads, groups, strict=True)
         return [
-            layer | {name: self._shape(name, len(kept)) for name, kept in zip(UNIT_AXES, of_layer)}
-            for layer, of_layer in zip(self.layers, units)
+            whole | {name: self._shape(name, len(kept)) for name, kept in zip(UNIT_AXES, of_layer)}
+            for whole, of_layer in zip(self._whole, units)
         ]
 
     def _shape_of_part(self, name: str, count: int) -> dict:
-        return jax.eval_shape(
-            lambda part: _take_units(part, 0, range(count), UNIT_AXES[name], self._dtype), self._blocks[name]
-        )
+        # Not by `jax.eval_shape`, which takes milliseconds each time: sampling few images on a GPU would wait for it.
+        axes, shapes = UNIT_AXES[name], {}
+        for leaf_name, leaf in self._blocks[name].items():
+            _, *shape = leaf.shape  # without the layers
+            if leaf_name in axes:
+                shape[axes[leaf_name]] = count
+            as_narrowed = lambda *shape, leaf=leaf: shape_of(jax.ShapeDtypeStruct(shape, self._dtype), placed_as=leaf)
+            thrice = leaf_name in IN_THREE
+            shapes[leaf_name] = (as_narrowed(*shape[1:]),) * 3 if thrice else as_narrowed(*shape)
+        return shapes
 
 
 def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> list[dict]:
@@ -74,10 +85,31 @@ def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> list[dict]:
     return narrowed.layers
 
 
+def with_gates(layers: list, heads: tuple, groups: tuple) -> list[dict]:
+    """Multiply gates into the kernels that read what they gate.
+
+    Exact, since a gate is 0 or 1. It saves a GPU a pass over all heads or hidden units, after which bias and GELU can
+    become part of the product before it.
+
+    Args:
+      layers: one parameter tree per block.
+      heads, groups: per layer, gates [1,kept] of the units that it has, or None where all are on.
+    """
+    gated = lambda kernel, gates: kernel if gates is None else kernel * gates[0][:, None, None].astype(kernel.dtype)
+    return [
+        layer
+        | dict(
+            attention=layer["attention"] | dict(out=gated(layer["attention"]["out"], of_heads)),
+            mlp=layer["mlp"] | dict(down=gated(layer["mlp"]["down"], of_groups)),
+        )
+        for layer, of_heads, of_groups in zip(layers, heads, groups)
+    ]
+
+
 def _take_units(part: dict, layer: int, kept: tuple, axes: dict, dtype) -> dict:
     kept, taken = np.asarray(kept, np.int32), {}
     for name, leaf in part.items():
-        if name == "qkv":  # one after the other: on a CPU a gather with three results is slower
+        if name in IN_THREE:  # one after the other: on a CPU a gather with three results is slower
             taken[name] = tuple(_take(leaf, (layer, i), kept, axes[name] - 1, dtype) for i in range(3))
         else:
             taken[name] = _take(leaf, (layer,), kept, axes.get(name), dtype)
@@ -88,9 +120,7 @@ def _take_units(part: dict, layer: int, kept: tuple, axes: dict, dtype) -> dict:
 @functools.partial(jax.jit, static_argnames=("axis", "dtype"))
 def _take(leaf, index, kept, axis, dtype):
     leaf = leaf[index]
-    if axis is None:
-        return leaf
-    if len(kept) < leaf.shape[axis]:
+    if axis is not None and len(kept) < leaf.shape[axis]:
         leaf = jnp.take(leaf, kept, axis=axis, mode="clip")
     return leaf.astype(dtype)
 

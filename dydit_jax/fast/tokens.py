@@ -55,6 +55,11 @@ def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, 
     if shares is None:
         wanted = rows * np.arange(1, UNIFORM_CAPACITIES + 1) / UNIFORM_CAPACITIES
         return _rounded([*wanted, rows], rows)
+    return _calibrated(tuple(np.asarray(shares).tolist()), rows)
+
+
+@functools.lru_cache(maxsize=4096)  # of all segments and layers: chosen once, not once per batch
+def _calibrated(shares: tuple[float, ...], rows: int) -> tuple[int, ...]:
     shares = np.asarray(shares)
     wanted = np.minimum(rows, rows * np.concatenate([shares + TIGHT_MARGIN, shares + MARGIN]))
     weights = np.repeat([TIGHT_WEIGHT, 1], len(shares))
@@ -124,7 +129,8 @@ def _run_packed(function, x, gates, capacities: tuple[int, ...]):
     batch, tokens, width = x.shape
     rows = batch * tokens
     is_open = gates.reshape(rows) > 0
-    position = jnp.cumsum(is_open.astype(jnp.int32)) - 1  # of each open row among the open ones
+    # Of each open row among the open ones. Behind no barrier, a GPU counts them anew for every number that it moves.
+    position = jax.lax.optimization_barrier(jnp.cumsum(is_open.astype(jnp.int32)) - 1)
     source = jnp.full(rows, rows, jnp.int32)
     source = source.at[jnp.where(is_open, position, rows)].set(
         jnp.arange(rows, dtype=jnp.int32), mode="drop", unique_indices=True

@@ -4,7 +4,8 @@ The same arithmetic three times, with the axes in the order that costs no copies
 
     cpu   plain matrix products; the division by the softmax's sum comes last, on N * K numbers instead of N * N
     tpu   three einsums straight into [B,H,K,N], tokens last: a reshape of [B,N,H*K] would move every value once more
-    gpu   cuDNN's fused attention where it accepts the head size and the dtype, XLA's own kernels elsewhere
+    gpu   plain matrix products that take their biases along; between them cuDNN's fused attention where it accepts the
+          head size and the dtype, XLA's own kernels elsewhere
 
 Scores are in the dtype of the products, the softmax in float32. Their costs: docs/benchmarks.md.
 """
@@ -27,7 +28,7 @@ def attend(x, qkv, bias, out, gates, *, platform: str):
     Args:
       x: tokens [B,N,D], in the dtype of the products, like all other arrays.
       qkv: kernels of queries, keys and values, one array [3,D,H,K] or three [D,H,K].
-      bias: theirs [3,H,K].
+      bias: theirs, [3,H,K] or three [H,K].
       out: kernel of the output projection [H,K,D].
       gates: of the heads, [B or 1,H], or None (all on).
       platform: one of `PLATFORMS`.
@@ -75,12 +76,19 @@ def _attend_tpu(x, qkv, bias, out, gates):
 
 
 def _attend_gpu(x, qkv, bias, out, gates):
-    query, key, value = (jnp.einsum("bnd,dhk->bnhk", x, qkv[i]) + bias[i] for i in range(3))
+    batch, tokens, width = x.shape
+    heads, size, _ = out.shape
+
+    def project(kernel, bias):  # flat: the bias then rides on the product
+        projected = x @ kernel.reshape(width, heads * size) + bias.reshape(heads * size)
+        return projected.reshape(batch, tokens, heads, size)
+
+    query, key, value = map(project, qkv, bias)
     implementation = "cudnn" if _cudnn_accepts(out.shape[1], x.dtype) else "xla"
     attended = jax.nn.dot_product_attention(query, key, value, implementation=implementation)  # [B,N,H,K]
     if gates is not None:
         attended = attended * gates[:, None, :, None].astype(x.dtype)
-    return jnp.einsum("bnhk,hkd->bnd", attended, out)
+    return attended.reshape(batch, tokens, heads * size) @ out.reshape(heads * size, width)
 
 
 @functools.cache

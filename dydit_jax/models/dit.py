@@ -173,7 +173,7 @@ class Block(nnx.Module):
         self.attention = Attention(**attention, rngs=rngs)
         self.mlp = MLP(width=config.width, groups=config.heads, hidden=config.hidden, dtype=dtype, rngs=rngs)
         if config.routers != "none":
-            self.token_router = TokenRouter(width=config.width, platform=platform, rngs=rngs)
+            self.token_router = TokenRouter(width=config.width, dtype=dtype, rngs=rngs)
         self.platform = platform
 
     def __call__(

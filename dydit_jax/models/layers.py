@@ -209,8 +209,9 @@ class Attention(nnx.Module):
         out_bias = self.out_bias[...].astype(self.dtype)
         if self.out.shape[0] == 0:  # narrowed to no head at all
             return jnp.broadcast_to(out_bias, x.shape)
-        bias, out = (leaf[...].astype(self.dtype) for leaf in (self.qkv_bias, self.out))
-        qkv = [kernel.astype(self.dtype) for kernel in self.qkv.get_value()]
+        # Stacked, or narrowed to three arrays each.
+        qkv, bias = ([part.astype(self.dtype) for part in leaf.get_value()] for leaf in (self.qkv, self.qkv_bias))
+        out = self.out[...].astype(self.dtype)
         return attend(x.astype(self.dtype), qkv, bias, out, gates, platform=self.platform) + out_bias
 
 
