@@ -37,7 +37,6 @@ class NarrowedBlocks:
         whole = {name: part for name, part in blocks.items() if name not in UNIT_AXES}
         depth = jax.tree.leaves(whole)[0].shape[0]
         self.layers = [_take_whole(whole, layer, dtype) for layer in range(depth)]
-        self._whole = jax.tree.map(shape_of, self.layers)
         self._kept = [{} for _ in range(depth)]
         self._shape = functools.cache(self._shape_of_part)
 
@@ -60,9 +59,10 @@ class NarrowedBlocks:
     def shapes(self, heads: tuple, groups: tuple) -> list[dict]:
         """Return the shapes of the layers that `keep` would make."""
         units = zip(heads, groups, strict=True)
+        whole = [{name: part for name, part in layer.items() if name not in UNIT_AXES} for layer in self.layers]
         return [
-            whole | {name: self._shape(name, len(kept)) for name, kept in zip(UNIT_AXES, of_layer)}
-            for whole, of_layer in zip(self._whole, units)
+            parts | {name: self._shape(name, len(kept)) for name, kept in zip(UNIT_AXES, of_layer)}
+            for parts, of_layer in zip(jax.tree.map(shape_of, whole), units)
         ]
 
     def _shape_of_part(self, name: str, count: int) -> dict:

@@ -26,7 +26,8 @@ def attend(x, qkv, bias, out, gates, *, platform: str):
     """Attend over tokens and project back.
 
     Args:
-      x: tokens [B,N,D], in the dtype of the products, like all other arrays.
+      x: tokens [B,N,D], in the dtype of the products, like all other arrays; for "tpu" also three of them, for queries,
+        keys and values.
       qkv: kernels of queries, keys and values, one array [3,D,H,K] or three [D,H,K].
       bias: theirs, [3,H,K] or three [H,K].
       out: kernel of the output projection [H,K,D].
@@ -63,15 +64,16 @@ def _attend_cpu(x, qkv, bias, out, gates):
 
 def _attend_tpu(x, qkv, bias, out, gates):
     # Three products, not one and a split: splitting [B,N,3HK] into heads copies it.
-    query, key, value = (jnp.einsum("bnd,dhk->bhkn", x, qkv[i]) + bias[i][..., None] for i in range(3))
+    inputs = x if isinstance(x, tuple) else (x,) * 3
+    query, key, value = (jnp.einsum("bnd,dhk->bhkn", inputs[i], qkv[i]) + bias[i][..., None] for i in range(3))
     scores = jnp.einsum("bhkn,bhkm->bhnm", query, key).astype(jnp.float32) * (1 / math.sqrt(out.shape[1]))
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))).astype(x.dtype)  # [B,H,N,N]
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))).astype(out.dtype)  # [B,H,N,N]
     # A row of ones below the values: the product that weighs them gives the sum of the weights as well.
     value = jnp.concatenate([value, jnp.ones_like(value[:, :, :1])], axis=2)  # [B,H,K+1,N]
     attended = jnp.einsum("bhnm,bhkm->bhkn", weights, value)
     attended = attended[:, :, :-1] / attended[:, :, -1:]  # [B,H,K,N]
     if gates is not None:
-        attended = attended * gates[:, :, None, None].astype(x.dtype)
+        attended = attended * gates[:, :, None, None].astype(out.dtype)
     return jnp.einsum("bhkn,hkd->bnd", attended, out)
 
 

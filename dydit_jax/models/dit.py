@@ -40,6 +40,7 @@ from dydit_jax.models.layers import (
     TimeEmbed,
     layer_norm,
     modulate,
+    modulated_norm_thrice,
     unconstrained,
 )
 from dydit_jax.models.routing import LAYOUTS, Routing, TimeRouter, TokenRouter, straight_through_gate
@@ -208,9 +209,12 @@ class Block(nnx.Module):
           The new tokens and the token gates [B,N], or None.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = map(constrain, modulation)
-        # On a TPU one pass of statistics rides on the product that unpacks tokens; a complete MLP it would slow down.
-        first_norm = functools.partial(layer_norm, single_pass=self.platform == "tpu" and run_on_tokens is not None)
-        attended = self.attention(modulate(first_norm(x), shift_a, scale_a), heads)
+        if self.platform == "tpu" and run_on_tokens is not None:
+            # Its one pass of statistics rides on the product that unpacks tokens. A complete block it would slow down.
+            modulated = modulated_norm_thrice(x, shift_a, scale_a)
+        else:
+            modulated = modulate(layer_norm(x), shift_a, scale_a)
+        attended = self.attention(modulated, heads)
         x = x + gate_a[:, None] * attended
         modulated = modulate(layer_norm(x, single_pass=self.platform == "tpu"), shift_m, scale_m).astype(self.mlp.dtype)
         mlp = functools.partial(self.mlp, gates=groups)

@@ -58,9 +58,8 @@ def layer_norm(x, *, single_pass: bool = False):
     """
     x = x.astype(jnp.float32)
     if single_pass:
-        mean = x.mean(-1, keepdims=True)
-        variance = jnp.maximum(jnp.mean(x * x, -1, keepdims=True) - mean * mean, 0)
-        return (x - mean) * jax.lax.rsqrt(variance + NORM_EPSILON)
+        mean, inverse = _single_pass_statistics(x)
+        return (x - mean) * inverse
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + NORM_EPSILON)
 
@@ -68,6 +67,35 @@ def layer_norm(x, *, single_pass: bool = False):
 def modulate(x, shift, scale):
     """Return x * (1 + scale) + shift with one shift and scale per image: x [B,N,D], the others [B,D]."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def modulated_norm_thrice(x, shift, scale):
+    """Return the modulated norm of x three times, written in three ways, for queries, keys and values.
+
+    A TPU's compiler cannot tell that they are equal. It would make one, and keep it in fast memory for three products;
+    the attention scores would then find no room there, and their way through slow memory costs more than two norms.
+
+    Args:
+      x: tokens [B,N,D], float32.
+      shift, scale: [B,D].
+
+    Returns:
+      Three times [B,N,D].
+    """
+    mean, inverse = _single_pass_statistics(x)
+    shift, factor = shift[:, None], 1 + scale[:, None]
+    return (
+        (x - mean) * inverse * factor + shift,
+        (x * inverse - mean * inverse) * factor + shift,
+        (x * factor - mean * factor) * inverse + shift,
+    )
+
+
+def _single_pass_statistics(x):
+    """Return mean and inverse deviation over the last axis, [...,1], with the variance as E[x^2] - E[x]^2."""
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.maximum(jnp.mean(x * x, -1, keepdims=True) - mean * mean, 0)
+    return mean, jax.lax.rsqrt(variance + NORM_EPSILON)
 
 
 def position_table(grid: int, width: int) -> np.ndarray:
@@ -205,14 +233,15 @@ class Attention(nnx.Module):
         self.dtype, self.platform = dtype, platform
 
     def __call__(self, x, gates):
-        """Attend over tokens x [B,N,D] with gates [B,H] or None (all heads on); returns [B,N,D]."""
+        """Attend over tokens x, [B,N,D] or three times that, with gates [B,H] or None (all on); returns [B,N,D]."""
         out_bias = self.out_bias[...].astype(self.dtype)
         if self.out.shape[0] == 0:  # narrowed to no head at all
-            return jnp.broadcast_to(out_bias, x.shape)
+            return jnp.broadcast_to(out_bias, jax.tree.leaves(x)[0].shape)
+        x = jax.tree.map(lambda tokens: tokens.astype(self.dtype), x)
         # Stacked, or narrowed to three arrays each.
         qkv, bias = ([part.astype(self.dtype) for part in leaf.get_value()] for leaf in (self.qkv, self.qkv_bias))
         out = self.out[...].astype(self.dtype)
-        return attend(x.astype(self.dtype), qkv, bias, out, gates, platform=self.platform) + out_bias
+        return attend(x, qkv, bias, out, gates, platform=self.platform) + out_bias
 
 
 class MLP(nnx.Module):
