@@ -10,7 +10,7 @@ from conftest import relative_error
 
 from dydit_jax.errors import InputError
 from dydit_jax.models.attention import PLATFORMS, attend
-from dydit_jax.models.layers import layer_norm
+from dydit_jax.models.layers import layer_norm, modulate, modulated_norm_thrice
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,21 @@ def test_reference_model_is_the_same_as_written_for_a_tpu(golden_v2):
 def test_norm_in_one_pass_is_the_norm():
     x = jax.random.normal(jax.random.key(0), (2, 5, 64)) + 0.5
     assert relative_error(layer_norm(x, single_pass=True), layer_norm(x)) < 1e-6
+
+
+def test_norm_written_three_times_is_one_norm():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 64)) + 0.5
+    shift, scale = jax.random.normal(jax.random.key(1), (2, 2, 64))
+    for modulated in modulated_norm_thrice(x, shift, scale):
+        assert relative_error(modulated, modulate(layer_norm(x), shift, scale)) < 1e-6
+
+
+def test_a_tpu_takes_an_input_for_each_of_queries_keys_and_values(arrays):
+    x, *rest = arrays
+    inputs = [x, 2 * x, 3 * x]
+    scaled = jnp.stack([kernel * (1 + i) for i, kernel in enumerate(rest[0])])
+    expected = by_hand(x, scaled, *rest[1:])
+    assert relative_error(attend(tuple(inputs), *rest, platform="tpu"), expected) < 1e-6
 
 
 def test_unknown_platform_is_refused(arrays):

@@ -232,6 +232,17 @@ def test_form_of_tokens_and_calibration_change_nothing(tiny, form):
     assert bool(wrong.over.any()) == (form != "multiply")
 
 
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_run_written_for_another_platform_is_the_same(tiny, platform):
+    """An accelerator takes gates into the weights or one-hot products, and its host works a segment ahead."""
+    model, params = tiny
+    theirs, reports = dataclasses.replace(model, platform=platform), []
+    gated = draw(model, params, [1, 2], mode="gated")
+    known = dict(segments=3, shares=gated.shares, report=reports.append)
+    assert_same(draw(theirs, params, [1, 2], mode="fast", **known), gated)
+    assert len(reports) == 3 and sum(reports) == 6
+
+
 @pytest.mark.parametrize("form", ["switch", "multiply", None])
 def test_blocks_one_by_one_equal_the_original(golden, form):
     """Sampling runs its blocks so in every mode; None opens all gates."""

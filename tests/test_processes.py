@@ -62,23 +62,38 @@ def finish(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
     return said
 
 
+def train(workdir, *, steps: int) -> None:
+    """Train, or go on, with two processes."""
+    config = changed(CONFIG, train=dict(steps=steps), sampling=SAMPLING)
+    finish(start("train", dict(config=[config] * 2, workdir=[str(workdir)] * 2)))
+
+
+def require_same_run(ours, theirs) -> None:
+    last = lambda run: json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last(ours)["step"] == last(theirs)["step"] == 6
+    assert last(ours)["loss/total"] == pytest.approx(last(theirs)["loss/total"], rel=1e-5)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(near, load_checkpoint(ours).params, load_checkpoint(theirs).params)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two processes, stopped after three steps and continued."""
+    """A run of two processes."""
     workdir = tmp_path_factory.mktemp("pod") / "run"
-    for steps in (3, 6):
-        config = changed(CONFIG, train=dict(steps=steps), sampling=SAMPLING)
-        finish(start("train", dict(config=[config] * 2, workdir=[str(workdir)] * 2)))
+    train(workdir, steps=6)
     return workdir
 
 
 def test_two_processes_train_as_one_does(trained, tmp_path):
     train_and_evaluate(changed(CONFIG, mesh=dict(data=4, fsdp=1, tensor=1)), tmp_path / "one")
-    one, two = (json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (tmp_path / "one", trained))
-    assert one["step"] == two["step"] == 6
-    assert two["loss/total"] == pytest.approx(one["loss/total"], rel=1e-5)
-    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    jax.tree.map(near, load_checkpoint(trained).params, load_checkpoint(tmp_path / "one").params)
+    require_same_run(trained, tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_as_if_they_had_not_stopped(trained, tmp_path):
+    for steps in (3, 6):
+        train(tmp_path / "run", steps=steps)
+    require_same_run(tmp_path / "run", trained)
 
 
 def test_two_processes_sample_as_one_does(trained, tmp_path):
@@ -90,22 +105,23 @@ def test_two_processes_sample_as_one_does(trained, tmp_path):
     assert len(list((tmp_path / "two" / "images").iterdir())) == 8
 
 
-def test_two_processes_pack_the_latents_of_one(tmp_path):
+def request_for_latents(pictures) -> dict:
+    """Draw ten pictures of two classes; return what is told of them."""
     for number in range(10):
-        place = tmp_path / "pictures" / f"class{number % 2}"
+        place = pictures / f"class{number % 2}"
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((16, 16, 3), 20 * number, np.uint8)).save(place / f"{number}.png")
-    told = dict(data="images", path=str(tmp_path / "pictures"), autoencoder="vae", side=16, chunk=3)
+    return dict(data="images", path=str(pictures), autoencoder="vae", side=16, chunk=3)
+
+
+def test_two_processes_pack_the_latents_of_one(tmp_path):
+    told = request_for_latents(tmp_path / "pictures")
     with mean_for_autoencoder():
         whole = prepare_latents(LatentsRequest(**told, out=str(tmp_path / "one")))
     finish(start("latents", dict(told, out=str(tmp_path / "two"))))
     for path in whole.iterdir():
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes(), path.name
     verify_latents(tmp_path / "two")
-    # The process that makes the chunk of a broken picture stops; so does the other one.
-    (tmp_path / "pictures" / "class1" / "9.png").write_bytes(b"broken")
-    said = finish(start("latents", dict(told, out=str(tmp_path / "three"), max_bad=0)), code=2)
-    assert all("class1/9.png" in text for text in said)
 
 
 @pytest.mark.slow
@@ -155,22 +171,27 @@ def test_notice_to_one_process_stops_both_at_the_same_step(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [step]
 
 
+def test_another_configuration_of_one_process_ends_both():
+    told = dict(config=[CONFIG, changed(CONFIG, train=dict(seed=1))], workdir=["a", "a"])
+    said = finish(start("train", told), code=2)
+    assert all("Process 1 has another configuration" in text for text in said)
+
+
+@pytest.mark.slow
 def test_mistake_of_one_process_ends_both(tmp_path):
     taken = tmp_path / "taken"
     taken.write_text("mine")
-    for told, expected in (
-        (dict(config=[CONFIG] * 2, workdir=[str(taken), str(tmp_path / "b")]), "neither empty nor a run's"),
-        (
-            dict(config=[CONFIG] * 2, workdir=[str(tmp_path / "c"), str(tmp_path / "d")]),
-            "a folder that all machines share",
-        ),
-        (
-            dict(config=[CONFIG, changed(CONFIG, train=dict(seed=1))], workdir=["a", "a"]),
-            "Process 1 has another configuration",
-        ),
+    for workdir, expected in (
+        ([taken, tmp_path / "b"], "neither empty nor a run's"),
+        ([tmp_path / "c", tmp_path / "d"], "a folder that all machines share"),
     ):
-        said = finish(start("train", told), code=2)
+        said = finish(start("train", dict(config=[CONFIG] * 2, workdir=[str(path) for path in workdir])), code=2)
         assert all(expected in text for text in said)
+    # The process that makes the chunk of a broken picture stops; so does the other one.
+    told = request_for_latents(tmp_path / "pictures")
+    (tmp_path / "pictures" / "class1" / "9.png").write_bytes(b"broken")
+    said = finish(start("latents", dict(told, out=str(tmp_path / "three"), max_bad=0)), code=2)
+    assert all("class1/9.png" in text for text in said)
 
 
 def test_missing_coordinator_is_said():

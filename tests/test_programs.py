@@ -17,7 +17,7 @@ from jax.experimental import serialize_executable
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.generate import generate, plan_sampling
-from dydit_jax.programs import call_of, compiled, compiled_ahead
+from dydit_jax.programs import call_of, compile_for, compiled, compiled_ahead
 from dydit_jax.sharding import MeshConfig, make_mesh
 
 
@@ -155,6 +155,14 @@ def test_calls_of_one_name_are_one_program_and_errors_reach_the_caller(program_f
         next(programs).result()
         with pytest.raises(AssertionError, match="compiled although"):
             next(programs).result()
+
+
+def test_options_that_this_xla_does_not_know_are_left_out(monkeypatch, caplog):
+    monkeypatch.setattr("dydit_jax.programs.OPTIONS", {"cpu": {"xla_of_the_past": 1}})
+    lowered = jax.jit(lambda x: 2 * x).lower(np.ones(2))
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(compile_for("cpu", lowered)(np.ones(2)), [2, 2])
+    assert "xla_of_the_past" in caplog.text
 
 
 @pytest.mark.parametrize("devices", [1, 4])

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from dydit_jax.models.dit import DiTConfig, Model
-from dydit_jax.models.routing import TimeRouter, hard_gate, straight_through_gate
+from dydit_jax.models.routing import TimeRouter, TokenRouter, hard_gate, straight_through_gate
 
 
 def test_gate_opens_strictly_above_one_half():
@@ -71,6 +71,13 @@ def test_block_with_every_gate_shut_adds_the_biases_alone(tiny):
     blocks["mlp"] = dict(blocks["mlp"], down=jnp.zeros_like(blocks["mlp"]["down"]))
     expected, _ = free.apply(dict(params, blocks=blocks), x, t, labels, mode="gated")
     np.testing.assert_allclose(prediction, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, precision", [("bfloat16", "HIGH"), ("float32", "HIGHEST")])
+def test_token_router_is_more_exact_than_what_reaches_it(dtype, precision):
+    router = TokenRouter(width=32, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    program = str(jax.make_jaxpr(lambda x: router(x))(jnp.zeros((1, 4, 32))))
+    assert f"Precision.{precision})" in program
 
 
 def test_noise_from_the_same_key_gives_the_same_gates(tiny):
