@@ -49,7 +49,14 @@ def test_sets_are_judged_in_every_form(files, tmp_path):
     assert all(packed[name] == pytest.approx(folder[name], rel=1e-5) for name in names)
     assert packed["fid"] > 0 and packed["sfid"] > 0 and packed["inception_score"] >= 1
     assert json.loads((tmp_path / "out.json").read_text())[0]["fid"] == packed["fid"]
-    # The statistics that were kept give the same, and a set is at no distance from itself.
+
+
+@pytest.mark.slow
+def test_kept_statistics_and_reference_batches_give_the_same(files, tmp_path):
+    settings = dict(reference=str(files / "b.npz"), save_statistics=str(tmp_path / "b_stats.npz"))
+    [packed] = run(files, "a.npz", **settings)
+    names = ("fid", "sfid", "inception_score", "precision", "recall")
+    # A set is at no distance from itself.
     again, same = run(files, "a.npz", "b.npz", reference=str(tmp_path / "b_stats.npz"))
     assert all(again[name] == pytest.approx(packed[name], rel=1e-4) for name in names)
     assert same["fid"] == pytest.approx(0, abs=1e-6 * packed["fid"]) and same["precision"] == same["recall"] == 1

@@ -56,7 +56,8 @@ def step(golden_v2, reference):
         budget = budget_penalty(ratio, 0.5, weight=2.0)
         return sum(term.mean() for term in terms.values()) + budget, (terms, ratio, budget, routing)
 
-    (total, (terms, ratio, budget, routing)), gradients = jax.value_and_grad(loss, has_aux=True)(golden_v2.params)
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (total, (terms, ratio, budget, routing)), gradients = gradient(golden_v2.params)
     return dict(total=total, terms=terms, ratio=ratio, budget=budget, routing=routing, gradients=gradients)
 
 

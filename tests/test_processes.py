@@ -157,6 +157,7 @@ def test_every_mesh_and_number_of_processes_gives_the_same_losses_and_images(tmp
         np.testing.assert_allclose(images[name], images[first], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_notice_to_one_process_stops_both_at_the_same_step(tmp_path):
     config = changed(
         CONFIG, train=dict(steps=100_000), checkpoint=dict(every_steps=100_000), tracking=dict(every_steps=1)

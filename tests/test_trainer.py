@@ -163,6 +163,7 @@ def test_checkpoint_moves_to_other_meshes_and_back(trained, tmp_path):
     jax.tree.map(near, state.ema, load_checkpoint(trained).params)
 
 
+@pytest.mark.slow
 def test_samples_and_profile_are_left_on_the_way(tmp_path):
     tracking = dict(samples_every_steps=2, sample_labels=(1, 2, 3), profile=(1, 2))
     sampling = dict(sampler="ddim", steps="2", clip=1.0)
