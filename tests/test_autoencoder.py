@@ -115,6 +115,7 @@ def test_latents_are_drawn_from_the_moments(params):
     np.testing.assert_allclose(autoencoder.sample_latents(moments, None), 2 * autoencoder.LATENT_SCALE, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_batches_are_split_over_devices_and_slices(params, monkeypatch):
     monkeypatch.setattr("dydit_jax.latents.IMAGES_PER_DEVICE", 1)
     mesh, generator = make_mesh(MeshConfig()), np.random.default_rng(0)

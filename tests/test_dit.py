@@ -139,7 +139,7 @@ def test_initial_values_follow_the_original():
     assert bool((block["token_router"]["bias_out"] == 35).all() and (block["token_router"]["bias_in"] == 0).all())
 
 
-@pytest.mark.parametrize("remat", ["block", "dots"])
+@pytest.mark.parametrize("remat", [pytest.param("block", marks=pytest.mark.slow), "dots"])
 def test_remat_changes_neither_value_nor_gradient(tiny, remat):
     model, params = tiny
     x = jax.random.normal(jax.random.key(2), (4, 8, 8, 1))
@@ -194,6 +194,7 @@ def test_unknown_mode_lists_the_known_ones(tiny):
         model.apply(params, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), jnp.zeros(1, int), mode="fastest")
 
 
+@pytest.mark.slow  # test_losses.py holds them to the original's values and gradients
 def test_both_passes_as_one_equal_each_alone(tiny):
     model, params = tiny
     keys = jax.random.split(jax.random.key(0), 2)

@@ -207,7 +207,9 @@ def assert_same(fast, gated):
     np.testing.assert_allclose(fast.macs, gated.macs, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(name, marks=() if name == "ddpm" else pytest.mark.slow) for name in SAMPLERS]
+)
 def test_fast_trajectory_equals_the_gated_one(tiny, sampler):
     sampling = SamplingConfig(sampler=sampler, steps="6", guidance=2.0 if sampler == "ddpm" else 1.0, clip=1.0)
     gated = draw(*tiny, [1, 2, 3], mode="gated", sampling=sampling)
@@ -215,6 +217,7 @@ def test_fast_trajectory_equals_the_gated_one(tiny, sampler):
     assert 0.1 < gated.shares.mean.mean() < 0.9
 
 
+@pytest.mark.slow
 def test_number_of_segments_changes_nothing(tiny):
     gated = draw(*tiny, [1, 2], mode="gated")
     assert_same(draw(*tiny, [1, 2], mode="fast", segments=None), gated)

@@ -153,6 +153,7 @@ def test_changed_dataset_is_refused(tmp_path, monkeypatch):
         train_and_evaluate(STATIC, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_checkpoint_moves_to_other_meshes_and_back(trained, tmp_path):
     for steps, size in ((2, 4), (3, 1), (4, 4)):
         devices = jax.devices()[:size]
