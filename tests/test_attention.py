@@ -69,10 +69,9 @@ def test_norm_written_three_times_is_one_norm():
 
 def test_a_tpu_takes_an_input_for_each_of_queries_keys_and_values(arrays):
     x, *rest = arrays
-    inputs = [x, 2 * x, 3 * x]
     scaled = jnp.stack([kernel * (1 + i) for i, kernel in enumerate(rest[0])])
     expected = by_hand(x, scaled, *rest[1:])
-    assert relative_error(attend(tuple(inputs), *rest, platform="tpu"), expected) < 1e-6
+    assert relative_error(attend((x, 2 * x, 3 * x), *rest, platform="tpu"), expected) < 1e-6
 
 
 def test_unknown_platform_is_refused(arrays):

@@ -72,9 +72,9 @@ class NarrowedBlocks:
             _, *shape = leaf.shape  # without the layers
             if leaf_name in axes:
                 shape[axes[leaf_name]] = count
-            as_narrowed = lambda *shape, leaf=leaf: shape_of(jax.ShapeDtypeStruct(shape, self._dtype), placed_as=leaf)
-            thrice = leaf_name in IN_THREE
-            shapes[leaf_name] = (as_narrowed(*shape[1:]),) * 3 if thrice else as_narrowed(*shape)
+            in_three = leaf_name in IN_THREE
+            narrowed = shape_of(jax.ShapeDtypeStruct(shape[in_three:], self._dtype), placed_as=leaf)
+            shapes[leaf_name] = (narrowed,) * 3 if in_three else narrowed
         return shapes
 
 

@@ -72,8 +72,8 @@ def modulate(x, shift, scale):
 def modulated_norm_thrice(x, shift, scale):
     """Return the modulated norm of x three times, written in three ways, for queries, keys and values.
 
-    A TPU's compiler cannot tell that they are equal. It would make one, and keep it in fast memory for three products;
-    the attention scores would then find no room there, and their way through slow memory costs more than two norms.
+    A TPU's compiler cannot tell that they are equal. It would make one, and keep it for three products in fast memory,
+    which the attention scores need. Where it gains and where not: docs/benchmarks.md.
 
     Args:
       x: tokens [B,N,D], float32.
