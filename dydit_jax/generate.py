@@ -39,7 +39,7 @@ from dydit_jax.sharding import BATCH, batch_sharding, replicated, require_divisi
 MODES = (*APPLY_MODES, "fast")
 PROGRESS_PIECES = 10
 GUIDED_FIRST_CHANNELS = 3
-MOST_MODULATION_BYTES = 2**29  # of float32, on a device
+MOST_MODULATION_BYTES = 2**30  # of float32, on a device
 BYTES_PER_NUMBER = 4
 
 
@@ -299,6 +299,7 @@ def _run_programs(programs: list, params, state, labels, keys, *, table, report,
     settings |= dict(model=model)
     blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)
     blocks.keep(*programs[0].segment.kept)
+    params = params | dict(blocks=blocks.whole)
     arrays = dict(params=params, labels=labels, keys=keys)
     shapes = jax.tree.map(shape_of, arrays | dict(state=state))
 

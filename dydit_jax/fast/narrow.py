@@ -23,6 +23,7 @@ class NarrowedBlocks:
     layer, before the new is made.
 
     Attributes:
+      whole: the parameters of all blocks, stacked [L,...], in the dtypes that they are read in.
       layers: one parameter tree per block, as of the last call of `keep`.
     """
 
@@ -31,12 +32,12 @@ class NarrowedBlocks:
 
         Args:
           blocks: the parameters of all blocks, stacked [L,...].
-          dtype: of attention, MLP and the kernel of modulation, which are only read in it.
+          dtype: of the products, see `as_read`.
         """
-        self._blocks, self._dtype = blocks, dtype
-        whole = {name: part for name, part in blocks.items() if name not in UNIT_AXES}
-        depth = jax.tree.leaves(whole)[0].shape[0]
-        self.layers = [_take_whole(whole, layer, dtype) for layer in range(depth)]
+        self.whole = as_read(blocks, dtype)
+        unnarrowed = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
+        depth = jax.tree.leaves(unnarrowed)[0].shape[0]
+        self.layers = [_take_layer(unnarrowed, layer) for layer in range(depth)]
         self._kept = [{} for _ in range(depth)]
         self._shape = functools.cache(self._shape_of_part)
 
@@ -53,7 +54,7 @@ class NarrowedBlocks:
             for (name, axes), kept in zip(UNIT_AXES.items(), units):
                 if self._kept[layer].get(name) != kept:
                     self.layers[layer].pop(name, None)
-                    self.layers[layer][name] = _take_units(self._blocks[name], layer, kept, axes, self._dtype)
+                    self.layers[layer][name] = _take_units(self.whole[name], layer, kept, axes)
                     self._kept[layer][name] = kept
 
     def shapes(self, heads: tuple, groups: tuple) -> list[dict]:
@@ -68,14 +69,24 @@ class NarrowedBlocks:
     def _shape_of_part(self, name: str, count: int) -> dict:
         # Not by `jax.eval_shape`, which takes milliseconds each time: sampling few images on a GPU would wait for it.
         axes, shapes = UNIT_AXES[name], {}
-        for leaf_name, leaf in self._blocks[name].items():
+        for leaf_name, leaf in self.whole[name].items():
             _, *shape = leaf.shape  # without the layers
             if leaf_name in axes:
                 shape[axes[leaf_name]] = count
             in_three = leaf_name in IN_THREE
-            narrowed = shape_of(jax.ShapeDtypeStruct(shape[in_three:], self._dtype), placed_as=leaf)
+            narrowed = shape_of(jax.ShapeDtypeStruct(shape[in_three:], leaf.dtype), placed_as=leaf)
             shapes[leaf_name] = (narrowed,) * 3 if in_three else narrowed
         return shapes
+
+
+def as_read(blocks: dict, dtype) -> dict:
+    """Return blocks whose attention, MLP and kernel of modulation are in the dtype of the products, their only readers.
+
+    Once per run: a program that gets them otherwise turns all of them before its first step, and so does the next.
+    """
+    turned = lambda part: jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), part)
+    modulation = blocks["modulation"] | turned(dict(kernel=blocks["modulation"]["kernel"]))
+    return blocks | dict(modulation=modulation) | {name: turned(blocks[name]) for name in UNIT_AXES}
 
 
 def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> list[dict]:
@@ -106,27 +117,25 @@ def with_gates(layers: list, heads: tuple, groups: tuple) -> list[dict]:
     ]
 
 
-def _take_units(part: dict, layer: int, kept: tuple, axes: dict, dtype) -> dict:
+def _take_units(part: dict, layer: int, kept: tuple, axes: dict) -> dict:
     kept, taken = np.asarray(kept, np.int32), {}
     for name, leaf in part.items():
         if name in IN_THREE:  # one after the other: on a CPU a gather with three results is slower
-            taken[name] = tuple(_take(leaf, (layer, i), kept, axes[name] - 1, dtype) for i in range(3))
+            taken[name] = tuple(_take(leaf, (layer, i), kept, axes[name] - 1) for i in range(3))
         else:
-            taken[name] = _take(leaf, (layer,), kept, axes.get(name), dtype)
+            taken[name] = _take(leaf, (layer,), kept, axes.get(name))
     return taken
 
 
 # Compiled once per number of kept units, not once per segment: which units they are, and of which layer, is data.
-@functools.partial(jax.jit, static_argnames=("axis", "dtype"))
-def _take(leaf, index, kept, axis, dtype):
+@functools.partial(jax.jit, static_argnames="axis")
+def _take(leaf, index, kept, axis):
     leaf = leaf[index]
     if axis is not None and len(kept) < leaf.shape[axis]:
         leaf = jnp.take(leaf, kept, axis=axis, mode="clip")
-    return leaf.astype(dtype)
+    return leaf
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _take_whole(parts: dict, layer, dtype) -> dict:
-    taken = jax.tree.map(lambda leaf: leaf[layer], parts)
-    taken["modulation"]["kernel"] = taken["modulation"]["kernel"].astype(dtype)
-    return taken
+@jax.jit
+def _take_layer(parts: dict, layer) -> dict:
+    return jax.tree.map(lambda leaf: leaf[layer], parts)

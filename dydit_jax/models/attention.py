@@ -66,14 +66,15 @@ def _attend_tpu(x, qkv, bias, out, gates):
     # Three products, not one and a split: splitting [B,N,3HK] into heads copies it.
     inputs = x if isinstance(x, tuple) else (x,) * 3
     query, key, value = (jnp.einsum("bnd,dhk->bhkn", inputs[i], qkv[i]) + bias[i][..., None] for i in range(3))
-    scores = jnp.einsum("bhkn,bhkm->bhnm", query, key).astype(jnp.float32) * (1 / math.sqrt(out.shape[1]))
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True))).astype(out.dtype)  # [B,H,N,N]
+    # Whatever is done to the scores takes a TPU as long as their product: so they are neither scaled nor divided.
+    scores = jnp.einsum("bhkn,bhkm->bhnm", query * (1 / math.sqrt(out.shape[1])), key)  # [B,H,N,N]
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True)).astype(jnp.float32)
+    weights = jnp.exp(scores.astype(jnp.float32) - largest).astype(out.dtype)
     # A row of ones below the values: the product that weighs them gives the sum of the weights as well.
     value = jnp.concatenate([value, jnp.ones_like(value[:, :, :1])], axis=2)  # [B,H,K+1,N]
     attended = jnp.einsum("bhnm,bhkm->bhkn", weights, value)
-    attended = attended[:, :, :-1] / attended[:, :, -1:]  # [B,H,K,N]
-    if gates is not None:
-        attended = attended * gates[:, :, None, None].astype(out.dtype)
+    scale = (1 if gates is None else gates[:, :, None, None]) / attended[:, :, -1:].astype(jnp.float32)
+    attended = (attended[:, :, :-1] * scale).astype(out.dtype)  # [B,H,K,N]
     return jnp.einsum("bhkn,hkd->bnd", attended, out)
 
 

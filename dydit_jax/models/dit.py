@@ -170,9 +170,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, dtype, platform: str, rngs: nnx.Rngs):
         self.modulation = Modulation(width=config.width, parts=6, dtype=dtype)
-        attention = dict(width=config.width, heads=config.heads, dtype=dtype, platform=platform)
-        self.attention = Attention(**attention, rngs=rngs)
-        self.mlp = MLP(width=config.width, groups=config.heads, hidden=config.hidden, dtype=dtype, rngs=rngs)
+        common = dict(width=config.width, dtype=dtype, platform=platform, rngs=rngs)
+        self.attention = Attention(**common, heads=config.heads)
+        self.mlp = MLP(**common, groups=config.heads, hidden=config.hidden)
         if config.routers != "none":
             self.token_router = TokenRouter(width=config.width, dtype=dtype, rngs=rngs)
         self.platform = platform
