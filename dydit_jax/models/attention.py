@@ -74,6 +74,8 @@ def _attend_tpu(x, qkv, bias, out, gates):
     value = jnp.concatenate([value, jnp.ones_like(value[:, :, :1])], axis=2)  # [B,H,K+1,N]
     attended = jnp.einsum("bhnm,bhkm->bhkn", weights, value)
     scale = (1 if gates is None else gates[:, :, None, None]) / attended[:, :, -1:].astype(jnp.float32)
+    # Behind a barrier it is made once per token and head, not for each of the K numbers that it scales.
+    scale = jax.lax.optimization_barrier(scale)  # [B,H,1,N]
     attended = (attended[:, :, :-1] * scale).astype(out.dtype)  # [B,H,K,N]
     return jnp.einsum("bhkn,hkd->bnd", attended, out)
 
