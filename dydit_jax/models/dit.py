@@ -209,14 +209,14 @@ class Block(nnx.Module):
           The new tokens and the token gates [B,N], or None.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = map(constrain, modulation)
-        if self.platform == "tpu" and run_on_tokens is not None:
-            # Its one pass of statistics rides on the product that unpacks tokens. A complete block it would slow down.
+        norm = functools.partial(layer_norm, single_pass=self.platform == "tpu")
+        if self.platform == "tpu" and run_on_tokens is not None:  # a complete block it would slow down
             modulated = modulated_norm_thrice(x, shift_a, scale_a)
         else:
-            modulated = modulate(layer_norm(x), shift_a, scale_a)
+            modulated = modulate(norm(x), shift_a, scale_a)
         attended = self.attention(modulated, heads)
         x = x + gate_a[:, None] * attended
-        modulated = modulate(layer_norm(x, single_pass=self.platform == "tpu"), shift_m, scale_m).astype(self.mlp.dtype)
+        modulated = modulate(norm(x), shift_m, scale_m).astype(self.mlp.dtype)
         mlp = functools.partial(self.mlp, gates=groups)
         if not routed:
             return x + gate_m[:, None] * mlp(modulated), None
