@@ -29,7 +29,7 @@ from flax import nnx
 from dydit_jax.console import run
 from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.fast.narrow import as_read, narrow
+from dydit_jax.fast.narrow import cast_for_products, narrow
 from dydit_jax.fast.tokens import runners
 from dydit_jax.generate import run_segment, steps_of
 from dydit_jax.models.cost import routed_macs
@@ -152,7 +152,7 @@ def _models(chip: str, batch: int) -> list[dict]:
     sampling, diffusion = SamplingConfig(sampler="ddpm", steps="250"), DiffusionConfig()
     steps = jax.tree.map(lambda column: jnp.asarray(column[:STEPS]), steps_of(sampling, diffusion))
     params = model.abstract_params()
-    params["blocks"] = jax.eval_shape(functools.partial(as_read, dtype=model.dtype), params["blocks"])
+    params["blocks"] = jax.eval_shape(functools.partial(cast_for_products, dtype=model.dtype), params["blocks"])
     noise = jax.ShapeDtypeStruct((batch, config.side, config.side, config.channels), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     costs = {}

@@ -13,7 +13,7 @@ from conftest import ROOT, channels_last, relative_error
 from dydit_jax.diffusion.samplers import SAMPLERS, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
-from dydit_jax.fast.narrow import NarrowedBlocks, as_read, narrow
+from dydit_jax.fast.narrow import NarrowedBlocks, cast_for_products, narrow
 from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import FORMS, capacities_of, overflows, run_on_open_tokens, runners
 from dydit_jax.generate import generate, plan_sampling
@@ -113,11 +113,11 @@ def test_narrowed_weights_have_what_is_kept(tiny, gates):
 def test_only_what_products_read_is_in_their_dtype(tiny):
     _, params = tiny
     half, single = jnp.dtype("bfloat16"), jnp.dtype("float32")
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, as_read(params["blocks"], half))
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, cast_for_products(params["blocks"], half))
     assert dtypes["modulation"] == dict(kernel=half, bias=single)
     assert {*dtypes["attention"].values(), *dtypes["mlp"].values()} == {half}
     assert set(dtypes["token_router"].values()) == {single}
-    unchanged = as_read(params["blocks"], single)
+    unchanged = cast_for_products(params["blocks"], single)
     assert all(new is old for new, old in zip(jax.tree.leaves(unchanged), jax.tree.leaves(params["blocks"])))
 
 

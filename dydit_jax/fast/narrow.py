@@ -23,7 +23,7 @@ class NarrowedBlocks:
     layer, before the new is made.
 
     Attributes:
-      whole: the parameters of all blocks, stacked [L,...], in the dtypes that they are read in.
+      whole: the parameters of all blocks, stacked [L,...], products in their dtype.
       layers: one parameter tree per block, as of the last call of `keep`.
     """
 
@@ -32,9 +32,9 @@ class NarrowedBlocks:
 
         Args:
           blocks: the parameters of all blocks, stacked [L,...].
-          dtype: of the products, see `as_read`.
+          dtype: of the products.
         """
-        self.whole = as_read(blocks, dtype)
+        self.whole = cast_for_products(blocks, dtype)
         unnarrowed = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
         depth = jax.tree.leaves(unnarrowed)[0].shape[0]
         self.layers = [_take_layer(unnarrowed, layer) for layer in range(depth)]
@@ -79,14 +79,14 @@ class NarrowedBlocks:
         return shapes
 
 
-def as_read(blocks: dict, dtype) -> dict:
-    """Return blocks whose attention, MLP and kernel of modulation are in the dtype of the products, their only readers.
+def cast_for_products(blocks: dict, dtype) -> dict:
+    """Cast attention, MLP and the kernel of modulation, which only products read, to the dtype of the products.
 
-    Once per run: a program that gets them otherwise turns all of them before its first step, and so does the next.
+    Once per run: a program that gets the blocks otherwise casts all of them before its first step, and so does the next.
     """
-    turned = lambda part: jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), part)
-    modulation = blocks["modulation"] | turned(dict(kernel=blocks["modulation"]["kernel"]))
-    return blocks | dict(modulation=modulation) | {name: turned(blocks[name]) for name in UNIT_AXES}
+    cast = lambda part: jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), part)
+    modulation = blocks["modulation"] | cast(dict(kernel=blocks["modulation"]["kernel"]))
+    return blocks | dict(modulation=modulation) | {name: cast(blocks[name]) for name in UNIT_AXES}
 
 
 def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> list[dict]:
