@@ -35,6 +35,7 @@ from dydit_jax.cache import cache_folder
 from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, require_known
+from dydit_jax.fast.narrow import cast_for_products
 from dydit_jax.fast.plan import Plan
 from dydit_jax.fast.trial import fastest_form
 from dydit_jax.generate import MODES, Samples, generate, plan_sampling, steps_of, to_uint8, uniform_labels
@@ -317,6 +318,7 @@ def _draw(
     batches = [missing[first : first + size] for first in range(0, len(missing), size)]
     model = build_model(weights.model, precision=request.precision, mesh=mesh)
     params = jax.device_put(weights.params, replicated(mesh))
+    params = params | dict(blocks=cast_for_products(params["blocks"], model.dtype))  # once, not for every batch
     draw = functools.partial(
         generate,
         model,

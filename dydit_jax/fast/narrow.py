@@ -82,7 +82,7 @@ class NarrowedBlocks:
 def cast_for_products(blocks: dict, dtype) -> dict:
     """Cast attention, MLP and the kernel of modulation, which only products read, to the dtype of the products.
 
-    Once per run: programs that get them otherwise cast all of them, each before its first step.
+    What is cast already stays as it is. Programs that get other blocks cast all of them, each before its first step.
     """
     cast = lambda part: jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), part)
     modulation = blocks["modulation"] | cast(dict(kernel=blocks["modulation"]["kernel"]))

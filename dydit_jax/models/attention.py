@@ -66,7 +66,7 @@ def _attend_tpu(x, qkv, bias, out, gates):
     # Three products, not one and a split: splitting [B,N,3HK] into heads copies it.
     inputs = x if isinstance(x, tuple) else (x,) * 3
     query, key, value = (jnp.einsum("bnd,dhk->bhkn", inputs[i], qkv[i]) + bias[i][..., None] for i in range(3))
-    # Whatever is done to the scores takes a TPU as long as their product: so they are neither scaled nor divided.
+    # N * N numbers per head are neither scaled nor divided here: N * K queries and values are.
     scores = jnp.einsum("bhkn,bhkm->bhnm", query * (1 / math.sqrt(out.shape[1])), key)  # [B,H,N,N]
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True)).astype(jnp.float32)
     weights = jnp.exp(scores.astype(jnp.float32) - largest).astype(out.dtype)
