@@ -1,6 +1,7 @@
 """The fast path computes less and gives the same: plans, narrowed weights, packed tokens, whole trajectories."""
 
 import dataclasses
+import gc
 import itertools
 
 import chex
@@ -232,6 +233,19 @@ def test_fast_trajectory_equals_the_gated_one(tiny, sampler):
 def test_number_of_segments_changes_nothing(tiny):
     gated = draw(*tiny, [1, 2], mode="gated")
     assert_same(draw(*tiny, [1, 2], mode="fast", segments=None), gated)
+
+
+def test_a_run_leaves_no_weights_behind(tiny):
+    """Not even until Python looks for cycles: those of several runs would fill the memory before it does."""
+    draw(*tiny, [1, 2], mode="fast")
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(jax.live_arrays())
+        draw(*tiny, [1, 2], mode="fast")
+        assert len(jax.live_arrays()) == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("form", FORMS)

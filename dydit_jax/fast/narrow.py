@@ -39,7 +39,7 @@ class NarrowedBlocks:
         depth = jax.tree.leaves(unnarrowed)[0].shape[0]
         self.layers = [_take_layer(unnarrowed, layer) for layer in range(depth)]
         self._kept = [{} for _ in range(depth)]
-        self._shape = functools.cache(self._shape_of_part)
+        self._shapes = {}  # of a part with so many units; a cached method would be a cycle that holds the weights
 
     def keep(self, heads: tuple, groups: tuple) -> None:
         """Narrow to a segment.
@@ -65,6 +65,11 @@ class NarrowedBlocks:
             parts | {name: self._shape(name, len(kept)) for name, kept in zip(UNIT_AXES, of_layer)}
             for parts, of_layer in zip(jax.tree.map(shape_of, whole), units)
         ]
+
+    def _shape(self, name: str, count: int) -> dict:
+        if (name, count) not in self._shapes:
+            self._shapes[name, count] = self._shape_of_part(name, count)
+        return self._shapes[name, count]
 
     def _shape_of_part(self, name: str, count: int) -> dict:
         # Not by `jax.eval_shape`, which takes milliseconds each time: sampling few images on a GPU would wait for it.
