@@ -298,7 +298,6 @@ def _run_programs(programs: list, params, state, labels, keys, *, table, report,
     """Run the programs of a run one after the other; return the last state and the records of all."""
     settings |= dict(model=model)
     blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)
-    blocks.keep(*programs[0].segment.kept)
     params = params | dict(blocks=blocks.whole)
     arrays = dict(params=params, labels=labels, keys=keys)
     shapes = jax.tree.map(shape_of, arrays | dict(state=state))
@@ -323,7 +322,7 @@ def _run_programs(programs: list, params, state, labels, keys, *, table, report,
     with compiled_ahead(map(call, programs)) as compiled:
         run = next(compiled)
         for program in programs:
-            blocks.keep(*program.segment.kept)
+            blocks.keep(*program.segment.kept)  # the first while its program is compiled
             arguments = program_arguments(program, layers=blocks.layers, state=state, table=table, **arrays)
             state, record = run.result()(*arguments)
             running.append((program.segment, record))

@@ -118,8 +118,9 @@ def compiled_ahead(calls: Iterable[Call]):
 
     def in_turn():
         first = next(calls)
-        if concurrent.futures.wait([submit(first)], timeout=SILENT_SECONDS).not_done:
-            logger.info("Compiling; the run starts with the first program.")
+        message = threading.Timer(SILENT_SECONDS, logger.info, ["Compiling; the run starts with the first program."])
+        message.start()
+        submit(first).add_done_callback(lambda _: message.cancel())
         yield submit(first)
         others = list(calls)
         futures = [submit(call) for call in others]

@@ -73,8 +73,8 @@ def test_plan_keeps_every_gate(gates):
 def test_plan_takes_few_segments_within_the_tolerance(gates):
     slow = [np.repeat(gate, 4, axis=0) for gate in gates]
     plan = make_plan(*slow, MACS)
-    assert plan.padding <= 0.03
-    assert make_plan(*slow, MACS, segments=len(plan.segments) - 1).padding > 0.03
+    assert plan.padding <= 0.02
+    assert make_plan(*slow, MACS, segments=len(plan.segments) - 1).padding > 0.02
     assert "segments of" in plan.in_words()
     assert len(make_plan(*gates, MACS).segments) == 3  # four steps for each
     constant = np.ones((12, 3, 4), bool)
@@ -142,7 +142,7 @@ def test_the_next_segment_takes_over_what_it_shares_with_the_last(tiny):
 @pytest.mark.parametrize("open_rows", [0, 1, 7, 8, 9, 31, 32])
 @pytest.mark.parametrize(
     "form, capacities",
-    [("switch", (8, 16, 32)), ("switch", (32,)), ("fixed", (9,)), ("one_hot", (8,)), ("multiply", (32,))],
+    [("switch", (8, 16, 32)), ("switch", (0, 8, 32)), ("switch", (32,)), ("fixed", (9,)), ("one_hot", (8,)), ("multiply", (32,))],
 )
 def test_packed_tokens_equal_gated_ones_for_every_count(open_rows, form, capacities):
     generator = np.random.default_rng(open_rows)
@@ -164,9 +164,9 @@ def test_capacities_are_chosen_by_what_calibration_saw():
     assert switch(None, 64) == (8, 16, 24, 32, 40, 48, 56, 64)
     assert switch(None, 10) == (8, 10)
     shares = np.repeat([0.2, 0.5, 0.7], [10, 5, 5])
-    assert switch(shares, 1000) == (216, 256, 512, 752, 1000)
+    assert switch(shares, 1000) == (200, 256, 504, 752, 1000)
     assert switch(np.ones(4), 1000) == (1000,)
-    assert switch(np.zeros(4), 1000) == (16, 56, 1000)
+    assert switch(np.zeros(4), 1000) == (0, 56, 1000)
     assert capacities_of("fixed", shares, images=4, tokens=250) == (752,)
     assert capacities_of("one_hot", shares, images=4, tokens=256) == (192,)
     assert capacities_of("one_hot", None, images=4, tokens=256) == (256,)

@@ -20,7 +20,7 @@ from dydit_jax.models.cost import ModelMacs
 MAX_SEGMENTS = 16
 STEPS_PER_SEGMENT = 4  # on average; a program that runs less often is not worth compiling
 MARGIN = 0.05  # of all tokens, above what a calibration saw
-TOLERATED_PADDING = 0.03  # of the MACs that an exact fit would need
+TOLERATED_PADDING = 0.02  # of the MACs that an exact fit would need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ def make_plan(heads, groups, macs: ModelMacs, *, segments: int | None = None) ->
     Args:
       heads, groups: gates in the order of the run, [S,L,H] and [S,L,G], 0 or 1.
       macs: the model's counts.
-      segments: how many; None takes as few as keep the padding within 3 %, at most 16, and at most one
+      segments: how many; None takes as few as keep the padding within 2 %, at most 16, and at most one
         for four steps.
 
     Returns:

@@ -28,8 +28,7 @@ FORMS = ("switch", "fixed", "one_hot", "multiply")
 DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "one_hot"}
 UNIFORM_CAPACITIES = 8  # when nothing is known about the counts
 CALIBRATED_CAPACITIES = 4  # beside the whole batch
-TIGHT_MARGIN = 0.01  # tried first where the next capacity is only a branch away
-TIGHT_WEIGHT = 5  # to one that a step needs the full margin
+SEEN_WEIGHT = 5  # to one that a step needs the margin: the next capacity is only a branch away
 ROW_MULTIPLE = 8
 
 
@@ -61,8 +60,8 @@ def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, 
 @functools.lru_cache(maxsize=4096)  # of all segments and layers: chosen once, not once per batch
 def _calibrated(shares: tuple[float, ...], rows: int) -> tuple[int, ...]:
     shares = np.asarray(shares)
-    wanted = np.minimum(rows, rows * np.concatenate([shares + TIGHT_MARGIN, shares + MARGIN]))
-    weights = np.repeat([TIGHT_WEIGHT, 1], len(shares))
+    wanted = np.minimum(rows, rows * np.concatenate([shares, shares + MARGIN]))
+    weights = np.repeat([SEEN_WEIGHT, 1], len(shares))
     return _rounded([*_best_of(wanted, weights, CALIBRATED_CAPACITIES), rows], rows)
 
 
