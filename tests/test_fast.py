@@ -142,7 +142,14 @@ def test_the_next_segment_takes_over_what_it_shares_with_the_last(tiny):
 @pytest.mark.parametrize("open_rows", [0, 1, 7, 8, 9, 31, 32])
 @pytest.mark.parametrize(
     "form, capacities",
-    [("switch", (8, 16, 32)), ("switch", (0, 8, 32)), ("switch", (32,)), ("fixed", (9,)), ("one_hot", (8,)), ("multiply", (32,))],
+    [
+        ("switch", (8, 16, 32)),
+        ("switch", (0, 8, 32)),
+        ("switch", (32,)),
+        ("fixed", (9,)),
+        ("one_hot", (8,)),
+        ("multiply", (32,)),
+    ],
 )
 def test_packed_tokens_equal_gated_ones_for_every_count(open_rows, form, capacities):
     generator = np.random.default_rng(open_rows)
