@@ -43,7 +43,7 @@ STEPS = flags.DEFINE_string("steps", "32", "With --model: steps of the DDPM run.
 GUIDANCE = flags.DEFINE_float("guidance", 1.0, "With --model: scale of guidance; 1 is none.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Images at once.")
 SEGMENTS = flags.DEFINE_integer("segments", None, "Programs that fast cuts the schedule into; decides by itself.")
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each contestant.")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each contestant.", lower_bound=1)
 PRECISION = flags.DEFINE_string("precision", "auto", "auto, bfloat16, float32 or highest.")
 PEERS = flags.DEFINE_bool("peers", False, "Also time diffusers' DiT in PyTorch.")
 ONE_PASS = flags.DEFINE_bool("one_pass", True, "Also compare single passes in float32 and bfloat16: more compiling.")
@@ -62,7 +62,7 @@ def main():
 
     plan = plan_sampling(model, params, segments=SEGMENTS.value, **run_settings)
     first, peak, samples = {}, {}, {}
-    # A job calibrates on its first images and draws others.
+    # As in a job, which calibrates on a few images and draws many others.
     calibration, first["gated"] = _timed(lambda: draw("gated", indices=images + BATCH_SIZE.value))
     _tell("plan", plan.in_words())
     plan = plan.calibrated(calibration.shares)
