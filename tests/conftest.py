@@ -20,6 +20,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+
+def pytest_configure(config):
+    """Optimize programs less, where compiling is most of the time; what runs nightly is compiled as users do."""
+    if config.option.markexpr == "not slow":
+        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 " + os.environ.get("XLA_FLAGS", "")
+
+
 from dydit_jax.convert.tables import convert_state_dict  # noqa: E402 (after the devices are fixed)
 from dydit_jax.models.dit import DiTConfig, Model  # noqa: E402
 from dydit_jax.programs import compiled  # noqa: E402
