@@ -162,8 +162,13 @@ def compile_for(platform: str, lowered):
     except jax.errors.JaxRuntimeError as error:
         if "compile option" not in str(error):
             raise
-        logger.warning("Compiled without this package's options, which this XLA does not know: %s", error)
+        _warn_once(f"Compiled without this package's options, which this XLA does not know: {error}")
         return lowered.compile()
+
+
+@functools.cache  # a run compiles many programs
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.narrow import cast_for_products
-from dydit_jax.fast.plan import Plan
+from dydit_jax.fast.plan import CUTTING, Plan
 from dydit_jax.fast.trial import fastest_form
 from dydit_jax.generate import MODES, Samples, generate, plan_sampling, steps_of, to_uint8, uniform_labels
 from dydit_jax.latents import decode_latents
@@ -389,15 +389,20 @@ def _tuned(plan: Plan, model: Model, params, weights: Weights, draw, labels, bat
 
 def _plan_path(weights: Weights, checksum: str, segments: int | None):
     device = jax.devices()[0].device_kind
-    told = json.dumps([checksum, device, segments, *map(str, (weights.model, weights.sampling, weights.diffusion))])
+    run = map(str, (weights.model, weights.sampling, weights.diffusion))
+    told = json.dumps([checksum, device, segments or CUTTING, *run])
     return epath.Path(cache_folder() / "plans" / f"{hashlib.sha256(told.encode()).hexdigest()}.npz")
 
 
 def _plan(path, model: Model, params, weights: Weights, segments: int | None) -> Plan:
     """Return the plan kept from an earlier job, or make it."""
+    plan = None
     if path.exists() and jax.process_count() == 1:  # other processes may have kept another one, or none
-        plan = Plan.load(path, weights.model.macs)
-    else:
+        try:
+            plan = Plan.load(path, weights.model.macs)
+        except Exception as error:  # whatever a damaged file makes of it
+            logger.warning("Planned again: %s cannot be used (%s).", path, " ".join(str(error).split()))
+    if plan is None:
         plan = plan_sampling(model, params, sampling=weights.sampling, diffusion=weights.diffusion, segments=segments)
     timesteps = steps_of(weights.sampling, weights.diffusion).timestep
     logger.info("Plan: %s.\n%s", plan.in_words(), plan.table(timesteps))

@@ -145,7 +145,7 @@ def test_impossible_requests_are_refused_before_anything_is_written(checkpoint, 
 def test_long_job_calibrates_itself_and_leaves_a_plan(checkpoint, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "cache"))
     caplog.set_level("INFO")
-    short, long, again = ({"out": str(tmp_path / name)} for name in ("short", "long", "again"))
+    short, long, again, damaged = ({"out": str(tmp_path / name)} for name in ("short", "long", "again", "damaged"))
     sample(Request(checkpoint, num_images=4, batch_size=4, **short))
     assert "Calibrating" not in caplog.text and "Plan: 1 segments of 2 steps" in caplog.text
     [kept] = (tmp_path / "cache" / "plans").iterdir()
@@ -158,9 +158,13 @@ def test_long_job_calibrates_itself_and_leaves_a_plan(checkpoint, tmp_path, monk
     caplog.clear()
     sample(Request(checkpoint, num_images=16, batch_size=4, **again))
     assert "Tokens, milliseconds" not in caplog.text and "Calibrating" not in caplog.text
+    kept.write_bytes(kept.read_bytes()[:100])
+    sample(Request(checkpoint, num_images=4, batch_size=4, **damaged))
+    assert "Planned again" in caplog.text
     for index in range(4):  # whatever the plan, the images are the same
-        path = f"images/{index:06d}.png"
-        np.testing.assert_array_equal(*(np.asarray(Image.open(job["out"] + "/" + path)) for job in (long, again)))
+        paths = [f"{job['out']}/images/{index:06d}.png" for job in (long, again, damaged)]
+        first, *others = (np.asarray(Image.open(path)) for path in paths)
+        np.testing.assert_array_equal(np.stack(others), np.stack([first] * 2))
 
 
 def test_token_capacity_is_part_of_the_record(checkpoint, tmp_path):

@@ -21,6 +21,7 @@ MAX_SEGMENTS = 16
 STEPS_PER_SEGMENT = 4  # on average; a program that runs less often is not worth compiling
 MARGIN = 0.05  # of all tokens, above what a calibration saw
 TOLERATED_PADDING = 0.02  # of the MACs that an exact fit would need
+CUTTING = (MAX_SEGMENTS, STEPS_PER_SEGMENT, TOLERATED_PADDING)  # what a plan that was kept was cut by
 
 
 @dataclasses.dataclass(frozen=True)
