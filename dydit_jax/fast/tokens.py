@@ -136,15 +136,18 @@ def _run_packed(function, x, gates, capacities: tuple[int, ...]):
     source = source.at[jnp.where(is_open, position, rows)].set(
         jnp.arange(rows, dtype=jnp.int32), mode="drop", unique_indices=True
     )
-    packed = x.reshape(rows, width).at[source[: capacities[-1]]].get(mode="clip")  # [capacity,D]
+    x = x.reshape(rows, width)
 
     def branch(capacity: int):
-        padding = ((0, capacities[-1] - capacity), (0, 0))
-        return lambda packed: jnp.pad(function(packed[None, :capacity])[0], padding)
+        def on_packed(x, source):
+            packed = x.at[source[:capacity]].get(mode="clip")  # [capacity,D]
+            return jnp.pad(function(packed[None])[0], ((0, capacities[-1] - capacity), (0, 0)))
+
+        return on_packed
 
     # One branch is no switch; otherwise the smallest capacity that is not below the count.
     chosen = (position[-1] + 1 > np.asarray(capacities, np.int32)).sum()
-    result = jax.lax.switch(chosen, [branch(capacity) for capacity in capacities], packed)
+    result = jax.lax.switch(chosen, [branch(capacity) for capacity in capacities], x, source)
     # `where`, not a product: rows beyond the count hold whatever the function made of copies.
     result = jnp.where(is_open[:, None], result.at[position].get(mode="clip"), 0)
     return result.reshape(batch, tokens, width)
