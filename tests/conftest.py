@@ -22,7 +22,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def pytest_configure(config):
-    """Optimize programs less, where compiling is most of the time; what runs nightly is compiled as users do."""
+    """Optimize programs less, where compiling is most of the time; what runs nightly is compiled as for users."""
     if config.option.markexpr == "not slow":
         os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 " + os.environ.get("XLA_FLAGS", "")
 
