@@ -30,8 +30,8 @@ from dydit_jax.console import run
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.narrow import narrow
-from dydit_jax.fast.tokens import DEFAULT_FORMS, capacities_of, runners
-from dydit_jax.generate import MODES, generate, plan_sampling, steps_of
+from dydit_jax.fast.tokens import capacities_of, default_form
+from dydit_jax.generate import MODES, generate, network_of, plan_sampling, steps_of
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model, published_config
 from dydit_jax.programs import compile_for
@@ -94,7 +94,7 @@ def main():
         batch_size=BATCH_SIZE.value,
         steps=steps,
         plan=plan.in_words(),
-        form_of_tokens=DEFAULT_FORMS[model.platform],
+        form_of_tokens=default_form(model),
         share_on={
             name: float(np.mean(getattr(samples["fast"].routing, name))) for name in ("heads", "groups", "tokens")
         },
@@ -194,13 +194,13 @@ def _fast_pass(model: Model, segment, tokens_on, x, labels):
 
     Capacities have their margin over the tokens [B,L,N] that are on in `gated`.
     """
-    config, form = model.config, DEFAULT_FORMS[model.platform]
+    config, form = model.config, default_form(model)
     shares = tokens_on.mean(-1).max(0) if form == "one_hot" else tokens_on.mean((0, 2))  # [L]
     sizes = dict(images=len(x), tokens=config.tokens)
     capacities = tuple(capacities_of(form, [float(share)], **sizes) for share in shares)
     gates = jax.tree.map(lambda gate: gate[:1].astype(np.float32), (segment.head_gates, segment.group_gates))
-    arguments = dict(heads=gates[0], groups=gates[1], run_on_tokens=runners(form, capacities))
-    return lambda params, layers, t: model.apply_layers(params, layers, x, t, labels, **arguments)
+    routing = dict(heads=gates[0], groups=gates[1], form=form, capacities=capacities)
+    return lambda params, layers, t: network_of(model, params, layers, **routing)(x, t, labels)
 
 
 def _peers(model: Model, images: int) -> dict:

@@ -26,7 +26,7 @@ from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respac
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.narrow import NarrowedBlocks, with_gates
 from dydit_jax.fast.plan import Plan, Segment, Shares, make_plan, whole_segments
-from dydit_jax.fast.tokens import DEFAULT_FORMS, capacities_of, overflows, runners
+from dydit_jax.fast.tokens import CHECKED_FORMS, capacities_of, default_form, forms_of, overflows, runners
 from dydit_jax.models.cost import routed_macs
 from dydit_jax.models.dit import MODES as APPLY_MODES
 from dydit_jax.models.dit import DiTConfig, Model
@@ -137,7 +137,7 @@ def run_segment(params, layers, state, steps, gates, labels, keys, *, model: Mod
       gates: of heads and groups, per layer [steps,1,kept] or None.
       labels, keys: of the images [B].
       model, sampling: the network and the sampler.
-      form: how tokens run, one of `tokens.FORMS`; None opens all.
+      form: how tokens run, one of `tokens.forms_of`; None opens all.
       capacities: per layer, for that form.
       mesh: whose devices share the images, or None.
 
@@ -196,25 +196,37 @@ class _Record:
     over: jax.Array
 
 
-def _predict(params, layers, labels, x, c, extra, *, model: Model, sampling, form, capacities):
-    """Predict one step; where tokens do not fit into a form's only capacity, compute the step again, in full."""
-    heads, groups, modulations = extra
+def network_of(model: Model, params, layers, *, heads, groups, form, capacities, modulations=None) -> Callable:
+    """Return (x, t, labels) -> the prediction and the token gates, on narrowed layers and open tokens.
+
+    Args:
+      model, params, layers, heads, groups, modulations: as for `Model.apply_layers`.
+      form: how tokens run, one of `tokens.forms_of`; None opens all.
+      capacities: per layer, for that form.
+    """
     if model.platform == "gpu":
         layers = with_gates(layers, heads, groups)
         heads = groups = (None,) * len(layers)
-    narrowed = functools.partial(
-        model.apply_layers,
-        params,
-        layers,
-        heads=heads,
-        groups=groups,
-        modulations=modulations,
-        run_on_tokens=None if form is None else runners(form, capacities),
+    if form == "fused" or (form is None and model.runs_fused):
+        only = None if form is None else [capacity for (capacity,) in capacities]
+        return functools.partial(model.apply_fused, params, layers, capacities=only, modulations=modulations)
+    run_on_tokens = None if form is None else runners(form, capacities)
+    gates = dict(heads=heads, groups=groups)
+    return functools.partial(
+        model.apply_layers, params, layers, **gates, run_on_tokens=run_on_tokens, modulations=modulations
+    )
+
+
+def _predict(params, layers, labels, x, c, extra, *, model: Model, sampling, form, capacities):
+    """Predict one step; where tokens do not fit into a form's only capacity, compute the step again, in full."""
+    heads, groups, modulations = extra
+    narrowed = network_of(
+        model, params, layers, heads=heads, groups=groups, form=form, capacities=capacities, modulations=modulations
     )
     run = lambda network: guided(network, x, c.timestep, labels, sampling=sampling, config=model.config)
     output, tokens = run(narrowed)
     over = jnp.zeros(model.config.depth, bool) if form is None else overflows(form, capacities, tokens)
-    if form in ("fixed", "one_hot"):
+    if form in CHECKED_FORMS:
 
         def in_full(_):
             output, routing = run(functools.partial(model.apply, params, mode="gated"))
@@ -365,7 +377,8 @@ def programs_of(model: Model, params, table, mode: str, plan: Plan | None, image
                 f"The plan is for {plan.heads.shape[0]} steps of a model with {plan.heads.shape[1:]} layers and heads; "
                 f"this run has {steps} steps and {(config.depth, config.heads)}. Make it with `plan_sampling`."
             )
-        form = plan.form or DEFAULT_FORMS[model.platform]
+        # A plan may have been kept by a JAX that had the kernels, which this one lacks.
+        form = plan.form if plan.form in forms_of(model) else default_form(model)
         segments, heads, groups = plan.segments, plan.heads, plan.groups
     else:
         plan, form = None, "multiply" if mode == "gated" else None

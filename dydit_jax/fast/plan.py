@@ -73,7 +73,7 @@ class Plan:
       segments: consecutive, from the first step to the last.
       padding: share of MACs spent on what is in a union but off, of the MACs that an exact fit would need.
       shares: of tokens that are on, or None before a calibration.
-      form: how tokens are run, one of `tokens.FORMS`, or None: the default of the platform.
+      form: how tokens are run, one of `tokens.forms_of`, or None: the default of the platform.
     """
 
     heads: np.ndarray

@@ -5,6 +5,7 @@ The number of tokens that are on depends on the data, so a program needs a capac
     switch    the tokens of the batch are packed to the front; every layer takes the smallest of a few capacities that
               holds them, the last of which is the whole batch. For CPUs: a branch costs nothing there.
     fixed     packed likewise, into one capacity per layer
+    fused     as `fixed`, in the kernels for GPUs that do everything else to tokens: `models/fused.py`
     multiply  everything is computed and multiplied by the gates: the mode `gated`
     one_hot   each image packs its own tokens into one capacity per layer, by a product with zeros and ones. For TPUs: a
               branch inside a block, or a gather of short rows, breaks the fusions around it.
@@ -22,9 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dydit_jax.fast.plan import MARGIN
+from dydit_jax.models.dit import Model
 from dydit_jax.models.tokens import multiply_by_gates, run_on_places
 
-FORMS = ("switch", "fixed", "one_hot", "multiply")
+FORMS = ("switch", "fixed", "one_hot", "multiply")  # by `run_on_open_tokens`
+CHECKED_FORMS = ("fixed", "fused", "one_hot")  # whose only capacity may be too small
 DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "one_hot"}
 UNIFORM_CAPACITIES = 8  # when nothing is known about the counts
 CALIBRATED_CAPACITIES = 4  # beside the whole batch
@@ -32,11 +35,21 @@ SEEN_WEIGHT = 5  # to one that a step needs the margin: the next capacity is onl
 ROW_MULTIPLE = 8
 
 
+def default_form(model: Model) -> str:
+    """Return the form that serves a model's platform best as a rule."""
+    return "fused" if model.runs_fused else DEFAULT_FORMS[model.platform]
+
+
+def forms_of(model: Model) -> tuple[str, ...]:
+    """Return the forms that a model can run in."""
+    return (*FORMS, "fused") if model.runs_fused else FORMS
+
+
 def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, ...]:
     """Choose the capacities of one layer within one segment.
 
     Args:
-      form: one of `FORMS`.
+      form: one of `forms_of`.
       shares: of tokens that were on in a calibration, one per step of the segment: of the whole batch, and for
         "one_hot" of its fullest image. None if there was none.
       images: B on one device, guidance included.

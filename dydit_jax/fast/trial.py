@@ -11,7 +11,7 @@ import numpy as np
 
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Plan
-from dydit_jax.fast.tokens import FORMS, capacities_of, run_on_open_tokens
+from dydit_jax.fast.tokens import capacities_of, forms_of, run_on_open_tokens
 from dydit_jax.models.dit import Model
 from dydit_jax.programs import compile_for
 
@@ -30,7 +30,7 @@ def fastest_form(model: Model, params, plan: Plan, *, images: int) -> str:
       images: B on one device, guidance included.
 
     Returns:
-      One of `tokens.FORMS`.
+      One of `tokens.forms_of`.
     """
     depth = min(TRIAL_LAYERS, model.config.depth)
     config = dataclasses.replace(model.config, depth=depth, token_capacity=())
@@ -47,20 +47,27 @@ def fastest_form(model: Model, params, plan: Plan, *, images: int) -> str:
     x = jax.random.normal(jax.random.key(1), (images, config.side, config.side, config.channels))
     zeros = jnp.zeros(images, jnp.int32)
 
-    def racer(form: str):
-        def on_these(layer, function, x, _):
-            shares = plan.shares.fullest if form == "one_hot" else plan.shares.mean
-            capacities = capacities_of(form, shares[steps, layer], images=images, tokens=config.tokens)
-            return run_on_open_tokens(form, capacities, function, x, gates[layer].astype(jnp.float32))
+    small = dataclasses.replace(model, config=config)
 
-        small = dataclasses.replace(model, config=config)
-        run_on_tokens = [functools.partial(on_these, layer) for layer in range(depth)]
-        routing = dict(heads=(None,) * depth, groups=(None,) * depth, run_on_tokens=run_on_tokens)
-        run = jax.jit(lambda params, layers: small.apply_layers(params, layers, x, zeros, zeros, **routing)[0])
+    def racer(form: str):
+        shares = plan.shares.fullest if form == "one_hot" else plan.shares.mean
+        sizes = dict(images=images, tokens=config.tokens)
+        capacities = [capacities_of(form, shares[steps, layer], **sizes) for layer in range(depth)]
+
+        def on_these(layer, function, x, _):
+            return run_on_open_tokens(form, capacities[layer], function, x, gates[layer].astype(jnp.float32))
+
+        if form == "fused":  # its capacities take as long whatever is on
+            network = functools.partial(small.apply_fused, capacities=[capacity for (capacity,) in capacities])
+        else:
+            run_on_tokens = [functools.partial(on_these, layer) for layer in range(depth)]
+            routing = dict(heads=(None,) * depth, groups=(None,) * depth, run_on_tokens=run_on_tokens)
+            network = functools.partial(small.apply_layers, **routing)
+        run = jax.jit(lambda params, layers: network(params, layers, x, zeros, zeros)[0])
         return compile_for(model.platform, run.lower(params, layers))
 
-    racers = {form: racer(form) for form in FORMS}
-    seconds = {form: [] for form in FORMS}
+    racers = {form: racer(form) for form in forms_of(small)}
+    seconds = {form: [] for form in racers}
     for _ in range(1 + ROUNDS):  # the first is not counted
         for form, run in racers.items():
             began = time.perf_counter()

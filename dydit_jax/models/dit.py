@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.models import cost
+from dydit_jax.models import cost, fused
 from dydit_jax.models.attention import PLATFORMS
 from dydit_jax.models.layers import (
     MLP,
@@ -231,6 +231,28 @@ class Block(nnx.Module):
             update = run_on_places(mlp, modulated, gates, places, capacity=capacity, platform=self.platform)
         return x + gate_m[:, None] * update, gates
 
+    def run_fused(self, stream: fused.Stream, modulation, *, capacity: int | None):
+        """Run the block in the kernels of `fused`, all heads and groups that its arrays have.
+
+        Args:
+          stream: the tokens.
+          modulation: as for a call.
+          capacity: places for the tokens of all images that are on; None opens all tokens.
+
+        Returns:
+          The new tokens and the token gates [B,N], or None.
+        """
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        dtype = self.mlp.dtype
+        attended = self.attention(fused.norm(stream, shift_a, scale_a, dtype=dtype), None)
+        if capacity is None:
+            x, normed = fused.add_and_norm(stream, attended, gate_a, shift_m, scale_m, dtype=dtype)
+            return fused.Stream(x, fused.Update(self.mlp(normed, None), None, gate_m)), None
+        x = fused.add(stream, attended, gate_a)
+        router = self.token_router.hidden(x), *self.token_router.last_layer()
+        packed, places, gates = fused.pack(x, *router, shift_m, scale_m, capacity=capacity, dtype=dtype)
+        return fused.Stream(x, fused.Update(self.mlp(packed, None), places, gate_m)), gates
+
 
 class DiT(nnx.Module):
     """The whole network: embeddings, stacked blocks, output, and the routers that know only the timestep."""
@@ -420,6 +442,35 @@ class Model:
                 tokens, gates = run_block(tokens, of_blocks[layer], heads[layer], groups[layer], **routing)
                 kept.append(gates)
             prediction = part("output")(tokens, of_output)
+        return prediction, jnp.stack(kept, 1) if routed else self.open_routing(x.shape[0]).tokens
+
+    @property
+    def runs_fused(self) -> bool:
+        """Whether `apply_fused` can be had: on a GPU, for sizes that its kernels accept, without places per image."""
+        suits = self.platform == "gpu" and not self.config.token_capacity
+        return suits and fused.accepts(self.config.tokens, self.config.width)
+
+    def apply_fused(self, params, layers, x, t, labels, *, capacities=None, modulations=None):
+        """Run the network as `apply_layers` does, all heads and groups on, in kernels for GPUs where `runs_fused`.
+
+        Args:
+          params, layers, x, t, labels, modulations: as for `apply_layers`.
+          capacities: per layer, places for the tokens of all images that are on; None opens all tokens. Where more are
+            on, the result is void.
+
+        Returns:
+          The prediction [B,side,side,2C] and the token gates [B,L,N].
+        """
+        part, block = self._parts(params)
+        routed = self.config.routers != "none" and capacities is not None
+        *of_blocks, of_output = modulations or self.modulations(params, layers, t, labels)
+        with jax.default_matmul_precision(self.matmul_precision):
+            stream, kept = fused.Stream(part("patch_embed")(x)), []
+            for layer in range(self.config.depth):
+                capacity = capacities[layer] if routed else None
+                stream, gates = block(layers[layer]).run_fused(stream, of_blocks[layer], capacity=capacity)
+                kept.append(gates)
+            prediction = part("output")(stream.settled(), of_output)
         return prediction, jnp.stack(kept, 1) if routed else self.open_routing(x.shape[0]).tokens
 
     def modulations(self, params, layers, t, labels) -> tuple:

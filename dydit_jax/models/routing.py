@@ -109,8 +109,16 @@ class TokenRouter(nnx.Module):
         self.bias_out = nnx.Param(constant(TOKEN_ROUTER_BIAS)(None, (1,)))
         self.precision = "high" if dtype == jnp.bfloat16 else "highest"
 
+    def hidden(self, x):
+        """Return what the first layer makes of tokens x [B,N,D]: [B,N,R]."""
+        return jax.nn.relu(jnp.dot(x, self.kernel_in[...], precision=self.precision) + self.bias_in[...])
+
+    def last_layer(self) -> tuple:
+        """Return the kernel [R] and the bias [1] of the second layer."""
+        return self.kernel_out[...][:, 0], self.bias_out[...]
+
     def __call__(self, x):
         """Return the logits [B,N] of tokens x [B,N,D]."""
-        hidden = jax.nn.relu(jnp.dot(x, self.kernel_in[...], precision=self.precision) + self.bias_in[...])
+        kernel, bias = self.last_layer()
         # A sum, not a product with one column, which a compiler makes a kernel of its own for.
-        return (hidden * self.kernel_out[...][:, 0]).sum(-1) + self.bias_out[...]
+        return (self.hidden(x) * kernel).sum(-1) + bias
