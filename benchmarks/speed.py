@@ -77,22 +77,33 @@ def main():
         peak[name] = _peak_gib()
         _tell(name, f"first call {first[name]:.1f} s")
     seconds = {name: [] for name in contestants}  # per step, or per pass of a peer
+    measured = dict(samples=samples, seconds=seconds, first=first, peak=peak)
     for _ in range(ROUNDS.value):
         for name, contestant in contestants.items():
             samples[name], taken = _timed(contestant)
             seconds[name].append(taken / (steps if name in MODES else PEER_PASSES))
             _tell(name, f"{1e3 * seconds[name][-1]:.2f} ms per step")
+        _write(_report(model, plan, **measured))  # for a run that is cut off
+    one_pass = _one_pass(model, params, plan, run_settings) if ONE_PASS.value else None
+    report = _report(model, plan, **measured, one_pass=one_pass)
+    _write(report)
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def _report(model: Model, plan, *, samples: dict, seconds: dict, first: dict, peak: dict, one_pass=None) -> dict:
+    """Gather what was measured up to now, by contestant: their last results, all timed calls, first calls, memory."""
     median = {name: float(np.median(taken)) for name, taken in seconds.items()}
     macs = {mode: float(samples[mode].macs.mean()) for mode in ("complete", "fast")}
     ideal = macs["complete"] / macs["fast"]
     scale = np.abs(samples["gated"].images).max()
-    report = dict(
+    return dict(
         command="python " + " ".join(sys.argv),
         machine=f"{_processor()}, {jax.local_device_count()} x {jax.devices()[0].device_kind}",
         date=time.strftime("%Y-%m-%d"),
         precision=model.dtype.name,
         batch_size=BATCH_SIZE.value,
-        steps=steps,
+        steps=len(plan.heads),
+        rounds=len(seconds["fast"]),
         plan=plan.in_words(),
         form_of_tokens=default_form(model),
         share_on={
@@ -105,16 +116,18 @@ def main():
         giga_macs_per_pass={mode: count / 1e9 for mode, count in macs.items()},
         padding=plan.padding,
         ideal_speedup=ideal,
-        speedup_over={name: median[name] / median["fast"] for name in contestants if name != "fast"},
+        speedup_over={name: median[name] / median["fast"] for name in seconds if name != "fast"},
         efficiency=median["complete"] / median["fast"] / ideal,
         layers_computed_in_full=int(samples["fast"].over.sum()),
         largest_difference_to_gated=float(np.abs(samples["fast"].images - samples["gated"].images).max() / scale),
-        one_pass=_one_pass(model, params, plan, run_settings) if ONE_PASS.value else None,
+        one_pass=one_pass,
     )
+
+
+def _write(report: dict) -> None:
     path = epath.Path(OUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
-    sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 
 def _tell(name: str, what: str) -> None:

@@ -175,6 +175,7 @@ def test_capacities_are_chosen_by_what_calibration_saw():
     assert switch(np.ones(4), 1000) == (1000,)
     assert switch(np.zeros(4), 1000) == (0, 56, 1000)
     assert capacities_of("fixed", shares, images=4, tokens=250) == (752,)
+    assert capacities_of("fused", shares - 0.001, images=64, tokens=256) == (12288,)  # 12272, to a multiple of 128
     assert capacities_of("one_hot", shares, images=4, tokens=256) == (192,)
     assert capacities_of("one_hot", None, images=4, tokens=256) == (256,)
     assert capacities_of("multiply", shares, images=4, tokens=256) == (1024,)

@@ -33,6 +33,9 @@ UNIFORM_CAPACITIES = 8  # when nothing is known about the counts
 CALIBRATED_CAPACITIES = 4  # beside the whole batch
 SEEN_WEIGHT = 5  # to one that a step needs the margin: the next capacity is only a branch away
 ROW_MULTIPLE = 8
+# Capacities of "fixed" and "fused" are as many parts of all rows: each further shape of a product is one more for which
+# a GPU's compiler tries out kernels, while all wait.
+PARTS = 128
 
 
 def default_form(model: Model) -> str:
@@ -63,7 +66,8 @@ def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, 
     if form == "multiply" or (form != "switch" and shares is None):
         return (rows,)
     if form != "switch":
-        return _rounded([rows * (np.max(shares) + MARGIN)], rows)
+        multiple = ROW_MULTIPLE if form == "one_hot" else max(ROW_MULTIPLE, rows // PARTS)
+        return _rounded([rows * (np.max(shares) + MARGIN)], rows, multiple)
     if shares is None:
         wanted = rows * np.arange(1, UNIFORM_CAPACITIES + 1) / UNIFORM_CAPACITIES
         return _rounded([*wanted, rows], rows)
@@ -78,8 +82,8 @@ def _calibrated(shares: tuple[float, ...], rows: int) -> tuple[int, ...]:
     return _rounded([*_best_of(wanted, weights, CALIBRATED_CAPACITIES), rows], rows)
 
 
-def _rounded(wanted, rows: int) -> tuple[int, ...]:
-    sizes = np.minimum(rows, np.ceil(np.asarray(wanted) / ROW_MULTIPLE).astype(int) * ROW_MULTIPLE)
+def _rounded(wanted, rows: int, multiple: int = ROW_MULTIPLE) -> tuple[int, ...]:
+    sizes = np.minimum(rows, np.ceil(np.asarray(wanted) / multiple).astype(int) * multiple)
     return tuple(sorted(set(sizes.tolist())))
 
 
