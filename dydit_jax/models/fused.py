@@ -1,8 +1,8 @@
 """Kernels for GPUs: all that happens to a token between two products of a block, in one pass over it.
 
-Norms, residuals, routing and packing move bytes and hardly compute. Beside narrowed products they take a third of the
-time, since XLA reads and writes the tokens more often than must be. Here, in Pallas for Triton, a row of a program is a
-warp's and stays in its registers:
+Norms, residuals, routing and packing move bytes and hardly compute. Beside narrowed products they weigh much, since
+XLA reads and writes the tokens more often than must be. Here, in Pallas for Triton, a row of a program is a warp's and
+stays in its registers:
 
     norm            what the last MLP made is added; norm, modulation        -> attention
     add             that, and what attention made, is added                  -> the new residual stream, and the router
