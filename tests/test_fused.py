@@ -16,6 +16,9 @@ from dydit_jax.generate import generate, plan_sampling
 from dydit_jax.models import fused
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.layers import layer_norm, modulate
+from dydit_jax.sharding import MeshConfig, make_mesh
+
+pytestmark = pytest.mark.skipif(fused.triton is None, reason="This JAX has no Pallas for Triton.")
 
 BATCH, TOKENS, WIDTH, PLACES = 3, 16, 96, 40
 
@@ -114,6 +117,17 @@ def test_a_fused_run_is_the_gated_one(tiny, run, calibrated):
     np.testing.assert_array_equal(fast.routing.tokens, gated.routing.tokens)
     # What does not fit is computed in full, and counted.
     assert bool(fast.over.any()) == (calibrated == "short")
+
+
+def test_a_fused_run_on_a_mesh_is_that_on_one_device(tiny):
+    model, params = tiny
+    model, labels = dataclasses.replace(model, platform="gpu"), [1, 2, 3, 4]
+    alone = generate(model, params, labels, **SETTINGS)
+    mesh = make_mesh(MeshConfig())
+    assert mesh.size == 4
+    together = generate(model, params, labels, mesh=mesh, **SETTINGS)
+    assert relative_error(together.images, alone.images) < 1e-5
+    np.testing.assert_array_equal(together.routing.tokens, alone.routing.tokens)
 
 
 def test_a_complete_run_in_kernels_is_the_complete_one(run):

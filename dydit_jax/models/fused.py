@@ -179,9 +179,13 @@ def _add_and_norm(stream: Stream, attention, modulation, *, dtype=None, keep: bo
 
 
 def _call(kernel, outputs, arguments: tuple, *, rows: int, tokens: int, aliases=None):
+    # By `Element`: the code then does not say how many rows are packed, and one kernel serves every block.
+    whole = lambda leaf: pl.BlockSpec(tuple(map(pl.Element, leaf.shape)), lambda _: (0,) * leaf.ndim)
     return pl.pallas_call(
         functools.partial(kernel, tokens=tokens),
         grid=(rows // ROWS,),
+        in_specs=jax.tree.map(whole, arguments),
+        out_specs=jax.tree.map(whole, outputs),
         out_shape=outputs,
         input_output_aliases=aliases or {},
         compiler_params=triton.CompilerParams(num_warps=ROWS, num_stages=1),
