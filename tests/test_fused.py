@@ -104,15 +104,17 @@ def run(tiny):
     return run
 
 
-@pytest.mark.parametrize("calibrated", ["not", "well", "short"])
-def test_a_fused_run_is_the_gated_one(tiny, run, calibrated):
+@pytest.mark.parametrize(
+    "form, calibrated", [("fused", "not"), ("fused", "well"), ("fused", "short"), ("fixed", "well")]
+)
+def test_a_run_for_gpus_is_the_gated_one(tiny, run, form, calibrated):
     model, params = tiny
     assert default_form(dataclasses.replace(model, platform="gpu")) == "fused"
     gated, plan = run("gated", "cpu"), plan_sampling(model, params, segments=2, **SETTINGS)
     if calibrated != "not":
         shares = gated.shares if calibrated == "well" else jax.tree.map(np.zeros_like, gated.shares)
         plan = plan.calibrated(shares)
-    fast = run("fast", "gpu", plan)
+    fast = run("fast", "gpu", dataclasses.replace(plan, form=form))
     assert relative_error(fast.images, gated.images) < 1e-5
     np.testing.assert_array_equal(fast.routing.tokens, gated.routing.tokens)
     # What does not fit is computed in full, and counted.
