@@ -121,6 +121,7 @@ def test_a_run_for_gpus_is_the_gated_one(tiny, run, form, calibrated):
     assert bool(fast.over.any()) == (calibrated == "short")
 
 
+@pytest.mark.slow
 def test_a_fused_run_on_a_mesh_is_that_on_one_device(tiny):
     model, params = tiny
     model, labels = dataclasses.replace(model, platform="gpu"), [1, 2, 3, 4]
