@@ -205,6 +205,7 @@ def _chunk(width: int) -> int:
 
 
 def _adding_kernel(stream, attention, modulation, x, normed, *, tokens: int):
+    """Write the tokens with everything added to x, and normed ones to normed, where these are wanted."""
     own = _Rows(tokens)
     parts = own.read(stream, attention)
     if normed is not None:
@@ -219,6 +220,7 @@ def _adding_kernel(stream, attention, modulation, x, normed, *, tokens: int):
 def _packing_kernel(
     x, hidden, kernel_out, bias_out, shift, scale, limit, _, places, gates, packed, counter, *, tokens: int
 ):
+    """Write places and gates of all tokens, and normed those that are on to their places."""
     own = _Rows(tokens)
     logits = own.product(hidden, kernel_out) + own.of_all(bias_out)  # [rows,1]
     is_open = (logits > 0).astype(jnp.int32)
