@@ -12,6 +12,7 @@ DiT models are sampled.
 import collections
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 
@@ -26,7 +27,15 @@ from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respac
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.narrow import NarrowedBlocks, with_gates
 from dydit_jax.fast.plan import Plan, Segment, Shares, make_plan, whole_segments
-from dydit_jax.fast.tokens import CHECKED_FORMS, capacities_of, default_form, forms_of, overflows, runners
+from dydit_jax.fast.tokens import (
+    CHECKED_FORMS,
+    capacities_of,
+    counted_shares,
+    default_form,
+    forms_of,
+    overflows,
+    runners,
+)
 from dydit_jax.models.cost import routed_macs
 from dydit_jax.models.dit import MODES as APPLY_MODES
 from dydit_jax.models.dit import DiTConfig, Model
@@ -54,7 +63,7 @@ class Samples:
       macs: mean MACs of one image's forward pass at each step [S]; guidance runs two.
       shares: of tokens that were on, the calibration of a plan.
       over: at each step and in each layer [S,L], how many devices had more tokens on than the largest capacity that
-        saves anything, and computed them all.
+        saves anything.
     """
 
     images: np.ndarray
@@ -130,7 +139,7 @@ def run_segment(params, layers, state, steps, gates, labels, keys, *, model: Mod
     """Run a segment's steps on its layers, each device on its own images.
 
     Args:
-      params: the whole parameter tree, on every device.
+      params: the parameter tree, on every device; its blocks are not used.
       layers: one parameter tree per block, narrowed to the segment.
       state: of the sampler.
       steps: coefficients of the segment's steps.
@@ -189,11 +198,10 @@ def _modulations_ahead(model: Model, params, layers, timesteps, labels):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What a step keeps of its tokens: mean gates [L,N], the fullest image's share [L], layers over capacity [L]."""
+    """What a step keeps of its tokens: mean gates [L,N], the fullest image's share [L]."""
 
     tokens: jax.Array
     fullest: jax.Array
-    over: jax.Array
 
 
 def network_of(model: Model, params, layers, *, heads, groups, form, capacities, modulations=None) -> Callable:
@@ -218,23 +226,13 @@ def network_of(model: Model, params, layers, *, heads, groups, form, capacities,
 
 
 def _predict(params, layers, labels, x, c, extra, *, model: Model, sampling, form, capacities):
-    """Predict one step; where tokens do not fit into a form's only capacity, compute the step again, in full."""
+    """Predict one step; return the output and its `_Record`."""
     heads, groups, modulations = extra
-    narrowed = network_of(
+    network = network_of(
         model, params, layers, heads=heads, groups=groups, form=form, capacities=capacities, modulations=modulations
     )
-    run = lambda network: guided(network, x, c.timestep, labels, sampling=sampling, config=model.config)
-    output, tokens = run(narrowed)
-    over = jnp.zeros(model.config.depth, bool) if form is None else overflows(form, capacities, tokens)
-    if form in CHECKED_FORMS:
-
-        def in_full(_):
-            output, routing = run(functools.partial(model.apply, params, mode="gated"))
-            return output, routing.tokens
-
-        # Once per step: a branch inside a block would break the compiler's fusions, and cost a GPU a wait.
-        output, tokens = jax.lax.cond(over.any(), in_full, lambda kept: kept, (output, tokens))
-    return output, _Record(tokens.mean(0), tokens.mean(-1).max(0), over)
+    output, tokens = guided(network, x, c.timestep, labels, sampling=sampling, config=model.config)
+    return output, _Record(tokens.mean(0), tokens.mean(-1).max(0))
 
 
 @functools.cache
@@ -296,52 +294,21 @@ def generate(
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     images = len(labels) // devices * (1 if sampling.guidance == 1.0 else 2)
     heads, groups, programs = programs_of(model, params, table, mode, plan, images)
-    settings = dict(table=table, model=model, sampling=sampling, mesh=mesh)
-    state, records = _run_programs(programs, params, state, labels, keys, report=report, **settings)
+    run = _Run(model, params, labels, keys, table=table, sampling=sampling, mesh=mesh, images=images, report=report)
+
+    def in_full(segment: Segment) -> list[Program]:
+        """Return a program for each step, all of them alike: what is seldom needed is compiled once."""
+        steps = whole_segments(heads, groups, pieces=len(heads))[segment.start : segment.stop]
+        return [Program(step, "multiply", ((images * config.tokens,),) * config.depth) for step in steps]
+
+    state, records = run.through(programs, state, in_full)
+    over = np.concatenate(list(map(run.over, programs, records)), axis=1)  # [devices,S,L]
     record = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *records)  # [devices,S,...]
     routing = Routing(np.float32(heads), np.float32(groups), record.tokens.mean(0))
     routed = mode != "complete" and config.routers != "none"
     macs = routed_macs(routing, config.macs) if routed else np.full(len(heads), float(config.macs.complete))
     shares = Shares(routing.tokens.mean(-1), record.fullest.max(0))
-    return Samples(to_host(state.current), table.timestep, routing, np.asarray(macs), shares, record.over.sum(0))
-
-
-def _run_programs(programs: list, params, state, labels, keys, *, table, report, model: Model, **settings):
-    """Run the programs of a run one after the other; return the last state and the records of all."""
-    settings |= dict(model=model)
-    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)
-    params = params | dict(blocks=blocks.whole)
-    arrays = dict(params=params, labels=labels, keys=keys)
-    shapes = jax.tree.map(shape_of, arrays | dict(state=state))
-
-    def call(program: Program) -> Call:
-        layers = blocks.shapes(*program.segment.kept)
-        described = program_arguments(program, layers=layers, table=table, **shapes)
-        return call_of(run_segment, described, program_settings(program, settings))
-
-    # An accelerator runs one segment while the host narrows and starts the next. A CPU would gain nothing by it, and
-    # hold the weights of both.
-    ahead = 0 if model.platform == "cpu" else 1
-    running, records = collections.deque(), []
-
-    def wait_for_all_but(count: int):
-        while len(running) > count:
-            segment, record = running.popleft()
-            records.append(to_host(record))
-            if report is not None:
-                report(len(segment))
-
-    with compiled_ahead(map(call, programs)) as compiled:
-        run = next(compiled)
-        for program in programs:
-            blocks.keep(*program.segment.kept)  # the first while its program is compiled
-            arguments = program_arguments(program, layers=blocks.layers, state=state, table=table, **arrays)
-            state, record = run.result()(*arguments)
-            running.append((program.segment, record))
-            run = next(compiled, None)
-            wait_for_all_but(ahead)
-        wait_for_all_but(0)
-    return state, records
+    return Samples(to_host(state.current), table.timestep, routing, np.asarray(macs), shares, over.sum(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,6 +318,78 @@ class Program:
     segment: Segment
     form: str | None
     capacities: tuple | None
+
+
+class _Run:
+    """What the programs of a run share, and the weights of the one that runs."""
+
+    def __init__(self, model: Model, params, labels, keys, *, table, sampling, mesh, images: int, report):
+        self._platform = model.platform
+        self._tokens = dict(images=images, tokens=model.config.tokens)
+        self._blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)
+        rest = {name: part for name, part in params.items() if name != "blocks"}
+        self._arrays = dict(params=rest, labels=labels, keys=keys)
+        self._table, self._report = table, report
+        self._settings = dict(model=model, sampling=sampling, mesh=mesh)
+
+    def through(self, programs: list, state, in_full: Callable) -> tuple:
+        """Run programs one after the other.
+
+        Whether all tokens had a place is known after a program's last step. If not, its result is void, and so is what
+        was started on it: its steps are run again in full. A check within the program would make a GPU's host wait at
+        every step, and bring the steps in full into every program.
+
+        Args:
+          programs: of consecutive segments.
+          state: of the sampler, before the first.
+          in_full: from a segment to programs for the same steps in which every token has a place.
+
+        Returns:
+          The state after the last, and a `_Record` for each program.
+        """
+        # An accelerator runs one segment while the host narrows and starts the next. A CPU would gain nothing by it,
+        # and hold the weights of both.
+        ahead = 0 if self._platform == "cpu" else 1
+        runs, running, records = [], collections.deque(), []
+        shapes = jax.tree.map(shape_of, dict(self._arrays, state=state))
+        with compiled_ahead(self._call(program, shapes) for program in programs) as compiled:
+            runs.append(next(compiled))
+            while len(records) < len(programs):
+                following = len(records) + len(running)
+                if following < len(programs) and len(running) <= ahead:
+                    before = state
+                    state, record = self._start(programs[following], runs[following], before)
+                    running.append((before, record))
+                    runs.extend(itertools.islice(compiled, 1))
+                    continue
+                program = programs[len(records)]
+                before, record = running.popleft()
+                record = to_host(record)
+                if program.form in CHECKED_FORMS and self.over(program, record).any():
+                    running.clear()
+                    state, steps = self.through(in_full(program.segment), before, in_full)
+                    record = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *steps)
+                elif self._report is not None:
+                    self._report(len(program.segment))
+                records.append(record)
+        return state, records
+
+    def over(self, program: Program, record: _Record) -> np.ndarray:
+        """Return which devices had at which step and in which layer more tokens on than fit: [devices,S,L]."""
+        if program.form is None:
+            return np.zeros(record.fullest.shape, bool)
+        shares = counted_shares(program.form, Shares(record.tokens.mean(-1), record.fullest))
+        return overflows(program.form, program.capacities, shares, **self._tokens)
+
+    def _call(self, program: Program, shapes: dict) -> Call:
+        layers = self._blocks.shapes(*program.segment.kept)
+        described = program_arguments(program, layers=layers, table=self._table, **shapes)
+        return call_of(run_segment, described, program_settings(program, self._settings))
+
+    def _start(self, program: Program, run, state) -> tuple:
+        self._blocks.keep(*program.segment.kept)  # the first while its program is compiled
+        arguments = dict(self._arrays, layers=self._blocks.layers, state=state, table=self._table)
+        return run.result()(*program_arguments(program, **arguments))
 
 
 def program_arguments(program: Program, *, params, layers, state, labels, keys, table) -> tuple:
@@ -398,8 +437,7 @@ def _capacities(config: DiTConfig, plan: Plan | None, form: str | None, segment:
         return None
     seen = [None] * config.depth
     if plan is not None and plan.shares is not None:
-        shares = plan.shares.fullest if form == "one_hot" else plan.shares.mean
-        seen = shares[segment.start : segment.stop].T
+        seen = counted_shares(form, plan.shares)[segment.start : segment.stop].T
     # A block with places of its own needs no capacity of the form.
     forms = [form if places == config.tokens else "multiply" for places in config.capacities]
     sizes = dict(images=images, tokens=config.tokens)

@@ -16,7 +16,7 @@ from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import NarrowedBlocks, cast_for_products, narrow
 from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
-from dydit_jax.fast.tokens import FORMS, capacities_of, overflows, run_on_open_tokens, runners
+from dydit_jax.fast.tokens import FORMS, capacities_of, counted_shares, overflows, run_on_open_tokens, runners
 from dydit_jax.generate import generate, plan_sampling
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import DiTConfig, Model
@@ -161,7 +161,8 @@ def test_packed_tokens_equal_gated_ones_for_every_count(open_rows, form, capacit
     packed = jax.jit(lambda x, gates: run_on_open_tokens(form, capacities, function, x, gates))(x, gates)
     fits = {"fixed": open_rows <= 9, "one_hot": gates.sum(1).max() <= 8}.get(form, True)
     if form != "switch":
-        assert overflows(form, (capacities,), gates[:, None]).tolist() == [not fits]
+        shares = counted_shares(form, Shares(gates.mean()[None], gates.mean(1).max()[None]))  # [1]
+        assert overflows(form, (capacities,), shares, images=2, tokens=16).tolist() == [not fits]
     if fits:
         np.testing.assert_allclose(packed, gates[..., None] * function(x), rtol=1e-6)
 
@@ -262,7 +263,7 @@ def test_form_of_tokens_and_calibration_change_nothing(tiny, form):
     known = draw(*tiny, [1, 2], mode="fast", segments=1, form=form, shares=gated.shares)
     assert_same(known, gated)
     assert form == "switch" or not known.over.any()
-    # A wrong calibration: steps overflow its capacities, are computed in full, and counted.
+    # A wrong calibration: tokens overflow its capacities, their steps are computed in full, and counted.
     wrong = draw(*tiny, [1, 2], mode="fast", form=form, shares=jax.tree.map(np.zeros_like, gated.shares))
     assert_same(wrong, gated)
     assert bool(wrong.over.any()) == (form != "multiply")

@@ -10,8 +10,8 @@ The number of tokens that are on depends on the data, so a program needs a capac
     one_hot   each image packs its own tokens into one capacity per layer, by a product with zeros and ones. For TPUs: a
               branch inside a block, or a gather of short rows, breaks the fusions around it.
 
-With one capacity per layer a step may not fit. `overflows` then says so once per step, and the caller computes that
-step in full: what does not fit costs time, never exactness.
+With one capacity per layer a step may not fit. `overflows` says so after the steps of a segment, which the caller then
+computes again, in full: what does not fit costs time, never exactness.
 
 Never under `vmap`: a branch that is mapped becomes a selection, and every branch is computed.
 """
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dydit_jax.fast.plan import MARGIN
+from dydit_jax.fast.plan import MARGIN, Shares
 from dydit_jax.models.dit import Model
 from dydit_jax.models.tokens import multiply_by_gates, run_on_places
 
@@ -48,13 +48,17 @@ def forms_of(model: Model) -> tuple[str, ...]:
     return (*FORMS, "fused") if model.runs_fused else FORMS
 
 
+def counted_shares(form: str, shares: Shares) -> np.ndarray:
+    """Return the shares that capacities of a form are chosen by: of the fullest image where each packs its own."""
+    return shares.fullest if form == "one_hot" else shares.mean
+
+
 def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, ...]:
     """Choose the capacities of one layer within one segment.
 
     Args:
       form: one of `forms_of`.
-      shares: of tokens that were on in a calibration, one per step of the segment: of the whole batch, and for
-        "one_hot" of its fullest image. None if there was none.
+      shares: `counted_shares` of a calibration, one per step of the segment. None if there was none.
       images: B on one device, guidance included.
       tokens: N.
 
@@ -62,7 +66,7 @@ def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, 
       Ascending numbers of rows. "switch": up to four that leave the least unused over the steps, evenly spaced ones
       without shares, and the whole batch. Other forms: a single one, with a margin; everything without shares.
     """
-    rows = tokens if form == "one_hot" else images * tokens
+    rows = _rows(form, images, tokens)
     if form == "multiply" or (form != "switch" and shares is None):
         return (rows,)
     if form != "switch":
@@ -170,15 +174,28 @@ def _run_packed(function, x, gates, capacities: tuple[int, ...]):
     return result.reshape(batch, tokens, width)
 
 
-def overflows(form: str, capacities: tuple[tuple[int, ...], ...], gates):
-    """Return per layer whether the open tokens exceed the largest capacity that saves anything: bool [L] from [B,L,N].
+def overflows(form: str, capacities: tuple[tuple[int, ...], ...], shares, *, images: int, tokens: int) -> np.ndarray:
+    """Tell where more tokens were on than the largest capacity that saves anything.
 
     Under "switch" the layer was then computed in full; under the other forms its result is void.
+
+    Args:
+      form: one of `forms_of`.
+      capacities: of each layer, from `capacities_of`.
+      shares: [...,L] of the tokens that were on, see `counted_shares`.
+      images, tokens: as for `capacities_of`.
+
+    Returns:
+      bool [...,L].
     """
     last = -2 if form == "switch" else -1
-    largest = jnp.asarray([layer[last] if len(layer) > 1 else layer[-1] for layer in capacities])
-    counts = gates.sum(-1)  # [B,L]
-    return (counts.max(0) if form == "one_hot" else counts.sum(0)) > largest
+    largest = np.asarray([layer[last] if len(layer) > 1 else layer[-1] for layer in capacities])
+    return np.rint(shares * _rows(form, images, tokens)) > largest
+
+
+def _rows(form: str, images: int, tokens: int) -> int:
+    """Return how many rows a capacity is a part of."""
+    return tokens if form == "one_hot" else images * tokens
 
 
 def runners(form: str, capacities: tuple[tuple[int, ...], ...]) -> list:

@@ -11,7 +11,7 @@ import numpy as np
 
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Plan
-from dydit_jax.fast.tokens import capacities_of, forms_of, run_on_open_tokens
+from dydit_jax.fast.tokens import capacities_of, counted_shares, forms_of, run_on_open_tokens
 from dydit_jax.models.dit import Model
 from dydit_jax.programs import compile_for
 
@@ -50,7 +50,7 @@ def fastest_form(model: Model, params, plan: Plan, *, images: int) -> str:
     small = dataclasses.replace(model, config=config)
 
     def racer(form: str):
-        shares = plan.shares.fullest if form == "one_hot" else plan.shares.mean
+        shares = counted_shares(form, plan.shares)
         sizes = dict(images=images, tokens=config.tokens)
         capacities = [capacities_of(form, shares[steps, layer], **sizes) for layer in range(depth)]
 
