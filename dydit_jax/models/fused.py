@@ -133,6 +133,7 @@ def add_and_norm(stream: Stream, attended, gate, shift, scale, *, dtype):
     return _add_and_norm(stream, (_flat(attended), gate), (shift, scale), dtype=dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("capacity", "dtype"))
 def pack(x, hidden, kernel_out, bias_out, shift, scale, *, capacity: int, dtype):
     """Route tokens; norm, modulate and pack those that are on.
 
@@ -165,6 +166,7 @@ def pack(x, hidden, kernel_out, bias_out, shift, scale, *, capacity: int, dtype)
     return packed, places.reshape(batch, tokens), gates.reshape(batch, tokens)
 
 
+@functools.partial(jax.jit, static_argnames=("dtype", "keep"))  # blocks of the same capacity share one
 def _add_and_norm(stream: Stream, attention, modulation, *, dtype=None, keep: bool = True):
     """Return the new tokens, if they are to be kept, and the normed ones, if there is a modulation, else None each."""
     shape = stream.x.shape
