@@ -37,6 +37,7 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.narrow import cast_for_products
 from dydit_jax.fast.plan import CUTTING, Plan
+from dydit_jax.fast.tokens import CHECKED_FORMS, default_form
 from dydit_jax.fast.trial import fastest_form
 from dydit_jax.generate import MODES, Samples, generate, plan_sampling, steps_of, to_uint8, uniform_labels
 from dydit_jax.latents import decode_latents
@@ -187,8 +188,8 @@ def _tell(samples: Samples | None, plan: Plan | None, weights: Weights, out) -> 
         )
         if plan is not None and plan.shares is not None and samples.over.any():
             logger.info(
-                "In %d of %d passes through an MLP more tokens were on than calibration allows for: all were computed.",
-                *(samples.over.sum(), samples.over.size),
+                "In %d passes through an MLP more tokens were on than calibration allows for: computed in full.",
+                samples.over.sum(),
             )
     for path in sorted(path for path in out.iterdir() if path.is_file()):
         logger.info("Wrote %s", path)
@@ -344,6 +345,7 @@ def _draw(
             # One shape for all batches; the last one is filled up and cut again.
             indices = np.asarray(batch + [batch[-1]] * (size - len(batch)))
             samples = draw(labels[indices], indices=indices, mode=request.mode, plan=plan, report=progress.update)
+            plan = _widened(plan, model, samples)
             job = samples if job is None else _joined(job, samples, done, len(batch))
             done += len(batch)
             pixels = to_uint8(decode(samples.images))
@@ -385,6 +387,12 @@ def _tuned(plan: Plan, model: Model, params, weights: Weights, draw, labels, bat
         images = passes * -(-len(batch) // jax.device_count())
         plan = dataclasses.replace(plan, form=fastest_form(model, params, plan, images=images))
     return plan
+
+
+def _widened(plan: Plan | None, model: Model, samples: Samples) -> Plan | None:
+    """Add to a plan what a batch had on, if segments of it had to be computed again: the next would need it as well."""
+    form = plan and (plan.form or default_form(model))
+    return plan.calibrated(samples.shares) if form in CHECKED_FORMS and samples.over.any() else plan
 
 
 def _plan_path(weights: Weights, checksum: str, segments: int | None):

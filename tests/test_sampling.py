@@ -1,6 +1,7 @@
 """The job behind sample.py: exact numbers of images, resumable, never overwriting another's."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -165,6 +166,22 @@ def test_long_job_calibrates_itself_and_leaves_a_plan(checkpoint, tmp_path, monk
         paths = [f"{job['out']}/images/{index:06d}.png" for job in (long, again, damaged)]
         first, *others = (np.asarray(Image.open(path)) for path in paths)
         np.testing.assert_array_equal(np.stack(others), np.stack([first] * 2))
+
+
+def test_a_job_learns_from_a_batch_that_overflows(checkpoint, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "cache"))
+    caplog.set_level("INFO")
+    request = dict(checkpoint=checkpoint, labels=["1"], batch_size=4)
+    sample(Request(**request, rows=4, out=str(tmp_path / "alone")))
+    [path] = (tmp_path / "cache" / "plans").iterdir()
+    plan = dict(np.load(path))
+    steps, layers, _ = plan["heads"].shape
+    none = np.zeros((steps, layers))
+    np.savez(path, **plan, mean=none, fullest=none, form="fixed")
+    sample(Request(**request, rows=16, out=str(tmp_path / "job")))
+    [passes] = re.findall(r"In (\d+) passes through an MLP more tokens were on", caplog.text)
+    assert 0 < int(passes) <= steps * layers  # those of the first of four batches
+    assert np.load(path)["mean"].max() > 0
 
 
 def test_token_capacity_is_part_of_the_record(checkpoint, tmp_path):
