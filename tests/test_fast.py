@@ -277,6 +277,11 @@ def test_a_run_written_for_tpus_is_the_same(tiny):
     known = dict(segments=3, shares=gated.shares, report=reports.append)
     assert_same(draw(theirs, params, [1, 2], mode="fast", **known), gated)
     assert len(reports) == 3 and sum(reports) == 6
+    # What was started on a segment that overflowed is dropped, and every step is reported once.
+    reports.clear()
+    short = dict(known, shares=jax.tree.map(np.zeros_like, gated.shares))
+    assert_same(draw(theirs, params, [1, 2], mode="fast", **short), gated)
+    assert sum(reports) == 6
 
 
 @pytest.mark.parametrize("form", ["switch", "multiply", None])
