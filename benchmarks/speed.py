@@ -29,7 +29,7 @@ from dydit_jax.build import resolve_precision
 from dydit_jax.console import run
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.fast.narrow import narrow
+from dydit_jax.fast.narrow import NarrowedBlocks, narrow
 from dydit_jax.fast.tokens import capacities_of, default_form
 from dydit_jax.generate import MODES, generate, network_of, plan_sampling, steps_of
 from dydit_jax.loading import load_checkpoint
@@ -56,13 +56,16 @@ def main():
     model, params, run_settings = _subject()
     labels = np.arange(BATCH_SIZE.value) % model.config.classes
     images = np.arange(BATCH_SIZE.value)
+    # As in a job, which makes them once for all batches.
+    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)
 
     def draw(mode: str, plan=None, indices=images):
-        return generate(model, params, labels, indices=indices, mode=mode, plan=plan, **run_settings)
+        settings = dict(run_settings, indices=indices, mode=mode, plan=plan, blocks=blocks)
+        return generate(model, params, labels, **settings)
 
     plan = plan_sampling(model, params, segments=SEGMENTS.value, **run_settings)
     first, peak, samples = {}, {}, {}
-    # As in a job, which calibrates on a few images and draws many others.
+    # A job calibrates on a few images and draws many others.
     calibration, first["gated"] = _timed(lambda: draw("gated", indices=images + BATCH_SIZE.value))
     _tell("plan", plan.in_words())
     plan = plan.calibrated(calibration.shares)

@@ -258,6 +258,7 @@ def generate(
     indices=None,
     mode: str = "fast",
     plan: Plan | None = None,
+    blocks: NarrowedBlocks | None = None,
     mesh: Mesh | None = None,
     report: Callable[[int], None] | None = None,
 ) -> Samples:
@@ -272,6 +273,8 @@ def generate(
       indices: of the images, [B]; 0 .. B - 1 by default.
       mode: "fast" (only what is on is computed), "gated" (all is computed and multiplied by the gates) or "complete".
       plan: of `fast`, from `plan_sampling`; made here if missing. Results do not depend on it.
+      blocks: of these params, for batches that follow each other: the next need not get memory for weights and cut them
+        apart anew; made here if missing.
       mesh: whose devices share the batch, which they must divide; None computes on one device.
       report: called with the number of steps done since its last call.
 
@@ -294,7 +297,10 @@ def generate(
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     images = len(labels) // devices * (1 if sampling.guidance == 1.0 else 2)
     heads, groups, programs = programs_of(model, params, table, mode, plan, images)
-    run = _Run(model, params, labels, keys, table=table, sampling=sampling, mesh=mesh, images=images, report=report)
+    blocks = blocks or NarrowedBlocks(params["blocks"], dtype=model.dtype)
+    rest = {name: part for name, part in params.items() if name != "blocks"}
+    arrays = dict(params=rest, labels=labels, keys=keys)
+    run = _Run(model, blocks, arrays, table=table, sampling=sampling, mesh=mesh, images=images, report=report)
 
     def in_full(segment: Segment) -> list[Program]:
         """Return a program for each step, all of them alike: what is seldom needed is compiled once."""
@@ -323,13 +329,12 @@ class Program:
 class _Run:
     """What the programs of a run share, and the weights of the one that runs."""
 
-    def __init__(self, model: Model, params, labels, keys, *, table, sampling, mesh, images: int, report):
+    def __init__(
+        self, model: Model, blocks: NarrowedBlocks, arrays: dict, *, table, sampling, mesh, images: int, report
+    ):
+        self._blocks, self._arrays, self._table, self._report = blocks, arrays, table, report
         self._platform = model.platform
         self._tokens = dict(images=images, tokens=model.config.tokens)
-        self._blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)
-        rest = {name: part for name, part in params.items() if name != "blocks"}
-        self._arrays = dict(params=rest, labels=labels, keys=keys)
-        self._table, self._report = table, report
         self._settings = dict(model=model, sampling=sampling, mesh=mesh)
 
     def through(self, programs: list, state, in_full: Callable) -> tuple:

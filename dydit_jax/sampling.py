@@ -35,7 +35,7 @@ from dydit_jax.cache import cache_folder
 from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.fast.narrow import cast_for_products
+from dydit_jax.fast.narrow import NarrowedBlocks
 from dydit_jax.fast.plan import CUTTING, Plan
 from dydit_jax.fast.tokens import CHECKED_FORMS, default_form
 from dydit_jax.fast.trial import fastest_form
@@ -319,7 +319,8 @@ def _draw(
     batches = [missing[first : first + size] for first in range(0, len(missing), size)]
     model = build_model(weights.model, precision=request.precision, mesh=mesh)
     params = jax.device_put(weights.params, replicated(mesh))
-    params = params | dict(blocks=cast_for_products(params["blocks"], model.dtype))  # once, not for every batch
+    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)  # once, not for every batch
+    params = params | dict(blocks=blocks.whole)
     draw = functools.partial(
         generate,
         model,
@@ -327,6 +328,7 @@ def _draw(
         sampling=weights.sampling,
         diffusion=weights.diffusion,
         seed=request.seed,
+        blocks=blocks,
         mesh=mesh if mesh.size > 1 else None,
     )
     plan, path = None, _plan_path(weights, checksum, request.segments)

@@ -244,6 +244,14 @@ def test_number_of_segments_changes_nothing(tiny):
     assert_same(draw(*tiny, [1, 2], mode="fast", segments=None), gated)
 
 
+def test_batches_can_share_their_narrowed_blocks(tiny):
+    model, params = tiny
+    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)
+    for mode in ("fast", "gated", "fast"):
+        shared, alone = (draw(model, params, [1, 2], mode=mode, **given) for given in (dict(blocks=blocks), {}))
+        np.testing.assert_array_equal(shared.images, alone.images)
+
+
 def test_a_run_leaves_no_weights_behind(tiny):
     """Not even until Python looks for cycles: those of several runs would fill the memory before it does."""
     draw(*tiny, [1, 2], mode="fast")

@@ -53,7 +53,8 @@ class NarrowedBlocks:
         for layer, units in enumerate(zip(heads, groups, strict=True)):
             for (name, axes), kept in zip(UNIT_AXES.items(), units):
                 if self._kept[layer].get(name) != kept:
-                    self.layers[layer].pop(name, None)
+                    for known in (self._kept, self.layers):  # both, should memory not suffice for the new
+                        known[layer].pop(name, None)
                     self.layers[layer][name] = _take_units(self.whole[name], layer, kept, axes)
                     self._kept[layer][name] = kept
 
