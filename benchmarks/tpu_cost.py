@@ -146,7 +146,7 @@ def _blocks(chip: str, batch: int) -> list[dict]:
 
 
 def _models(chip: str, batch: int) -> list[dict]:
-    """Cost a step of sampling with the whole model, sampler and check for overflow included."""
+    """Cost the steps of a segment with the whole model, sampler included."""
     model = _model()
     config = model.config
     sampling, diffusion = SamplingConfig(sampler="ddpm", steps="250"), DiffusionConfig()
