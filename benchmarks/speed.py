@@ -99,6 +99,7 @@ def _report(model: Model, plan, *, samples: dict, seconds: dict, first: dict, pe
     macs = {mode: float(samples[mode].macs.mean()) for mode in ("complete", "fast")}
     ideal = macs["complete"] / macs["fast"]
     scale = np.abs(samples["gated"].images).max()
+    routed = {mode: samples[mode].routing.tokens for mode in ("gated", "fast")}  # [S,L,N], means over the images
     return dict(
         command="python " + " ".join(sys.argv),
         machine=f"{_processor()}, {jax.local_device_count()} x {jax.devices()[0].device_kind}",
@@ -122,6 +123,8 @@ def _report(model: Model, plan, *, samples: dict, seconds: dict, first: dict, pe
         speedup_over={name: median[name] / median["fast"] for name in seconds if name != "fast"},
         efficiency=median["complete"] / median["fast"] / ideal,
         layers_computed_in_full=int(samples["fast"].over.sum()),
+        # One that differs, for a logit next to the threshold, makes the rest of an image's run differ.
+        token_gates_unlike_gated_per_million=1e6 * float(np.abs(routed["fast"] - routed["gated"]).mean()),
         largest_difference_to_gated=float(np.abs(samples["fast"].images - samples["gated"].images).max() / scale),
         one_pass=one_pass,
     )
