@@ -273,8 +273,8 @@ def generate(
       indices: of the images, [B]; 0 .. B - 1 by default.
       mode: "fast" (only what is on is computed), "gated" (all is computed and multiplied by the gates) or "complete".
       plan: of `fast`, from `plan_sampling`; made here if missing. Results do not depend on it.
-      blocks: of these params, for batches that follow each other: the next need not get memory for weights and cut them
-        apart anew; made here if missing.
+      blocks: of these params, on a mesh replicated, for batches that follow each other: the next need not get memory
+        for weights and cut them apart anew; made here if missing.
       mesh: whose devices share the batch, which they must divide; None computes on one device.
       report: called with the number of steps done since its last call.
 
