@@ -51,11 +51,12 @@ class NarrowedBlocks:
           heads, groups: per layer, the kept units, ascending.
         """
         for layer, units in enumerate(zip(heads, groups, strict=True)):
-            for (name, axes), kept in zip(UNIT_AXES.items(), units):
+            for name, kept in zip(UNIT_AXES, units):
                 if self._kept[layer].get(name) != kept:
                     for known in (self._kept, self.layers):  # both, should memory not suffice for the new
                         known[layer].pop(name, None)
-                    self.layers[layer][name] = _take_units(self.whole[name], layer, kept, axes)
+                    layer_and_kept = np.asarray((layer, *kept), np.int32)
+                    self.layers[layer][name] = _take_units(self.whole[name], layer_and_kept, name)
                     self._kept[layer][name] = kept
 
     def shapes(self, heads: tuple, groups: tuple) -> list[dict]:
@@ -123,23 +124,24 @@ def with_gates(layers: list, heads: tuple, groups: tuple) -> list[dict]:
     ]
 
 
-def _take_units(part: dict, layer: int, kept: tuple, axes: dict) -> dict:
-    kept, taken = np.asarray(kept, np.int32), {}
-    for name, leaf in part.items():
-        if name in IN_THREE:  # one after the other: on a CPU a gather with three results is slower
-            taken[name] = tuple(_take(leaf, (layer, i), kept, axes[name] - 1) for i in range(3))
+# Compiled once per number of kept units, not once per segment: which units they are, and of which layer, is data. One
+# call and one array of numbers per part: a GPU waits while its host starts smaller pieces.
+@functools.partial(jax.jit, static_argnames="name")
+def _take_units(part: dict, layer_and_kept, name: str) -> dict:
+    layer, kept = layer_and_kept[0], layer_and_kept[1:]
+
+    def take(leaf, axis):
+        if axis is None or len(kept) == leaf.shape[axis]:
+            return leaf
+        return jnp.take(leaf, kept, axis=axis, mode="clip")
+
+    axes, taken = UNIT_AXES[name], {}
+    for leaf_name, leaf in part.items():
+        if leaf_name in IN_THREE:
+            taken[leaf_name] = tuple(take(leaf[layer, i], axes[leaf_name] - 1) for i in range(3))
         else:
-            taken[name] = _take(leaf, (layer,), kept, axes.get(name))
+            taken[leaf_name] = take(leaf[layer], axes.get(leaf_name))
     return taken
-
-
-# Compiled once per number of kept units, not once per segment: which units they are, and of which layer, is data.
-@functools.partial(jax.jit, static_argnames="axis")
-def _take(leaf, index, kept, axis):
-    leaf = leaf[index]
-    if axis is not None and len(kept) < leaf.shape[axis]:
-        leaf = jnp.take(leaf, kept, axis=axis, mode="clip")
-    return leaf
 
 
 @jax.jit
