@@ -16,6 +16,7 @@ computed each by itself. There are no gradients. JAX means to drop this backend 
 or refuses, `accepts` says so once, and blocks run as XLA fuses them.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -35,6 +36,7 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
+CUSTOM_CALLS = ("__gpu$xla.gpu.triton",)  # what a kernel is to XLA
 ROWS = 4  # of a program, and its warps. A warp that loads four numbers per thread needs no exchange between threads.
 WIDEST_CHUNK = 128  # of the width that is loaded at once, like all sizes in Triton a power of two
 NARROWEST_CHUNK = 32
@@ -133,7 +135,41 @@ def add_and_norm(stream: Stream, attended, gate, shift, scale, *, dtype):
     return _add_and_norm(stream, (_flat(attended), gate), (shift, scale), dtype=dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "dtype"))
+def _lowered_once(*static_argnames: str):
+    """Make a function's calls share what it lowers to, those of the same shapes and settings, in whatever programs.
+
+    Lowering a kernel takes JAX longer than all else of a block, and a run has many programs of many blocks.
+
+    Args:
+      static_argnames: of the settings, all given by name.
+    """
+
+    def decorate(function):
+        jitted = jax.jit(function, static_argnames=static_argnames)
+
+        @functools.cache
+        def lowered(structure, shapes, settings):
+            arguments = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+            checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]  # it is never stored
+            return jax.jit(jax.export.export(jitted, disabled_checks=checks)(*arguments, **dict(settings)).call)
+
+        @functools.wraps(function)
+        def call(*arguments, **settings):
+            leaves, structure = jax.tree.flatten(arguments)
+            shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+            key = structure, shapes, tuple(settings.items())
+            return _lowering.submit(lowered, *key).result()(*arguments)
+
+        return call
+
+    return decorate
+
+
+# A thread of its own, which knows nothing of the mesh that a caller is traced for, and in which nothing is lowered twice.
+_lowering = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kernels")
+
+
+@_lowered_once("capacity", "dtype")
 def pack(x, hidden, kernel_out, bias_out, shift, scale, *, capacity: int, dtype):
     """Route tokens; norm, modulate and pack those that are on.
 
@@ -166,7 +202,7 @@ def pack(x, hidden, kernel_out, bias_out, shift, scale, *, capacity: int, dtype)
     return packed, places.reshape(batch, tokens), gates.reshape(batch, tokens)
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "keep"))  # blocks of the same capacity share one
+@_lowered_once("dtype", "keep")
 def _add_and_norm(stream: Stream, attention, modulation, *, dtype=None, keep: bool = True):
     """Return the new tokens, if they are to be kept, and the normed ones, if there is a modulation, else None each."""
     shape = stream.x.shape
