@@ -93,7 +93,7 @@ def start() -> dict:
     for program in programs_of(model, params, table, "fast", plan, BATCH_SIZE.value)[2]:
         kept = dict(heads=program.segment.heads, groups=program.segment.groups)
         layers = jax.eval_shape(functools.partial(narrow, **kept, dtype=model.dtype), params["blocks"])
-        arguments = program_arguments(program, layers=layers, **rest)
+        arguments = program_arguments(program, blocks=layers, **rest)
         calls.append(call_of(run_segment, arguments, program_settings(program, settings)))
     seconds = []
     with compiled_ahead(calls) as programs:

@@ -57,7 +57,7 @@ def main():
     labels = np.arange(BATCH_SIZE.value) % model.config.classes
     images = np.arange(BATCH_SIZE.value)
     # As in a job, which makes them once for all batches.
-    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)
+    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype, platform=model.platform)
 
     def draw(mode: str, plan=None, indices=images):
         settings = dict(run_settings, indices=indices, mode=mode, plan=plan, blocks=blocks)

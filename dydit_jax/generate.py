@@ -25,7 +25,7 @@ from dydit_jax.diffusion.gaussian import coefficients
 from dydit_jax.diffusion.samplers import SamplingConfig, make_sampler, run_sampler
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.fast.narrow import NarrowedBlocks, with_gates
+from dydit_jax.fast.narrow import NarrowedBlocks, Unnarrowed, with_gates
 from dydit_jax.fast.plan import Plan, Segment, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import (
     CHECKED_FORMS,
@@ -135,12 +135,12 @@ def _step_noise(keys, step, shape):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "form", "capacities", "mesh"))
-def run_segment(params, layers, state, steps, gates, labels, keys, *, model: Model, sampling, form, capacities, mesh):
-    """Run a segment's steps on its layers, each device on its own images.
+def run_segment(params, blocks, state, steps, gates, labels, keys, *, model: Model, sampling, form, capacities, mesh):
+    """Run a segment's steps on its blocks, each device on its own images.
 
     Args:
       params: the parameter tree, on every device; its blocks are not used.
-      layers: one parameter tree per block, narrowed to the segment.
+      blocks: one parameter tree per block, narrowed to the segment, or `Unnarrowed`.
       state: of the sampler.
       steps: coefficients of the segment's steps.
       gates: of heads and groups, per layer [steps,1,kept] or None.
@@ -154,7 +154,8 @@ def run_segment(params, layers, state, steps, gates, labels, keys, *, model: Mod
       The state, and a `_Record` with a leading axis of devices.
     """
 
-    def run_on_a_device(params, layers, state, steps, gates, labels, keys):
+    def run_on_a_device(params, blocks, state, steps, gates, labels, keys):
+        layers = blocks.narrowed() if isinstance(blocks, Unnarrowed) else blocks
         conditions = guided_labels(labels, sampling=sampling, config=model.config)
         extra = (*gates, _modulations_ahead(model, params, layers, steps.timestep, conditions))
         predict = functools.partial(
@@ -167,7 +168,7 @@ def run_segment(params, layers, state, steps, gates, labels, keys, *, model: Mod
         return state, jax.tree.map(lambda leaf: leaf[None], record)
 
     if mesh is None:
-        return run_on_a_device(params, layers, state, steps, gates, labels, keys)
+        return run_on_a_device(params, blocks, state, steps, gates, labels, keys)
     # Packing tokens over all devices would move them between devices at every layer; this way nothing is moved.
     split, whole = BATCH, PartitionSpec()
     return jax.shard_map(
@@ -176,7 +177,7 @@ def run_segment(params, layers, state, steps, gates, labels, keys, *, model: Mod
         in_specs=(whole, whole, split, whole, whole, split, split),
         out_specs=(split, split),
         check_vma=False,
-    )(params, layers, state, steps, gates, labels, keys)
+    )(params, blocks, state, steps, gates, labels, keys)
 
 
 def _modulations_ahead(model: Model, params, layers, timesteps, labels):
@@ -297,7 +298,7 @@ def generate(
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     images = len(labels) // devices * (1 if sampling.guidance == 1.0 else 2)
     heads, groups, programs = programs_of(model, params, table, mode, plan, images)
-    blocks = blocks or NarrowedBlocks(params["blocks"], dtype=model.dtype)
+    blocks = blocks or NarrowedBlocks(params["blocks"], dtype=model.dtype, platform=model.platform)
     rest = {name: part for name, part in params.items() if name != "blocks"}
     arrays = dict(params=rest, labels=labels, keys=keys)
     run = _Run(model, blocks, arrays, table=table, sampling=sampling, mesh=mesh, images=images, report=report)
@@ -352,8 +353,8 @@ class _Run:
         Returns:
           The state after the last, and a `_Record` for each program.
         """
-        # An accelerator runs one segment while the host narrows and starts the next. A CPU would gain nothing by it,
-        # and hold the weights of both.
+        # An accelerator runs one segment while the host starts the next. A CPU would gain nothing by it, and hold the
+        # weights of both.
         ahead = 0 if self._platform == "cpu" else 1
         runs, running, records = [], collections.deque(), []
         shapes = jax.tree.map(shape_of, dict(self._arrays, state=state))
@@ -387,23 +388,23 @@ class _Run:
         return overflows(program.form, program.capacities, shares, **self._tokens)
 
     def _call(self, program: Program, shapes: dict) -> Call:
-        layers = self._blocks.shapes(*program.segment.kept)
-        described = program_arguments(program, layers=layers, table=self._table, **shapes)
+        blocks = self._blocks.shapes(*program.segment.kept)
+        described = program_arguments(program, blocks=blocks, table=self._table, **shapes)
         return call_of(run_segment, described, program_settings(program, self._settings))
 
     def _start(self, program: Program, run, state) -> tuple:
-        self._blocks.keep(*program.segment.kept)  # the first while its program is compiled
-        arguments = dict(self._arrays, layers=self._blocks.layers, state=state, table=self._table)
+        blocks = self._blocks.keep(*program.segment.kept)  # the first while its program is compiled
+        arguments = dict(self._arrays, blocks=blocks, state=state, table=self._table)
         return run.result()(*program_arguments(program, **arguments))
 
 
-def program_arguments(program: Program, *, params, layers, state, labels, keys, table) -> tuple:
-    """Return the arguments of `run_segment` for a program, of which all but its layers and the state are the run's."""
+def program_arguments(program: Program, *, params, blocks, state, labels, keys, table) -> tuple:
+    """Return the arguments of `run_segment` for a program, of which all but its blocks and the state are the run's."""
     segment = program.segment
     steps = jax.tree.map(operator.itemgetter(slice(segment.start, segment.stop)), table)
     # [steps,1,kept] per layer: the same for all images.
     gates = jax.tree.map(lambda gate: gate[:, None].astype(np.float32), (segment.head_gates, segment.group_gates))
-    return params, layers, state, steps, gates, labels, keys
+    return params, blocks, state, steps, gates, labels, keys
 
 
 def program_settings(program: Program, settings: dict) -> dict:

@@ -319,7 +319,7 @@ def _draw(
     batches = [missing[first : first + size] for first in range(0, len(missing), size)]
     model = build_model(weights.model, precision=request.precision, mesh=mesh)
     params = jax.device_put(weights.params, replicated(mesh))
-    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)  # once, not for every batch
+    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype, platform=model.platform)  # once, not for every batch
     params = params | dict(blocks=blocks.whole)
     draw = functools.partial(
         generate,

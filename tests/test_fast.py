@@ -14,7 +14,7 @@ from conftest import ROOT, channels_last, relative_error
 from dydit_jax.diffusion.samplers import SAMPLERS, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
-from dydit_jax.fast.narrow import NarrowedBlocks, cast_for_products, narrow
+from dydit_jax.fast.narrow import NarrowedBlocks, Unnarrowed, cast_for_products, narrow
 from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import FORMS, capacities_of, counted_shares, overflows, run_on_open_tokens, runners
 from dydit_jax.generate import generate, plan_sampling
@@ -124,19 +124,28 @@ def test_only_what_products_read_is_in_their_dtype(tiny):
 
 def test_the_next_segment_takes_over_what_it_shares_with_the_last(tiny):
     model, params = tiny
-    narrowed = NarrowedBlocks(params["blocks"], dtype=jnp.dtype("float32"))
+    narrowed = NarrowedBlocks(params["blocks"], dtype=jnp.dtype("float32"), platform="cpu")
     every, fewer = tuple(range(model.config.heads)), tuple(range(1, model.config.heads))
     depth = model.config.depth
-    narrowed.keep((every,) * depth, (every,) * depth)
-    before = [dict(layer) for layer in narrowed.layers]
+    before = [dict(layer) for layer in narrowed.keep((every,) * depth, (every,) * depth)]
     wanted = dict(heads=(fewer,) + (every,) * (depth - 1), groups=(every,) * (depth - 1) + (fewer,))
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), narrowed.shapes(**wanted))
-    narrowed.keep(**wanted)
-    assert narrowed.layers[0]["attention"] is not before[0]["attention"]
-    assert narrowed.layers[0]["mlp"] is before[0]["mlp"]
-    assert narrowed.layers[-1]["attention"] is before[-1]["attention"]
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), narrowed.layers) == shapes
-    chex.assert_trees_all_equal(narrowed.layers, narrow(params["blocks"], dtype=jnp.dtype("float32"), **wanted))
+    layers = narrowed.keep(**wanted)
+    assert layers[0]["attention"] is not before[0]["attention"]
+    assert layers[0]["mlp"] is before[0]["mlp"]
+    assert layers[-1]["attention"] is before[-1]["attention"]
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), layers) == shapes
+    chex.assert_trees_all_equal(layers, narrow(params["blocks"], dtype=jnp.dtype("float32"), **wanted))
+
+
+def test_on_an_accelerator_the_program_narrows(tiny):
+    model, params = tiny
+    depth, units = model.config.depth, model.config.heads
+    wanted = dict(heads=((0, 2), *[()] * (depth - 1)), groups=(*[(1,)] * (depth - 1), tuple(range(units))))
+    given = NarrowedBlocks(params["blocks"], dtype=jnp.dtype("float32"), platform="gpu")
+    chex.assert_trees_all_equal_shapes_and_dtypes(given.shapes(**wanted), given.keep(**wanted))
+    layers = jax.jit(Unnarrowed.narrowed)(given.keep(**wanted))
+    chex.assert_trees_all_equal(layers, narrow(params["blocks"], dtype=jnp.dtype("float32"), **wanted))
 
 
 @pytest.mark.parametrize("open_rows", [0, 1, 7, 8, 9, 31, 32])
@@ -246,7 +255,7 @@ def test_number_of_segments_changes_nothing(tiny):
 
 def test_batches_can_share_their_narrowed_blocks(tiny):
     model, params = tiny
-    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype)
+    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype, platform=model.platform)
     for mode in ("fast", "gated", "fast"):
         shared, alone = (draw(model, params, [1, 2], mode=mode, **given) for given in (dict(blocks=blocks), {}))
         np.testing.assert_array_equal(shared.images, alone.images)

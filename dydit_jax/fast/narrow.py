@@ -1,5 +1,6 @@
 """The weights of a segment: the stacked blocks cut apart, each with its own kept heads and groups."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,33 +17,58 @@ UNIT_AXES = {
 IN_THREE = ("qkv", "qkv_bias")  # of queries, keys and values, which are narrowed to an array each
 
 
-class NarrowedBlocks:
-    """The blocks of one segment after another.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unnarrowed:
+    """All blocks, and what a segment keeps of them: its program narrows them.
 
-    What a layer keeps in two segments that follow each other is taken over; the rest of the old one is let go, layer by
-    layer, before the new is made.
+    Attributes:
+      whole: the parameters of all blocks, stacked [L,...].
+      kept: numbers of the kept units, of the heads of all layers and then of their groups, int32.
+      counts: how many of them each layer has, of heads and of groups.
+    """
+
+    whole: dict
+    kept: jax.Array
+    counts: tuple[tuple[int, ...], tuple[int, ...]] = dataclasses.field(metadata=dict(static=True))
+
+    def narrowed(self) -> list[dict]:
+        """Return one parameter tree per block."""
+        ends = iter(np.cumsum([count for counts in self.counts for count in counts]).tolist())
+        unnarrowed = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
+        layers = [_take_layer(unnarrowed, layer) for layer in range(len(self.counts[0]))]
+        for name, counts in zip(UNIT_AXES, self.counts):
+            for layer, (count, end) in enumerate(zip(counts, ends)):
+                layer_and_kept = jnp.concatenate([jnp.full(1, layer, jnp.int32), self.kept[end - count : end]])
+                layers[layer][name] = _take_units(self.whole[name], layer_and_kept, name)
+        return layers
+
+
+class NarrowedBlocks:
+    """The blocks of one segment after another, as its program takes them.
+
+    On a CPU they are narrowed before: what a layer keeps in two segments that follow each other is taken over; the rest
+    of the old one is let go, layer by layer, before the new is made. On an accelerator the program narrows, since that
+    would wait for its host, which starts only so many pieces of work before the first of them is done.
 
     Attributes:
       whole: the parameters of all blocks, stacked [L,...], products in their dtype.
-      layers: one parameter tree per block, as of the last call of `keep`.
     """
 
-    def __init__(self, blocks: dict, *, dtype):
-        """Take the parts that no segment narrows, modulation and token router.
+    def __init__(self, blocks: dict, *, dtype, platform: str):
+        """Cast what products read.
 
         Args:
           blocks: the parameters of all blocks, stacked [L,...].
           dtype: of the products.
+          platform: as of `Model`.
         """
-        self.whole = cast_for_products(blocks, dtype)
-        unnarrowed = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
-        depth = jax.tree.leaves(unnarrowed)[0].shape[0]
-        self.layers = [_take_layer(unnarrowed, layer) for layer in range(depth)]
-        self._kept = [{} for _ in range(depth)]
+        self.whole, self._platform = cast_for_products(blocks, dtype), platform
+        self._layers, self._kept = None, []
         self._shapes = {}  # of a part with so many units; a cached method would be a cycle that holds the weights
 
-    def keep(self, heads: tuple, groups: tuple) -> None:
-        """Narrow to a segment.
+    def keep(self, heads: tuple, groups: tuple):
+        """Return the blocks of a segment: one parameter tree per block, or all of them, `Unnarrowed`.
 
         Biases of the projections stay whole: they are added whatever is on. The kernels of queries, keys and values
         become three arrays [D,H,K], their biases [H,K]: a product cannot read a third of one array in place.
@@ -50,22 +76,35 @@ class NarrowedBlocks:
         Args:
           heads, groups: per layer, the kept units, ascending.
         """
+        if self._platform != "cpu":
+            kept = np.asarray([unit for layer in (*heads, *groups) for unit in layer], np.int32)
+            return Unnarrowed(self.whole, kept, (tuple(map(len, heads)), tuple(map(len, groups))))
+        if self._layers is None:
+            unnarrowed = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
+            self._layers = [_take_layer(unnarrowed, layer) for layer in range(len(heads))]
+            self._kept = [{} for _ in heads]
         for layer, units in enumerate(zip(heads, groups, strict=True)):
             for name, kept in zip(UNIT_AXES, units):
                 if self._kept[layer].get(name) != kept:
-                    for known in (self._kept, self.layers):  # both, should memory not suffice for the new
+                    for known in (self._kept, self._layers):  # both, should memory not suffice for the new
                         known[layer].pop(name, None)
                     layer_and_kept = np.asarray((layer, *kept), np.int32)
-                    self.layers[layer][name] = _take_units(self.whole[name], layer_and_kept, name)
+                    self._layers[layer][name] = _take_units(self.whole[name], layer_and_kept, name)
                     self._kept[layer][name] = kept
+        return self._layers
 
-    def shapes(self, heads: tuple, groups: tuple) -> list[dict]:
-        """Return the shapes of the layers that `keep` would make."""
-        units = zip(heads, groups, strict=True)
-        whole = [{name: part for name, part in layer.items() if name not in UNIT_AXES} for layer in self.layers]
+    def shapes(self, heads: tuple, groups: tuple):
+        """Return the shapes of what `keep` would return."""
+        if self._platform != "cpu":
+            return jax.tree.map(shape_of, self.keep(heads, groups))
+        unnarrowed = {
+            name: jax.tree.map(lambda leaf: self._shape_of(leaf, leaf.shape[1:]), part)
+            for name, part in self.whole.items()
+            if name not in UNIT_AXES
+        }
         return [
-            parts | {name: self._shape(name, len(kept)) for name, kept in zip(UNIT_AXES, of_layer)}
-            for parts, of_layer in zip(jax.tree.map(shape_of, whole), units)
+            unnarrowed | {name: self._shape(name, len(kept)) for name, kept in zip(UNIT_AXES, units)}
+            for units in zip(heads, groups, strict=True)
         ]
 
     def _shape(self, name: str, count: int) -> dict:
@@ -74,16 +113,19 @@ class NarrowedBlocks:
         return self._shapes[name, count]
 
     def _shape_of_part(self, name: str, count: int) -> dict:
-        # Not by `jax.eval_shape`, which takes milliseconds each time: sampling few images on a GPU would wait for it.
+        # Not by `jax.eval_shape`, which takes milliseconds each time.
         axes, shapes = UNIT_AXES[name], {}
         for leaf_name, leaf in self.whole[name].items():
             _, *shape = leaf.shape  # without the layers
             if leaf_name in axes:
                 shape[axes[leaf_name]] = count
             in_three = leaf_name in IN_THREE
-            narrowed = shape_of(jax.ShapeDtypeStruct(shape[in_three:], leaf.dtype), placed_as=leaf)
+            narrowed = self._shape_of(leaf, shape[in_three:])
             shapes[leaf_name] = (narrowed,) * 3 if in_three else narrowed
         return shapes
+
+    def _shape_of(self, leaf, shape) -> jax.ShapeDtypeStruct:
+        return shape_of(jax.ShapeDtypeStruct(shape, leaf.dtype), placed_as=leaf)
 
 
 def cast_for_products(blocks: dict, dtype) -> dict:
@@ -98,9 +140,7 @@ def cast_for_products(blocks: dict, dtype) -> dict:
 
 def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> list[dict]:
     """Return one parameter tree per layer with the units that a segment keeps; arguments as for `NarrowedBlocks`."""
-    narrowed = NarrowedBlocks(blocks, dtype=dtype)
-    narrowed.keep(heads, groups)
-    return narrowed.layers
+    return NarrowedBlocks(blocks, dtype=dtype, platform="cpu").keep(heads, groups)
 
 
 def with_gates(layers: list, heads: tuple, groups: tuple) -> list[dict]:
@@ -124,8 +164,7 @@ def with_gates(layers: list, heads: tuple, groups: tuple) -> list[dict]:
     ]
 
 
-# Compiled once per number of kept units, not once per segment: which units they are, and of which layer, is data. One
-# call and one array of numbers per part: a GPU waits while its host starts smaller pieces.
+# Compiled once per number of kept units, not once per segment: which units they are, and of which layer, is data.
 @functools.partial(jax.jit, static_argnames="name")
 def _take_units(part: dict, layer_and_kept, name: str) -> dict:
     layer, kept = layer_and_kept[0], layer_and_kept[1:]

@@ -165,7 +165,7 @@ def _lowered_once(*static_argnames: str):
     return decorate
 
 
-# A thread of its own, which knows nothing of the mesh that a caller is traced for, and in which nothing is lowered twice.
+# A thread of its own, which does not know the mesh that a caller is traced for, and in which nothing is lowered twice.
 _lowering = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kernels")
 
 
