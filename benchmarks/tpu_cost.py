@@ -29,7 +29,7 @@ from flax import nnx
 from dydit_jax.console import run
 from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.fast.narrow import cast_for_products, narrow
+from dydit_jax.fast.narrow import NarrowedBlocks, cast_for_products, narrow
 from dydit_jax.fast.tokens import runners
 from dydit_jax.generate import run_segment, steps_of
 from dydit_jax.models.cost import routed_macs
@@ -158,17 +158,20 @@ def _models(chip: str, batch: int) -> list[dict]:
     costs = {}
     for mode, heads, groups in (("complete", config.heads, config.heads), ("fast", HEADS.value, GROUPS.value)):
         kept = dict(heads=(tuple(range(heads)),) * config.depth, groups=(tuple(range(groups)),) * config.depth)
-        layers = jax.eval_shape(functools.partial(narrow, **kept, dtype=model.dtype), params["blocks"])
+        blocks = jax.eval_shape(
+            lambda whole, kept=kept: NarrowedBlocks(whole, dtype=model.dtype, platform="tpu").keep(**kept),
+            params["blocks"],
+        )
         form, capacities = (None, None) if mode == "complete" else ("one_hot", ((CAPACITY.value,),) * config.depth)
         gates = ((None,) * config.depth, (None,) * config.depth)
 
-        def step(params, layers, noise, labels, form=form, capacities=capacities, gates=gates):
+        def step(params, blocks, noise, labels, form=form, capacities=capacities, gates=gates):
             state = SamplerState(noise, noise)
             keys = jax.random.split(jax.random.key(0), batch)
             settings = dict(model=model, sampling=sampling, form=form, capacities=capacities, mesh=None)
-            return run_segment(params, layers, state, steps, gates, labels, keys, **settings)
+            return run_segment(params, blocks, state, steps, gates, labels, keys, **settings)
 
-        costs[mode] = compile_and_cost(step, params, layers, noise, labels, chip=chip)
+        costs[mode] = compile_and_cost(step, params, blocks, noise, labels, chip=chip)
     gates = lambda kept, units: np.broadcast_to(np.arange(units) < kept, (1, config.depth, units)).astype(np.float32)
     tokens = np.full((1, config.depth, config.tokens), TOKEN_SHARE.value, np.float32)
     routing = Routing(gates(HEADS.value, config.heads), gates(GROUPS.value, config.heads), tokens)

@@ -24,7 +24,7 @@ class Unnarrowed:
 
     Attributes:
       whole: the parameters of all blocks, stacked [L,...].
-      kept: numbers of the kept units, of the heads of all layers and then of their groups, int32.
+      kept: for the heads of every layer, and then for its groups, the layer's number and those of the kept units, int32.
       counts: how many of them each layer has, of heads and of groups.
     """
 
@@ -34,13 +34,12 @@ class Unnarrowed:
 
     def narrowed(self) -> list[dict]:
         """Return one parameter tree per block."""
-        ends = iter(np.cumsum([count for counts in self.counts for count in counts]).tolist())
+        ends = iter(np.cumsum([1 + count for counts in self.counts for count in counts]).tolist())
         unnarrowed = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
         layers = [_take_layer(unnarrowed, layer) for layer in range(len(self.counts[0]))]
         for name, counts in zip(UNIT_AXES, self.counts):
             for layer, (count, end) in enumerate(zip(counts, ends)):
-                layer_and_kept = jnp.concatenate([jnp.full(1, layer, jnp.int32), self.kept[end - count : end]])
-                layers[layer][name] = _take_units(self.whole[name], layer_and_kept, name)
+                layers[layer][name] = _take_units(self.whole[name], self.kept[end - count - 1 : end], name)
         return layers
 
 
@@ -77,8 +76,8 @@ class NarrowedBlocks:
           heads, groups: per layer, the kept units, ascending.
         """
         if self._platform != "cpu":
-            kept = np.asarray([unit for layer in (*heads, *groups) for unit in layer], np.int32)
-            return Unnarrowed(self.whole, kept, (tuple(map(len, heads)), tuple(map(len, groups))))
+            parts = [(layer, *kept) for kind in (heads, groups) for layer, kept in enumerate(kind)]
+            return Unnarrowed(self.whole, np.concatenate(parts, dtype=np.int32), (tuple(map(len, heads)), tuple(map(len, groups))))
         if self._layers is None:
             unnarrowed = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
             self._layers = [_take_layer(unnarrowed, layer) for layer in range(len(heads))]
