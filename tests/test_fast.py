@@ -146,6 +146,12 @@ def test_on_an_accelerator_the_program_narrows(tiny):
     chex.assert_trees_all_equal_shapes_and_dtypes(given.shapes(**wanted), given.keep(**wanted))
     layers = jax.jit(Unnarrowed.narrowed)(given.keep(**wanted))
     chex.assert_trees_all_equal(layers, narrow(params["blocks"], dtype=jnp.dtype("float32"), **wanted))
+    # Where nothing is left out, the blocks are cut apart once for all segments.
+    everything = dict.fromkeys(("heads", "groups"), (tuple(range(units)),) * depth)
+    cut = given.keep(**everything)
+    chex.assert_trees_all_equal(cut, narrow(params["blocks"], dtype=jnp.dtype("float32"), **everything))
+    chex.assert_trees_all_equal_shapes_and_dtypes(given.shapes(**everything), cut)
+    assert given.keep(**everything)[0]["mlp"] is cut[0]["mlp"]
 
 
 @pytest.mark.parametrize("open_rows", [0, 1, 7, 8, 9, 31, 32])

@@ -47,8 +47,9 @@ class NarrowedBlocks:
     """The blocks of one segment after another, as its program takes them.
 
     On a CPU they are narrowed before: what a layer keeps in two segments that follow each other is taken over; the rest
-    of the old one is let go, layer by layer, before the new is made. On an accelerator the program narrows, since that
-    would wait for its host, which starts only so many pieces of work before the first of them is done.
+    of the old one is let go, layer by layer, before the new is made. So are on any platform the blocks of segments that
+    keep everything. Otherwise an accelerator's program narrows: an accelerator would wait for its host, which starts
+    only so many pieces of work before the first of them is done.
 
     Attributes:
       whole: the parameters of all blocks, stacked [L,...], products in their dtype.
@@ -75,9 +76,9 @@ class NarrowedBlocks:
         Args:
           heads, groups: per layer, the kept units, ascending.
         """
-        if self._platform != "cpu":
-            parts = [(layer, *kept) for kind in (heads, groups) for layer, kept in enumerate(kind)]
-            return Unnarrowed(self.whole, np.concatenate(parts, dtype=np.int32), (tuple(map(len, heads)), tuple(map(len, groups))))
+        if self._is_left_to_programs(heads, groups):
+            self._layers = None
+            return self._unnarrowed(heads, groups)
         if self._layers is None:
             unnarrowed = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
             self._layers = [_take_layer(unnarrowed, layer) for layer in range(len(heads))]
@@ -94,8 +95,8 @@ class NarrowedBlocks:
 
     def shapes(self, heads: tuple, groups: tuple):
         """Return the shapes of what `keep` would return."""
-        if self._platform != "cpu":
-            return jax.tree.map(shape_of, self.keep(heads, groups))
+        if self._is_left_to_programs(heads, groups):
+            return jax.tree.map(shape_of, self._unnarrowed(heads, groups))
         unnarrowed = {
             name: jax.tree.map(lambda leaf: self._shape_of(leaf, leaf.shape[1:]), part)
             for name, part in self.whole.items()
@@ -105,6 +106,16 @@ class NarrowedBlocks:
             unnarrowed | {name: self._shape(name, len(kept)) for name, kept in zip(UNIT_AXES, units)}
             for units in zip(heads, groups, strict=True)
         ]
+
+    def _is_left_to_programs(self, heads: tuple, groups: tuple) -> bool:
+        all_heads, all_groups = self.whole["attention"]["out"].shape[1], self.whole["mlp"]["down"].shape[1]
+        keeps_all = min(map(len, heads)) == all_heads and min(map(len, groups)) == all_groups
+        return self._platform != "cpu" and not keeps_all
+
+    def _unnarrowed(self, heads: tuple, groups: tuple) -> Unnarrowed:
+        parts = [(layer, *kept) for kind in (heads, groups) for layer, kept in enumerate(kind)]
+        counts = tuple(map(len, heads)), tuple(map(len, groups))
+        return Unnarrowed(self.whole, np.concatenate(parts, dtype=np.int32), counts)
 
     def _shape(self, name: str, count: int) -> dict:
         if (name, count) not in self._shapes:
