@@ -24,7 +24,7 @@ class Unnarrowed:
 
     Attributes:
       whole: the parameters of all blocks, stacked [L,...].
-      kept: for the heads of every layer, and then for its groups, the layer's number and those of the kept units, int32.
+      kept: for the heads of every layer, then for its groups: the layer's number and those of the kept units, int32.
       counts: how many of them each layer has, of heads and of groups.
     """
 
