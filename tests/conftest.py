@@ -24,7 +24,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 def pytest_configure(config):
     """Optimize programs less, where compiling is most of the time; what runs nightly is compiled as for users."""
     if config.option.markexpr == "not slow":
-        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=1 " + os.environ.get("XLA_FLAGS", "")
+        flags = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false "
+        os.environ["XLA_FLAGS"] = flags + os.environ.get("XLA_FLAGS", "")
 
 
 from dydit_jax.convert.tables import convert_state_dict  # noqa: E402 (after the devices are fixed)
