@@ -136,7 +136,7 @@ class _Bundles:
     """The VLIW bundles of one instruction, loops marked by their depth."""
 
     HEAD = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s*(LB|PB|PF|LE|LH|CT|)\s*:\s*((?:> ?)*)\{")
-    TRIPS = re.compile(r"scmp\.\w+\.[us]32\.totalorder %\w+, (\d+) /\* loop exit test")
+    TRIPS = re.compile(r"scmp\.\w+\.[us]32\.totalorder %(\w+), (\d+) /\* loop exit test")
     MATMUL = re.compile(r"vmatmul\.([\w\.]*?)\.?(mxu\d)")
 
     def __init__(self, text: str, matmul_cycles: int):
@@ -182,9 +182,14 @@ class _Bundles:
         tests = self.TRIPS.findall(body)
         if not tests:
             return 1
-        # A software pipeline of so many stages begins that many rounds early.
-        stages = 2 if "stage = 2" in body else 1 if "stage = 1" in body else 0
-        return max(1, int(tests[-1]) - stages)
+        following, rounds = tests[-1][0], int(tests[-1][1])
+        if "stage = 1" not in body:
+            return rounds
+        # In a software pipeline the first round only fetches. The last may only write back: the work is then jumped
+        # over unless the round's number is below that of the last.
+        number = re.search(rf"%(\w+) = sphi %\w+, %{following}\b", body)
+        only_writes = number and re.search(rf"scmp\.lt\.s32\.totalorder %{number.group(1)}, {rounds - 1}\b", body)
+        return max(1, rounds - (2 if only_writes else 1))
 
 
 # --- The compiled program ------------------------------------------------------------------------
