@@ -183,13 +183,24 @@ class _Bundles:
         if not tests:
             return 1
         following, rounds = tests[-1][0], int(tests[-1][1])
-        if "stage = 1" not in body:
-            return rounds
-        # In a software pipeline the first round only fetches. The last may only write back: the work is then jumped
-        # over unless the round's number is below that of the last.
         number = re.search(rf"%(\w+) = sphi %\w+, %{following}\b", body)
-        only_writes = number and re.search(rf"scmp\.lt\.s32\.totalorder %{number.group(1)}, {rounds - 1}\b", body)
-        return max(1, rounds - (2 if only_writes else 1))
+        return self._working_rounds(body, number.group(1), rounds) if number else rounds
+
+    def _working_rounds(self, body: str, number: str, rounds: int) -> int:
+        """Count the rounds of a software pipeline whose work is not jumped over.
+
+        The first only fetch, the last may only write back. The jump is taken unless the round's number is at least one
+        bound and less than another; where nothing is written back, if it is less than one.
+        """
+        compared = re.findall(rf"%(\w+) = scmp\.(ge|lt)\.s32\.totalorder %{number}, (\d+)(?! /\* loop exit)", body)
+        bounds = {name: (kind, int(bound)) for name, kind, bound in compared}
+        for first, second in re.findall(r"= pnand %(\w+), %(\w+)", body):
+            found = dict(bounds[name] for name in (first, second) if name in bounds)
+            if len(found) == 2:
+                return found["lt"] - found["ge"]
+        jumps = re.findall(r"= sbr\.rel \(%(\w+)\)", body)
+        skipped = [bounds[name][1] for name in jumps if name in bounds and bounds[name][0] == "lt"]
+        return rounds - max(skipped, default=0)
 
 
 # --- The compiled program ------------------------------------------------------------------------
