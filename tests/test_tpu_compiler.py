@@ -1,4 +1,4 @@
-"""Where the TPU's compiler is installed, a step for a slice of eight chips gathers weights and nothing else."""
+"""Where the TPU's compiler is installed: what a step for a slice gathers, and that products are counted right."""
 
 import importlib.util
 import json
@@ -8,8 +8,24 @@ import sys
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+# Cycles of three products, the first two of which leave their result in fast memory, over those of their multiply-adds.
+PRODUCTS = """
+import jax
+from tpu_compiler import CHIPS, compile_and_cost
+
+def products(x, kernels):
+    for kernel in kernels:
+        x = jax.lax.optimization_barrier(jax.nn.relu(x @ kernel))
+    return x
+
+x, kernels = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((8192, 1152), (3, 1152, 1152)))
+cost = compile_and_cost(products, x, kernels, chip="v5e")
+print(cost.scheduled / (3 * 2 * 8192 * 1152**2 / CHIPS["v5e"].flops_per_cycle))
+"""
+
+
 @pytest.mark.parametrize("layout", ["data", "fsdp"])
 def test_training_step_compiles_for_a_slice(tmp_path, layout):
     out = tmp_path / "cost.json"
@@ -20,3 +36,10 @@ def test_training_step_compiles_for_a_slice(tmp_path, layout):
     [row] = json.loads(out.read_text())["rows"]
     assert row["other_gathers"] == [] and row["together_gib"] < 2
     assert ("all-gather" in row["collectives"]) == (layout == "fsdp")
+
+
+def test_a_product_costs_its_macs():
+    command = [sys.executable, "-c", PRODUCTS]
+    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) == pytest.approx(1, rel=1e-3)
