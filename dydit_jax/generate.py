@@ -49,6 +49,8 @@ MODES = (*APPLY_MODES, "fast")
 PROGRESS_PIECES = 10
 GUIDED_FIRST_CHANNELS = 3
 MOST_MODULATION_BYTES = 2**30  # of float32, on a device
+# Of one block, half of a TPU's fast memory: more are written to the slow one and read again.
+MOST_SCORE_BYTES = 2**26
 BYTES_PER_NUMBER = 4
 
 
@@ -151,21 +153,29 @@ def run_segment(params, blocks, state, steps, gates, labels, keys, *, model: Mod
       mesh: whose devices share the images, or None.
 
     Returns:
-      The state, and a `_Record` with a leading axis of devices.
+      The state, and a `_Record` with a leading axis of passes, those of the first device first.
     """
 
     def run_on_a_device(params, blocks, state, steps, gates, labels, keys):
         layers = blocks.narrowed() if isinstance(blocks, Unnarrowed) else blocks
-        conditions = guided_labels(labels, sampling=sampling, config=model.config)
-        extra = (*gates, _modulations_ahead(model, params, layers, steps.timestep, conditions))
-        predict = functools.partial(
-            _predict, params, layers, labels, model=model, sampling=sampling, form=form, capacities=capacities
-        )
-        shape = state.current.shape[1:]
-        noise_at = lambda step: _step_noise(keys, step, shape)
-        sampler = make_sampler(sampling)
-        state, record = run_sampler(sampler, state, steps, extra, predict=predict, noise_at=noise_at)
-        return state, jax.tree.map(lambda leaf: leaf[None], record)
+
+        def run_pass(images):
+            state, labels, keys = images
+            conditions = guided_labels(labels, sampling=sampling, config=model.config)
+            extra = (*gates, _modulations_ahead(model, params, layers, steps.timestep, conditions))
+            predict = functools.partial(
+                _predict, params, layers, labels, model=model, sampling=sampling, form=form, capacities=capacities
+            )
+            noise_at = lambda step: _step_noise(keys, step, state.current.shape[1:])
+            return run_sampler(make_sampler(sampling), state, steps, extra, predict=predict, noise_at=noise_at)
+
+        images, size = (state, labels, keys), images_of_pass(model, sampling, len(labels))
+        if size == len(labels):
+            state, record = run_pass(images)
+            return state, jax.tree.map(lambda leaf: leaf[None], record)
+        passes = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), images)
+        state, record = jax.lax.map(run_pass, passes)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), state), record
 
     if mesh is None:
         return run_on_a_device(params, blocks, state, steps, gates, labels, keys)
@@ -178,6 +188,29 @@ def run_segment(params, blocks, state, steps, gates, labels, keys, *, model: Mod
         out_specs=(split, split),
         check_vma=False,
     )(params, blocks, state, steps, gates, labels, keys)
+
+
+def images_of_pass(model: Model, sampling: SamplingConfig, images: int) -> int:
+    """Return how many of a device's images go through a segment together, before the next ones do.
+
+    On a TPU so many that their attention scores stay in fast memory, unless that leaves too few for its matrix units.
+    Elsewhere all of them.
+
+    Args:
+      model, sampling: the network and the sampler.
+      images: on one device, like the result without those that guidance adds.
+    """
+    if model.platform != "tpu":
+        return images
+    scores = runs_per_image(sampling) * model.config.heads * model.config.tokens**2 * jnp.dtype(model.dtype).itemsize
+    most = max(1, MOST_SCORE_BYTES // scores)
+    largest = max(size for size in range(1, min(most, images) + 1) if images % size == 0)
+    return largest if 2 * largest > most else images
+
+
+def runs_per_image(sampling: SamplingConfig) -> int:
+    """Return how often the network runs on an image in one step: twice with guidance."""
+    return 1 if sampling.guidance == 1.0 else 2
 
 
 def _modulations_ahead(model: Model, params, layers, timesteps, labels):
@@ -296,7 +329,7 @@ def generate(
     shape = (config.side, config.side, config.channels)
     state, keys, labels = _compiled_begin(sampling, shape, mesh)(indices, labels, seed)
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    images = len(labels) // devices * (1 if sampling.guidance == 1.0 else 2)
+    images = images_of_pass(model, sampling, len(labels) // devices) * runs_per_image(sampling)
     heads, groups, programs = programs_of(model, params, table, mode, plan, images)
     blocks = blocks or NarrowedBlocks(params["blocks"], dtype=model.dtype, platform=model.platform)
     rest = {name: part for name, part in params.items() if name != "blocks"}
@@ -309,8 +342,8 @@ def generate(
         return [Program(step, "multiply", ((images * config.tokens,),) * config.depth) for step in steps]
 
     state, records = run.through(programs, state, in_full)
-    over = np.concatenate(list(map(run.over, programs, records)), axis=1)  # [devices,S,L]
-    record = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *records)  # [devices,S,...]
+    over = np.concatenate(list(map(run.over, programs, records)), axis=1)  # [passes,S,L]
+    record = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *records)  # [passes,S,...]
     routing = Routing(np.float32(heads), np.float32(groups), record.tokens.mean(0))
     routed = mode != "complete" and config.routers != "none"
     macs = routed_macs(routing, config.macs) if routed else np.full(len(heads), float(config.macs.complete))
@@ -381,7 +414,7 @@ class _Run:
         return state, records
 
     def over(self, program: Program, record: _Record) -> np.ndarray:
-        """Return which devices had at which step and in which layer more tokens on than fit: [devices,S,L]."""
+        """Return which passes had at which step and in which layer more tokens on than fit: [passes,S,L]."""
         if program.form is None:
             return np.zeros(record.fullest.shape, bool)
         shares = counted_shares(program.form, Shares(record.tokens.mean(-1), record.fullest))

@@ -39,7 +39,17 @@ from dydit_jax.fast.narrow import NarrowedBlocks
 from dydit_jax.fast.plan import CUTTING, Plan
 from dydit_jax.fast.tokens import CHECKED_FORMS, default_form
 from dydit_jax.fast.trial import fastest_form
-from dydit_jax.generate import MODES, Samples, generate, plan_sampling, steps_of, to_uint8, uniform_labels
+from dydit_jax.generate import (
+    MODES,
+    Samples,
+    generate,
+    images_of_pass,
+    plan_sampling,
+    runs_per_image,
+    steps_of,
+    to_uint8,
+    uniform_labels,
+)
 from dydit_jax.latents import decode_latents
 from dydit_jax.loading import load_autoencoder, load_checkpoint
 from dydit_jax.models.dit import Model
@@ -385,8 +395,8 @@ def _tuned(plan: Plan, model: Model, params, weights: Weights, draw, labels, bat
         logger.info("Calibrating token capacities on %d images.", len(few))
         plan = plan.calibrated(draw(labels[few], indices=few, mode="gated").shares)
     if plan.form is None and jax.process_count() == 1:  # several could find different ones
-        passes = 1 if weights.sampling.guidance == 1.0 else 2
-        images = passes * -(-len(batch) // jax.device_count())
+        images = images_of_pass(model, weights.sampling, -(-len(batch) // jax.device_count()))
+        images *= runs_per_image(weights.sampling)
         plan = dataclasses.replace(plan, form=fastest_form(model, params, plan, images=images))
     return plan
 

@@ -17,7 +17,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import NarrowedBlocks, Unnarrowed, cast_for_products, narrow
 from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import FORMS, capacities_of, counted_shares, overflows, run_on_open_tokens, runners
-from dydit_jax.generate import generate, plan_sampling
+from dydit_jax.generate import generate, images_of_pass, plan_sampling
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.sharding import MeshConfig, make_mesh
@@ -305,6 +305,30 @@ def test_a_run_written_for_tpus_is_the_same(tiny):
     short = dict(known, shares=jax.tree.map(np.zeros_like, gated.shares))
     assert_same(draw(theirs, params, [1, 2], mode="fast", **short), gated)
     assert sum(reports) == 6
+
+
+def test_on_a_tpu_images_go_through_in_passes(tiny):
+    model, params = tiny
+    # So many tokens that the scores of four images fill half of the fast memory, of two with guidance.
+    config = dataclasses.replace(model.config, side=64)
+    model = dataclasses.replace(model, config=config, platform="tpu")
+    sizes = {images: images_of_pass(model, SAMPLING, images) for images in (1, 2, 6, 7)}
+    assert sizes == {1: 1, 2: 2, 6: 2, 7: 7}  # seven would go one by one
+    assert images_of_pass(dataclasses.replace(model, platform="gpu"), SAMPLING, 6) == 6
+    sampling = dataclasses.replace(SAMPLING, steps="2")
+    indices = np.arange(6)
+    whole = draw(model, params, indices, mode="fast", segments=1, sampling=sampling)
+    pairs = [
+        draw(model, params, pair, indices=pair, mode="fast", segments=1, sampling=sampling)
+        for pair in np.split(indices, 3)
+    ]
+    assert relative_error(whole.images, np.concatenate([pair.images for pair in pairs])) < 1e-6
+    np.testing.assert_allclose(whole.routing.tokens, np.mean([pair.routing.tokens for pair in pairs], 0), rtol=1e-6)
+    np.testing.assert_array_equal(whole.shares.fullest, np.max([pair.shares.fullest for pair in pairs], 0))
+    # Where too few places are planned, all passes are run in full.
+    short = dict(segments=1, sampling=sampling, shares=jax.tree.map(np.zeros_like, whole.shares))
+    again = draw(model, params, indices, mode="fast", **short)
+    assert relative_error(again.images, whole.images) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["switch", "multiply", None])
