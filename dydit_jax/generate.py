@@ -64,8 +64,8 @@ class Samples:
       routing: means over the batch: heads [S,L,H], groups [S,L,G], tokens [S,L,N].
       macs: mean MACs of one image's forward pass at each step [S]; guidance runs two.
       shares: of tokens that were on, the calibration of a plan.
-      over: at each step and in each layer [S,L], how many devices had more tokens on than the largest capacity that
-        saves anything.
+      over: at each step and in each layer [S,L], in how many passes (one per device, more on TPUs) more tokens were on
+        than the largest capacity that saves anything.
     """
 
     images: np.ndarray
@@ -471,7 +471,7 @@ def programs_of(model: Model, params, table, mode: str, plan: Plan | None, image
 
 
 def _capacities(config: DiTConfig, plan: Plan | None, form: str | None, segment: Segment, *, images: int):
-    """Return the capacities of every layer of a segment, for the block's tokens on one device."""
+    """Return the capacities of every layer of a segment, for the block's tokens of one pass."""
     if form is None:
         return None
     seen = [None] * config.depth

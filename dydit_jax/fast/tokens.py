@@ -59,7 +59,7 @@ def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, 
     Args:
       form: one of `forms_of`.
       shares: `counted_shares` of a calibration, one per step of the segment. None if there was none.
-      images: B on one device, guidance included.
+      images: B of one pass on one device, guidance included.
       tokens: N.
 
     Returns:

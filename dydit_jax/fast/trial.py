@@ -27,7 +27,7 @@ def fastest_form(model: Model, params, plan: Plan, *, images: int) -> str:
     Args:
       model, params: the network.
       plan: calibrated.
-      images: B on one device, guidance included.
+      images: B of one pass on one device, guidance included.
 
     Returns:
       One of `tokens.forms_of`.
