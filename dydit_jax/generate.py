@@ -49,8 +49,8 @@ MODES = (*APPLY_MODES, "fast")
 PROGRESS_PIECES = 10
 GUIDED_FIRST_CHANNELS = 3
 MOST_MODULATION_BYTES = 2**30  # of float32, on a device
-# Of one block, half of a TPU's fast memory: more are written to the slow one and read again.
-MOST_SCORE_BYTES = 2**26
+# Of one block, a quarter of a TPU's fast memory: of more, some are written to the slow one and read again.
+MOST_SCORE_BYTES = 2**25
 BYTES_PER_NUMBER = 4
 
 
