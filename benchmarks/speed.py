@@ -31,7 +31,7 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.narrow import NarrowedBlocks, narrow
 from dydit_jax.fast.tokens import capacities_of, default_form
-from dydit_jax.generate import MODES, generate, network_of, plan_sampling, steps_of
+from dydit_jax.generate import MODES, generate, network_of, plan_sampling, runs_per_image, steps_of
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model, published_config
 from dydit_jax.programs import compile_for
@@ -73,7 +73,7 @@ def main():
     contestants = {mode: lambda mode=mode: draw(mode, plans[mode]) for mode in MODES}
     steps = len(plan.heads)
     if PEERS.value:
-        contestants |= _peers(model, BATCH_SIZE.value * (1 if run_settings["sampling"].guidance == 1.0 else 2))
+        contestants |= _peers(model, BATCH_SIZE.value * runs_per_image(run_settings["sampling"]))
     for name, contestant in contestants.items():
         if name not in first:
             _, first[name] = _timed(contestant)
