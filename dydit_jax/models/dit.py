@@ -174,7 +174,7 @@ class Block(nnx.Module):
         self.attention = Attention(**common, heads=config.heads)
         self.mlp = MLP(**common, groups=config.heads, hidden=config.hidden)
         if config.routers != "none":
-            self.token_router = TokenRouter(width=config.width, dtype=dtype, rngs=rngs)
+            self.token_router = TokenRouter(width=config.width, dtype=dtype, platform=platform, rngs=rngs)
         self.platform = platform
 
     def __call__(
