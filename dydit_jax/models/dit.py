@@ -169,7 +169,7 @@ class Block(nnx.Module):
     """One transformer block. Heads and groups are as many as its arrays have."""
 
     def __init__(self, config: DiTConfig, *, dtype, platform: str, rngs: nnx.Rngs):
-        self.modulation = Modulation(width=config.width, parts=6, dtype=dtype)
+        self.modulation = Modulation(width=config.width, parts=6, dtype=dtype, platform=platform)
         common = dict(width=config.width, dtype=dtype, platform=platform, rngs=rngs)
         self.attention = Attention(**common, heads=config.heads)
         self.mlp = MLP(**common, groups=config.heads, hidden=config.hidden)
@@ -264,7 +264,8 @@ class DiT(nnx.Module):
         self.label_embed = LabelEmbed(classes=config.classes, width=width, deviation=config.label_deviation, rngs=rngs)
         make_block = lambda rngs: Block(config, dtype=dtype, platform=platform, rngs=rngs)
         self.blocks = nnx.vmap(make_block)(rngs.split(config.depth))  # every parameter [L,...]
-        self.output = Output(width=width, patch=config.patch, channels=2 * config.channels, dtype=dtype)
+        channels = 2 * config.channels
+        self.output = Output(width=width, patch=config.patch, channels=channels, dtype=dtype, platform=platform)
         if config.routers != "none":
             router = dict(layers=config.depth, width=width, units=config.heads, layout=config.routers, rngs=rngs)
             self.head_router = TimeRouter(**router)

@@ -206,18 +206,21 @@ def unconstrained(x):
 class Modulation(nnx.Module):
     """SiLU and a Linear from the condition to `parts` vectors; zero at the start, as in adaLN-zero."""
 
-    def __init__(self, *, width: int, parts: int, dtype):
+    def __init__(self, *, width: int, parts: int, dtype, platform: str):
         self.kernel = nnx.Param(jnp.zeros((width, parts, width)))
         self.bias = nnx.Param(jnp.zeros((parts, width)))
-        self.dtype = dtype
+        self.dtype, self.platform = dtype, platform
 
     def __call__(self, condition):
         """Turn the condition [B,D] into float32 [parts,B,D]."""
         width, parts, _ = self.kernel.shape
-        # One plain product: with an axis of its own for the parts, a CPU transposes the kernel first.
-        kernel = self.kernel[...].astype(self.dtype).reshape(width, parts * width)
-        vectors = (jax.nn.silu(condition).astype(self.dtype) @ kernel).astype(jnp.float32)
-        return vectors.reshape(-1, parts, width).swapaxes(0, 1) + self.bias[...][:, None]
+        condition, kernel = jax.nn.silu(condition).astype(self.dtype), self.kernel[...].astype(self.dtype)
+        # As one plain product a TPU copies the kernel first; with an axis of its own for the parts a CPU does.
+        if self.platform == "tpu":
+            vectors = jnp.einsum("bd,dpe->pbe", condition, kernel)
+        else:
+            vectors = (condition @ kernel.reshape(width, parts * width)).reshape(-1, parts, width).swapaxes(0, 1)
+        return vectors.astype(jnp.float32) + self.bias[...][:, None]
 
 
 class Attention(nnx.Module):
@@ -277,8 +280,8 @@ class MLP(nnx.Module):
 class Output(nnx.Module):
     """Norm, modulation by the condition, and a Linear from tokens to the pixels of their patch."""
 
-    def __init__(self, *, width: int, patch: int, channels: int, dtype):
-        self.modulation = Modulation(width=width, parts=2, dtype=dtype)
+    def __init__(self, *, width: int, patch: int, channels: int, dtype, platform: str):
+        self.modulation = Modulation(width=width, parts=2, dtype=dtype, platform=platform)
         self.kernel = nnx.Param(jnp.zeros((width, patch, patch, channels)))
         self.bias = nnx.Param(jnp.zeros((patch, patch, channels)))
         self.dtype = dtype
