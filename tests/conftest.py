@@ -24,7 +24,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 def pytest_configure(config):
     """Optimize programs less, where compiling is most of the time; what runs nightly is compiled as for users."""
     if config.option.markexpr == "not slow":
-        flags = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false "
+        flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
         os.environ["XLA_FLAGS"] = flags + os.environ.get("XLA_FLAGS", "")
 
 

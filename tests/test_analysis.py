@@ -32,7 +32,7 @@ def checkpoints(tiny, tmp_path_factory):
     about = dict(config=dict(data=dict(name="digits")))
     for name, config, leaves in (
         ("dynamic", model.config, params),
-        ("static", static, Model(static).init(jax.random.key(0))),
+        ("static", static, jax.jit(Model(static).init)(jax.random.key(0))),
     ):
         path = folder / f"{name}.safetensors"
         save_weights(path, Weights(config, DiffusionConfig(), sampling, jax.device_get(leaves), about))
@@ -94,7 +94,7 @@ def test_wrong_requests_are_refused(checkpoints, tmp_path, tiny):
     (full / "mine").write_text("")
     other = tmp_path / "other.safetensors"
     wide = dataclasses.replace(tiny[0].config, channels=3, routers="none")
-    params = jax.device_get(Model(wide).init(jax.random.key(0)))
+    params = jax.device_get(jax.jit(Model(wide).init)(jax.random.key(0)))
     save_weights(other, Weights(wide, DiffusionConfig(), SamplingConfig(), params, {}))
     out = str(tmp_path / "new")
     for told, make in (

@@ -42,7 +42,8 @@ def test_places_get_what_a_product_with_the_gates_gives(platform, capacity):
     function = lambda rows: jnp.tanh(rows) + 1
     run = functools.partial(run_on_places, function, gates=gates, places=places, capacity=capacity, platform=platform)
     expected = jnp.where((places < capacity)[..., None], gates[..., None] * function(x), 0)
-    np.testing.assert_allclose(jax.jit(run)(x), expected, rtol=1e-6)
+    # Two programs' tanh differ by as much as 1.1e-6 where XLA optimizes little.
+    np.testing.assert_allclose(jax.jit(run)(x), expected, rtol=2e-6)
     # The gradient is that of the product: nothing leaks into or out of tokens without a place.
     slope = jax.grad(lambda x: (run(x) ** 2).sum())(x)
     wanted = jax.grad(
