@@ -179,17 +179,22 @@ def with_gates(layers: list, heads: tuple, groups: tuple) -> list[dict]:
 def _take_units(part: dict, layer_and_kept, name: str) -> dict:
     layer, kept = layer_and_kept[0], layer_and_kept[1:]
 
-    def take(leaf, axis):
-        if axis is None or len(kept) == leaf.shape[axis]:
-            return leaf
-        return jnp.take(leaf, kept, axis=axis, mode="clip")
+    def take(leaf, axis, *part_of_leaf):
+        place = (layer, *part_of_leaf)
+        if axis is None or len(kept) == leaf[place].shape[axis]:
+            return leaf[place]
+        if axis == 0:
+            return jnp.take(leaf[place], kept, axis=0, mode="clip")
+        # Read from all layers at once: a TPU would first copy the layer whole, into the layout that taking units wants.
+        unit_of = lambda unit: leaf.at[*place, *(slice(None),) * axis, unit].get(mode="clip")
+        return jax.vmap(unit_of, out_axes=axis)(kept)
 
     axes, taken = UNIT_AXES[name], {}
     for leaf_name, leaf in part.items():
         if leaf_name in IN_THREE:
-            taken[leaf_name] = tuple(take(leaf[layer, i], axes[leaf_name] - 1) for i in range(3))
+            taken[leaf_name] = tuple(take(leaf, axes[leaf_name] - 1, i) for i in range(3))
         else:
-            taken[leaf_name] = take(leaf[layer], axes.get(leaf_name))
+            taken[leaf_name] = take(leaf, axes.get(leaf_name))
     return taken
 
 
