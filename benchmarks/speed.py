@@ -3,10 +3,11 @@
     python benchmarks/speed.py --checkpoint assets/digits_dydit.safetensors --batch_size 100 --out digits.json
     python benchmarks/speed.py --model B/2 --profile 65,65,65 --batch_size 4 --steps 32 --peers --out b2_65.json
 
-The contestants take turns, so that whatever else the machine does meets all of them; medians are reported. The ideal
-speed-up is the ratio of MACs, the efficiency is the measured speed-up over the ideal one. The first call includes
-compilation. Peers are diffusers' DiT of the same size, eager and compiled: eight forward passes, of which each does the
-same work.
+The contestants take turns, so that whatever else the machine does meets all of them: on a CPU after every segment of
+the schedule, on an accelerator, which is in the middle of the next one by then, after every run. Medians are reported.
+The ideal speed-up is the ratio of MACs, the efficiency is the measured speed-up over the ideal one. The first call
+includes compilation. Peers are diffusers' DiT of the same size, eager and compiled: eight forward passes, of which each
+does the same work.
 """
 
 import concurrent.futures
@@ -24,6 +25,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 from profiles import profiled_params
+from turns import side_by_side
 
 from dydit_jax.build import resolve_precision
 from dydit_jax.console import run
@@ -56,22 +58,27 @@ def main():
     model, params, run_settings = _subject()
     labels = np.arange(BATCH_SIZE.value) % model.config.classes
     images = np.arange(BATCH_SIZE.value)
-    # As in a job, which makes them once for all batches.
-    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype, platform=model.platform)
+    # As in a job, which makes them once for all batches. `fast` has its own: a turn must not undo its narrowing.
+    narrowed, whole = (NarrowedBlocks(params["blocks"], dtype=model.dtype, platform=model.platform) for _ in range(2))
+    plan = plan_sampling(model, params, segments=SEGMENTS.value, **run_settings)
+    steps = len(plan.heads)
 
-    def draw(mode: str, plan=None, indices=images):
-        settings = dict(run_settings, indices=indices, mode=mode, plan=plan, blocks=blocks)
+    def draw(mode: str, report=None, *, plan=None, indices=images):
+        settings = dict(run_settings, indices=indices, mode=mode, plan=plan, blocks=narrowed if plan else whole)
+        if report is not None and model.platform == "cpu":
+            settings |= dict(report=lambda count: report(count / steps))
         return generate(model, params, labels, **settings)
 
-    plan = plan_sampling(model, params, segments=SEGMENTS.value, **run_settings)
     first, peak, samples = {}, {}, {}
     # A job calibrates on a few images and draws many others.
     calibration, first["gated"] = _timed(lambda: draw("gated", indices=images + BATCH_SIZE.value))
     _tell("plan", plan.in_words())
     plan = plan.calibrated(calibration.shares)
-    plans = dict(complete=None, gated=None, fast=plan)
-    contestants = {mode: lambda mode=mode: draw(mode, plans[mode]) for mode in MODES}
-    steps = len(plan.heads)
+    contestants = dict(
+        complete=functools.partial(draw, "complete"),
+        gated=functools.partial(draw, "gated"),
+        fast=functools.partial(draw, "fast", plan=plan),
+    )
     if PEERS.value:
         contestants |= _peers(model, BATCH_SIZE.value * runs_per_image(run_settings["sampling"]))
     for name, contestant in contestants.items():
@@ -82,9 +89,10 @@ def main():
     seconds = {name: [] for name in contestants}  # per step, or per pass of a peer
     measured = dict(samples=samples, seconds=seconds, first=first, peak=peak)
     for _ in range(ROUNDS.value):
-        for name, contestant in contestants.items():
-            samples[name], taken = _timed(contestant)
-            seconds[name].append(taken / (steps if name in MODES else PEER_PASSES))
+        found, taken = side_by_side(contestants)
+        samples |= found
+        for name in contestants:
+            seconds[name].append(taken[name] / (steps if name in MODES else PEER_PASSES))
             _tell(name, f"{1e3 * seconds[name][-1]:.2f} ms per step")
         _write(_report(model, plan, **measured))  # for a run that is cut off
     one_pass = _one_pass(model, params, plan, run_settings) if ONE_PASS.value else None
@@ -250,10 +258,12 @@ def _peers(model: Model, images: int) -> dict:
     t, labels = torch.full((images,), 500, device=device), torch.arange(images, device=device) % config.classes
 
     def repeat(network):
-        def go():
+        def go(report=None):
             with torch.inference_mode():
                 for _ in range(PEER_PASSES):
                     network(x, t, labels)
+                    if report is not None and device == "cpu":
+                        report(1 / PEER_PASSES)
                 if device == "cuda":
                     torch.cuda.synchronize()
 
