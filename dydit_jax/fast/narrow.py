@@ -181,7 +181,7 @@ def _take_units(part: dict, layer_and_kept, name: str) -> dict:
 
     def take(leaf, axis, *part_of_leaf):
         place = (layer, *part_of_leaf)
-        if axis is None or len(kept) == leaf[place].shape[axis]:
+        if axis is None or len(kept) == leaf.shape[len(place) + axis]:
             return leaf[place]
         if axis == 0:  # units lie together, which is cheap; taken from all layers, a v5e's product reads them slower
             return jnp.take(leaf[place], kept, axis=0, mode="clip")
