@@ -217,7 +217,7 @@ def runs_per_image(sampling: SamplingConfig) -> int:
 
 
 def _modulations_ahead(model: Model, params, layers, timesteps, labels):
-    """Return the modulations of all steps of a segment, [S,...] each, or None where they are too large to keep.
+    """Return `Model.modulations` of all steps of a segment, [S,...], or None where they are too large to keep.
 
     A third of a DiT's weights only multiply one vector per image. Made for all steps at once, the modulations read them
     once per segment and not at every step, which on few images is most of what they cost.
@@ -228,8 +228,11 @@ def _modulations_ahead(model: Model, params, layers, timesteps, labels):
     if numbers * BYTES_PER_NUMBER > MOST_MODULATION_BYTES:
         return None
     found = model.modulations(params, layers, jnp.repeat(timesteps, images), jnp.tile(labels, steps))
-    by_step = lambda rows: rows.reshape(len(rows), steps, images, -1).swapaxes(0, 1)  # [S,parts,B,D]
-    return jax.tree.map(by_step, found)
+    if model.platform == "cpu":  # an array per part: loops that read a slice of all parts twice are not vectorised
+        by_step = lambda parts: tuple(part.reshape(steps, images, -1) for part in parts)  # [S,B,D]
+    else:
+        by_step = lambda parts: parts.reshape(len(parts), steps, images, -1).swapaxes(0, 1)  # [S,parts,B,D]
+    return tuple(map(by_step, found))
 
 
 @jax.tree_util.register_dataclass

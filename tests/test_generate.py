@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import sys
 
 import jax
@@ -75,17 +76,20 @@ def test_every_program_is_compiled_once(tiny, monkeypatch, program_folder):
     assert len(lowered) == 1  # for ten pieces
 
 
-def test_modulations_of_all_steps_are_those_of_each(tiny, monkeypatch):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_modulations_of_all_steps_are_those_of_each(tiny, monkeypatch, platform):
     model, params = tiny
+    model = dataclasses.replace(model, platform=platform)
     every = (tuple(range(model.config.heads)),) * model.config.depth
     layers = narrow(params["blocks"], heads=every, groups=every, dtype=model.dtype)
     timesteps, labels = jnp.asarray([900, 500, 7]), jnp.asarray([1, 3])
     ahead = _modulations_ahead(model, params, layers, timesteps, labels)
     for step, t in enumerate(timesteps):
         each = model.modulations(params, layers, jnp.full(2, t), labels)
-        for all_steps, one in zip(ahead, each, strict=True):
-            np.testing.assert_allclose(all_steps[step], one, atol=1e-6)
-    assert ahead[0].shape == (3, 6, 2, model.config.width) and len(ahead) == model.config.depth + 1
+        of_step = jax.tree.map(operator.itemgetter(step), ahead)
+        for one, expected in zip(of_step, each, strict=True):
+            np.testing.assert_allclose(jnp.stack([*one]), expected, atol=1e-6)
+    assert len(ahead) == model.config.depth + 1
     monkeypatch.setattr(sys.modules["dydit_jax.generate"], "MOST_MODULATION_BYTES", 100)
     assert _modulations_ahead(model, params, layers, timesteps, labels) is None
 

@@ -195,7 +195,7 @@ class Block(nnx.Module):
 
         Args:
           x: tokens [B,N,D], float32.
-          modulation: of the condition, [6,B,D]: shift, scale and gate of attention, then of the MLP.
+          modulation: of the condition, six of [B,D]: shift, scale and gate of attention, then of the MLP.
           heads, groups: gates [B or 1,H] and [B or 1,G]; None opens all.
           routed: whether tokens are routed; False opens all.
           noise: logistic noise for the tokens' logits [B,N], or None.

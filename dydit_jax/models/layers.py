@@ -287,7 +287,7 @@ class Output(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x, modulation, constrain=unconstrained):
-        """Turn tokens x [B,N,D] into float32 images [B,side,side,channels]; modulation [2,B,D] is shift and scale."""
+        """Turn tokens x [B,N,D] into float32 images [B,side,side,channels]; modulation: shift and scale, [B,D] each."""
         _, patch, _, channels = self.kernel.shape
         batch, tokens, width = x.shape
         grid = math.isqrt(tokens)
