@@ -82,7 +82,7 @@ def start() -> dict:
     gates = [swinging_logits(generator, steps, units, share) > 0 for share in shares[:2]]
     plan = make_plan(*gates, config.macs, segments=SEGMENTS.value)
     on = np.clip(generator.normal(shares[2], SHARE_DEVIATION, (steps, config.depth)), 0, 1)
-    plan = plan.calibrated(Shares(on, on))
+    plan = plan.calibrated(Shares(on, np.full_like(on, SHARE_DEVIATION), on, BATCH_SIZE.value))
     params = model.abstract_params()
     noise = jax.ShapeDtypeStruct((BATCH_SIZE.value, config.side, config.side, config.channels), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH_SIZE.value))
@@ -90,7 +90,7 @@ def start() -> dict:
     settings = dict(model=model, sampling=sampling, mesh=None)
     rest = dict(params=params, state=SamplerState(noise, noise), labels=labels, keys=keys, table=table)
     began, calls = time.perf_counter(), []
-    for program in programs_of(model, params, table, "fast", plan, BATCH_SIZE.value)[2]:
+    for program in programs_of(model, params, table, "fast", plan, BATCH_SIZE.value, runs=1)[2]:
         kept = dict(heads=program.segment.heads, groups=program.segment.groups)
         layers = jax.eval_shape(functools.partial(narrow, **kept, dtype=model.dtype), params["blocks"])
         arguments = program_arguments(program, blocks=layers, **rest)

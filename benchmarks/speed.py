@@ -32,7 +32,8 @@ from dydit_jax.console import run
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.narrow import NarrowedBlocks, narrow
-from dydit_jax.fast.tokens import capacities_of, default_form
+from dydit_jax.fast.plan import LEAST_MARGIN
+from dydit_jax.fast.tokens import capacities_of, default_form, places_needed
 from dydit_jax.generate import MODES, generate, network_of, plan_sampling, runs_per_image, steps_of
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model, published_config
@@ -222,9 +223,9 @@ def _fast_pass(model: Model, segment, tokens_on, x, labels):
     Capacities have their margin over the tokens [B,L,N] that are on in `gated`.
     """
     config, form = model.config, default_form(model)
-    shares = tokens_on.mean(-1).max(0) if form == "one_hot" else tokens_on.mean((0, 2))  # [L]
+    shares = np.asarray(places_needed(form, tokens_on))  # [L]
     sizes = dict(images=len(x), tokens=config.tokens)
-    capacities = tuple(capacities_of(form, [float(share)], **sizes) for share in shares)
+    capacities = tuple(capacities_of(form, [share], [min(1, share + LEAST_MARGIN)], **sizes) for share in shares)
     gates = jax.tree.map(lambda gate: gate[:1].astype(np.float32), (segment.head_gates, segment.group_gates))
     routing = dict(heads=gates[0], groups=gates[1], form=form, capacities=capacities)
     return lambda params, layers, t: network_of(model, params, layers, **routing)(x, t, labels)

@@ -4,8 +4,10 @@
     python benchmarks/tpu_cost.py --chips v5e,v6e --batch_sizes 32,64 --out docs/speed/tpu_xl2.json
 
 XL/2 in bfloat16 with the residual stream in float32, on one core. The fast model keeps 11 of 16 heads and 10 of 16
-groups in every block and has 65 % of the tokens on, in places for 72 % of each image's. Both models of cost, and what
-they cannot see, are explained in `tpu_compiler.py`. The efficiency is the speed-up over the ratio of MACs.
+groups in every block and has 65 % of the tokens on, in places for 72 %: of each image's own (`one_hot`), or of those of
+all images of a pass (`pooled`). How many places are needed by images that differ, `capacities.py` measures. Both models
+of cost, and what they cannot see, are explained in `tpu_compiler.py`. The efficiency is the speed-up over the ratio of
+MACs.
 """
 
 import json
@@ -30,8 +32,8 @@ from dydit_jax.console import run
 from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.narrow import NarrowedBlocks, cast_for_products, narrow
-from dydit_jax.fast.tokens import runners
-from dydit_jax.generate import run_segment, steps_of
+from dydit_jax.fast.tokens import packed_together, runners
+from dydit_jax.generate import images_of_pass, run_segment, steps_of
 from dydit_jax.models.cost import routed_macs
 from dydit_jax.models.dit import Block, Model, published_config
 from dydit_jax.models.routing import Routing
@@ -44,7 +46,8 @@ PARTS = flags.DEFINE_list("parts", ["block", "model"], "block, model.")
 HEADS = flags.DEFINE_integer("heads", 11, "Heads that the fast model keeps in each block.")
 GROUPS = flags.DEFINE_integer("groups", 10, "Groups that the fast model keeps in each block.")
 TOKEN_SHARE = flags.DEFINE_float("token_share", 0.65, "Of an image's tokens that are on.")
-CAPACITY = flags.DEFINE_integer("capacity", 184, "Places for an image's tokens.")
+CAPACITY = flags.DEFINE_integer("capacity", 184, "Places for an image's tokens, on average over images that pool them.")
+FORMS = flags.DEFINE_list("forms", ["one_hot", "pooled"], "How the fast model packs tokens, see `fast/tokens.py`.")
 STEPS = 25  # of the compiled scan over the schedule, as in one segment of ten
 SHOWN = flags.DEFINE_integer("shown", 0, "Instructions to list for each program, the dearest first.")
 OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
@@ -56,7 +59,7 @@ def main():
         for batch in map(int, BATCH_SIZES.value):
             for part in PARTS.value:
                 rows += {"block": _blocks, "model": _models}[part](chip, batch)
-                sys.stderr.write("\n".join(map(_in_words, rows[-2:])) + "\n")
+                sys.stderr.write("\n".join(map(_in_words, rows[-1 - len(FORMS.value) :])) + "\n")
     report = dict(
         command="python " + " ".join(sys.argv),
         versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
@@ -74,7 +77,7 @@ def main():
 
 
 def _in_words(row: dict) -> str:
-    words = [f"{row['part']} {row['mode']:8s} {row['chip']} B={row['batch']}:"]
+    words = [f"{row['part']} {row['mode']:13s} {row['chip']} B={row['batch']}:"]
     for kind in ("estimated", "scheduled"):
         words.append(f"{kind} {row[kind] / 1e3:.0f}k ({100 * row[f'{kind}_share_of_peak']:.1f} % of the peak)")
         if f"{kind}_efficiency" in row:
@@ -83,22 +86,31 @@ def _in_words(row: dict) -> str:
 
 
 def _rows(part: str, chip: str, batch: int, costs: dict[str, Cost], macs: dict[str, float]) -> list[dict]:
-    """Set costs of both modes beside the peak and beside each other; MACs are of the whole batch."""
+    """Set costs of all modes beside the peak and beside `complete`; MACs are of the whole batch."""
     rows = []
     for mode, cost in costs.items():
+        work = macs["complete" if mode == "complete" else "fast"]
         row = dict(part=part, chip=chip, batch=batch, mode=mode, temporary_mib=cost.temporary_bytes / 2**20)
         for kind in ("estimated", "scheduled"):
             cycles = getattr(cost, kind)
             row[kind] = cycles
             row[f"{kind}_milliseconds"] = 1e3 * cycles / CHIPS[chip].clock
-            row[f"{kind}_share_of_peak"] = 2 * macs[mode] / CHIPS[chip].flops_per_cycle / cycles
-            if mode == "fast":
+            row[f"{kind}_share_of_peak"] = 2 * work / CHIPS[chip].flops_per_cycle / cycles
+            if mode != "complete":
                 row[f"{kind}_speedup"] = getattr(costs["complete"], kind) / cycles
-                row[f"{kind}_efficiency"] = row[f"{kind}_speedup"] / (macs["complete"] / macs["fast"])
+                row[f"{kind}_efficiency"] = row[f"{kind}_speedup"] / (macs["complete"] / work)
         rows.append(row)
         for estimated, scheduled, told in sorted(cost.instructions, key=lambda row: -row[1])[: SHOWN.value]:
             sys.stderr.write(f"  {estimated / 1e3:8.0f}k {scheduled / 1e3:8.0f}k  {told[:200]}\n")
     return rows
+
+
+def _fast(form: str) -> str:
+    return f"fast, {form}"
+
+
+def _capacity(form: str, images: int) -> int:
+    return CAPACITY.value * packed_together(form, images)
 
 
 def _model() -> Model:
@@ -124,15 +136,15 @@ def _blocks(chip: str, batch: int) -> list[dict]:
         block = nnx.merge(graph, nnx.State(weights))
         return block(x, block.modulation(condition), None, None, routed=False)[0]
 
-    def fast(weights, x, condition):
-        [run_on_tokens] = runners("one_hot", ((CAPACITY.value,),))
+    def fast(weights, x, condition, *, form: str):
+        [run_on_tokens] = runners(form, ((_capacity(form, batch),),))
         block = nnx.merge(graph, nnx.State(weights))
         return block(x, block.modulation(condition), None, None, routed=True, run_on_tokens=run_on_tokens)
 
-    costs = dict(
-        complete=compile_and_cost(complete, kept(config.heads, config.heads), x, condition, chip=chip),
-        fast=compile_and_cost(fast, kept(HEADS.value, GROUPS.value), x, condition, chip=chip),
-    )
+    costs = dict(complete=compile_and_cost(complete, kept(config.heads, config.heads), x, condition, chip=chip))
+    for form in FORMS.value:
+        narrowed = kept(HEADS.value, GROUPS.value)
+        costs[_fast(form)] = compile_and_cost(functools.partial(fast, form=form), narrowed, x, condition, chip=chip)
     macs = config.macs
     modulation = 6 * config.width**2
     needed = dict(
@@ -156,13 +168,15 @@ def _models(chip: str, batch: int) -> list[dict]:
     noise = jax.ShapeDtypeStruct((batch, config.side, config.side, config.channels), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     costs = {}
-    for mode, heads, groups in (("complete", config.heads, config.heads), ("fast", HEADS.value, GROUPS.value)):
+    together = images_of_pass(model, sampling, batch)
+    for form in (None, *FORMS.value):
+        heads, groups = (config.heads, config.heads) if form is None else (HEADS.value, GROUPS.value)
         kept = dict(heads=(tuple(range(heads)),) * config.depth, groups=(tuple(range(groups)),) * config.depth)
         blocks = jax.eval_shape(
             lambda whole, kept=kept: NarrowedBlocks(whole, dtype=model.dtype, platform="tpu").keep(**kept),
             params["blocks"],
         )
-        form, capacities = (None, None) if mode == "complete" else ("one_hot", ((CAPACITY.value,),) * config.depth)
+        capacities = None if form is None else ((_capacity(form, together),),) * config.depth
         gates = ((None,) * config.depth, (None,) * config.depth)
 
         def step(params, blocks, noise, labels, form=form, capacities=capacities, gates=gates):
@@ -171,7 +185,9 @@ def _models(chip: str, batch: int) -> list[dict]:
             settings = dict(model=model, sampling=sampling, form=form, capacities=capacities, mesh=None)
             return run_segment(params, blocks, state, steps, gates, labels, keys, **settings)
 
-        costs[mode] = compile_and_cost(step, params, blocks, noise, labels, chip=chip)
+        costs["complete" if form is None else _fast(form)] = compile_and_cost(
+            step, params, blocks, noise, labels, chip=chip
+        )
     gates = lambda kept, units: np.broadcast_to(np.arange(units) < kept, (1, config.depth, units)).astype(np.float32)
     tokens = np.full((1, config.depth, config.tokens), TOKEN_SHARE.value, np.float32)
     routing = Routing(gates(HEADS.value, config.heads), gates(GROUPS.value, config.heads), tokens)

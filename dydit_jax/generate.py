@@ -31,10 +31,11 @@ from dydit_jax.fast.plan import Plan, Segment, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import (
     CHECKED_FORMS,
     capacities_of,
-    counted_shares,
     default_form,
     forms_of,
     overflows,
+    packed_together,
+    places_needed,
     runners,
 )
 from dydit_jax.models.cost import routed_macs
@@ -238,10 +239,11 @@ def _modulations_ahead(model: Model, params, layers, timesteps, labels):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What a step keeps of its tokens: mean gates [L,N], the fullest image's share [L]."""
+    """What a step keeps of its tokens: mean gates [L,N], the images' mean squared shares [L], places needed [L]."""
 
     tokens: jax.Array
-    fullest: jax.Array
+    squares: jax.Array
+    needed: jax.Array
 
 
 def network_of(model: Model, params, layers, *, heads, groups, form, capacities, modulations=None) -> Callable:
@@ -272,7 +274,7 @@ def _predict(params, layers, labels, x, c, extra, *, model: Model, sampling, for
         model, params, layers, heads=heads, groups=groups, form=form, capacities=capacities, modulations=modulations
     )
     output, tokens = guided(network, x, c.timestep, labels, sampling=sampling, config=model.config)
-    return output, _Record(tokens.mean(0), tokens.mean(-1).max(0))
+    return output, _Record(tokens.mean(0), jnp.square(tokens.mean(-1)).mean(0), places_needed(form, tokens))
 
 
 @functools.cache
@@ -335,8 +337,9 @@ def generate(
     shape = (config.side, config.side, config.channels)
     state, keys, labels = _compiled_begin(sampling, shape, mesh)(indices, labels, seed)
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    images = images_of_pass(model, sampling, len(labels) // devices) * runs_per_image(sampling)
-    heads, groups, programs = programs_of(model, params, table, mode, plan, images)
+    together, runs = images_of_pass(model, sampling, len(labels) // devices), runs_per_image(sampling)
+    heads, groups, programs = programs_of(model, params, table, mode, plan, together, runs=runs)
+    images = together * runs
     blocks = blocks or NarrowedBlocks(params["blocks"], dtype=model.dtype, platform=model.platform)
     rest = {name: part for name, part in params.items() if name != "blocks"}
     arrays = dict(params=rest, labels=labels, keys=keys)
@@ -345,7 +348,8 @@ def generate(
     def in_full(segment: Segment) -> list[Program]:
         """Return a program for each step, all of them alike: what is seldom needed is compiled once."""
         steps = whole_segments(heads, groups, pieces=len(heads))[segment.start : segment.stop]
-        return [Program(step, "multiply", ((images * config.tokens,),) * config.depth) for step in steps]
+        form = programs[0].form  # of all; it says what is recorded
+        return [Program(step, form, _capacities(config, form, None, step, images=images)) for step in steps]
 
     state, records = run.through(programs, state, in_full)
     over = np.concatenate(list(map(run.over, programs, records)), axis=1)  # [passes,S,L]
@@ -353,8 +357,15 @@ def generate(
     routing = Routing(np.float32(heads), np.float32(groups), record.tokens.mean(0))
     routed = mode != "complete" and config.routers != "none"
     macs = routed_macs(routing, config.macs) if routed else np.full(len(heads), float(config.macs.complete))
-    shares = Shares(routing.tokens.mean(-1), record.fullest.max(0))
+    shares = _shares(routing.tokens.mean(-1), record, len(labels))
     return Samples(to_host(state.current), table.timestep, routing, np.asarray(macs), shares, over.sum(0))
+
+
+def _shares(mean: np.ndarray, record: _Record, images: int) -> Shares:
+    """Gather what a run of so many images had on, from its mean shares [S,L] and its record [passes,S,...]."""
+    variance = np.maximum(0, record.squares.mean(0) - mean**2)
+    unbiased = images / max(1, images - 1)  # both runs of guidance are of the same image
+    return Shares(mean, np.sqrt(unbiased * variance), record.needed.max(0), images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,9 +433,8 @@ class _Run:
     def over(self, program: Program, record: _Record) -> np.ndarray:
         """Return which passes had at which step and in which layer more tokens on than fit: [passes,S,L]."""
         if program.form is None:
-            return np.zeros(record.fullest.shape, bool)
-        shares = counted_shares(program.form, Shares(record.tokens.mean(-1), record.fullest))
-        return overflows(program.form, program.capacities, shares, **self._tokens)
+            return np.zeros(record.needed.shape, bool)
+        return overflows(program.form, program.capacities, record.needed, **self._tokens)
 
     def _call(self, program: Program, shapes: dict) -> Call:
         blocks = self._blocks.shapes(*program.segment.kept)
@@ -451,8 +461,17 @@ def program_settings(program: Program, settings: dict) -> dict:
     return settings | dict(form=program.form, capacities=program.capacities)
 
 
-def programs_of(model: Model, params, table, mode: str, plan: Plan | None, images: int):
-    """Return the gates [S,L,H] and [S,L,G] of a run, and its programs."""
+def programs_of(model: Model, params, table, mode: str, plan: Plan | None, images: int, *, runs: int):
+    """Return the gates [S,L,H] and [S,L,G] of a run, and its programs.
+
+    Args:
+      model, params: the network.
+      table: coefficients of the run's steps.
+      mode: one of `MODES`.
+      plan: of `fast`, or None.
+      images: of one pass on one device.
+      runs: of the network on each of them, two with guidance.
+    """
     config, steps = model.config, len(table.step)
     if mode == "fast":
         plan = plan or plan_of(model, params, table)
@@ -472,21 +491,31 @@ def programs_of(model: Model, params, table, mode: str, plan: Plan | None, image
             heads = groups = np.ones((steps, config.depth, config.heads), bool)
         pieces = max(n for n in range(1, PROGRESS_PIECES + 1) if steps % n == 0) if steps >= 2 * PROGRESS_PIECES else 1
         segments = whole_segments(heads, groups, pieces=pieces)
-    capacities = functools.partial(_capacities, config, plan, form, images=images)
+    known = None if plan is None else plan.shares
+    shares = known and (known.mean, known.bound(packed_together(form, images)))
+    capacities = functools.partial(_capacities, config, form, shares, images=images * runs)
     return heads, groups, [Program(segment, form, capacities(segment)) for segment in segments]
 
 
-def _capacities(config: DiTConfig, plan: Plan | None, form: str | None, segment: Segment, *, images: int):
-    """Return the capacities of every layer of a segment, for the block's tokens of one pass."""
+def _capacities(config: DiTConfig, form: str | None, shares: tuple | None, segment: Segment, *, images: int):
+    """Return the capacities of every layer of a segment, for the block's tokens of one pass.
+
+    Args:
+      config: the model's.
+      form: one of `tokens.forms_of`; None opens all.
+      shares: mean ones and bounds, [S,L] each, or None.
+      segment: whose steps count.
+      images: of one pass on one device, guidance included.
+    """
     if form is None:
         return None
-    seen = [None] * config.depth
-    if plan is not None and plan.shares is not None:
-        seen = counted_shares(form, plan.shares)[segment.start : segment.stop].T
+    of_layers = [(None, None)] * config.depth
+    if shares is not None:
+        of_layers = zip(*(share[segment.start : segment.stop].T for share in shares))
     # A block with places of its own needs no capacity of the form.
     forms = [form if places == config.tokens else "multiply" for places in config.capacities]
     sizes = dict(images=images, tokens=config.tokens)
-    return tuple(capacities_of(own, layer, **sizes) for own, layer in zip(forms, seen))
+    return tuple(capacities_of(own, *layer, **sizes) for own, layer in zip(forms, of_layers))
 
 
 def steps_of(sampling: SamplingConfig, diffusion: DiffusionConfig):

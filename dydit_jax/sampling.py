@@ -347,6 +347,7 @@ def _draw(
             plan = _plan(path, model, params, weights, request.segments)
             if len(batches) >= CALIBRATED_FROM_BATCHES:
                 plan = _tuned(plan, model, params, weights, draw, labels, batches[0])
+    segments_are_checked = plan is not None and (plan.form or default_form(model)) in CHECKED_FORMS
     with (
         jax.set_mesh(mesh),
         concurrent.futures.ThreadPoolExecutor(WRITERS) as writers,
@@ -357,7 +358,8 @@ def _draw(
             # One shape for all batches; the last one is filled up and cut again.
             indices = np.asarray(batch + [batch[-1]] * (size - len(batch)))
             samples = draw(labels[indices], indices=indices, mode=request.mode, plan=plan, report=progress.update)
-            plan = _widened(plan, model, samples)
+            if segments_are_checked:  # where some had to be computed again, the next batch would need them as well
+                plan = _widened(plan, samples)
             job = samples if job is None else _joined(job, samples, done, len(batch))
             done += len(batch)
             pixels = to_uint8(decode(samples.images))
@@ -366,8 +368,7 @@ def _draw(
         for future in written:
             future.result()
     if plan is not None and is_main():
-        # Other capacities are other programs: only a calibration that fell short is worth compiling anew.
-        kept = plan if plan.shares is None or plan.covers(job.shares) else plan.calibrated(job.shares)
+        kept = plan if segments_are_checked else _widened(plan, job)
         kept.save(path)
     return job, plan
 
@@ -380,7 +381,7 @@ def _joined(job: Samples, samples: Samples, done: int, count: int) -> Samples:
         job.timesteps,
         Routing(job.routing.heads, job.routing.groups, mean(job.routing.tokens, samples.routing.tokens)),
         mean(job.macs, samples.macs),
-        jax.tree.map(np.maximum, job.shares, samples.shares),
+        job.shares.with_more(samples.shares),
         job.over + samples.over,
     )
 
@@ -396,15 +397,14 @@ def _tuned(plan: Plan, model: Model, params, weights: Weights, draw, labels, bat
         plan = plan.calibrated(draw(labels[few], indices=few, mode="gated").shares)
     if plan.form is None and jax.process_count() == 1:  # several could find different ones
         images = images_of_pass(model, weights.sampling, -(-len(batch) // jax.device_count()))
-        images *= runs_per_image(weights.sampling)
-        plan = dataclasses.replace(plan, form=fastest_form(model, params, plan, images=images))
+        runs = runs_per_image(weights.sampling)
+        plan = dataclasses.replace(plan, form=fastest_form(model, params, plan, images=images, runs=runs))
     return plan
 
 
-def _widened(plan: Plan | None, model: Model, samples: Samples) -> Plan | None:
-    """Add to a plan what a batch had on, if segments of it had to be computed again: the next would need it as well."""
-    form = plan and (plan.form or default_form(model))
-    return plan.calibrated(samples.shares) if form in CHECKED_FORMS and samples.over.any() else plan
+def _widened(plan: Plan, samples: Samples) -> Plan:
+    """Add to a calibrated plan what was on, if it fell short. Other capacities are other programs."""
+    return plan.widened(samples.shares) if plan.shares is not None and samples.over.any() else plan
 
 
 def _plan_path(weights: Weights, checksum: str, segments: int | None):

@@ -16,7 +16,7 @@ from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import NarrowedBlocks, Unnarrowed, cast_for_products, narrow
 from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
-from dydit_jax.fast.tokens import FORMS, capacities_of, counted_shares, overflows, run_on_open_tokens, runners
+from dydit_jax.fast.tokens import FORMS, capacities_of, overflows, places_needed, run_on_open_tokens, runners
 from dydit_jax.generate import generate, images_of_pass, plan_sampling
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import DiTConfig, Model
@@ -162,6 +162,7 @@ def test_on_an_accelerator_the_program_narrows(tiny):
         ("switch", (0, 8, 32)),
         ("switch", (32,)),
         ("fixed", (9,)),
+        ("pooled", (32,)),
         ("one_hot", (8,)),
         ("multiply", (32,)),
     ],
@@ -176,41 +177,104 @@ def test_packed_tokens_equal_gated_ones_for_every_count(open_rows, form, capacit
     packed = jax.jit(lambda x, gates: run_on_open_tokens(form, capacities, function, x, gates))(x, gates)
     fits = {"fixed": open_rows <= 9, "one_hot": gates.sum(1).max() <= 8}.get(form, True)
     if form != "switch":
-        shares = counted_shares(form, Shares(gates.mean()[None], gates.mean(1).max()[None]))  # [1]
-        assert overflows(form, (capacities,), shares, images=2, tokens=16).tolist() == [not fits]
+        needed = places_needed(form, gates[:, None])  # [1]
+        assert overflows(form, (capacities,), needed, images=2, tokens=16).tolist() == [not fits]
     if fits:
         np.testing.assert_allclose(packed, gates[..., None] * function(x), rtol=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.65, 0.97])
+@pytest.mark.parametrize("images, tokens", [(3, 256), (2, 64), (5, 16), (3, 12)])  # units of 128, 128, 16 and 4 tokens
+def test_pooled_tokens_fit_where_they_say_so(share, images, tokens):
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((images, tokens, 4), np.float32)
+    function = lambda rows: jnp.exp(rows) + 1
+    for _ in range(4):  # images that differ widely, the first with everything on
+        gates = generator.random((images, tokens)) < generator.uniform(0, 2 * share, (images, 1))
+        gates[0] |= share > 0
+        gates = gates.astype(np.float32)
+        rows = images * tokens
+        needed = places_needed("pooled", gates[:, None])
+        places = -(-round(float(needed[0]) * rows) // 8) * 8  # exactly, but for whole tiles
+        assert gates.sum() <= places and needed[0] <= 1
+        if places >= rows:
+            continue
+        assert not overflows("pooled", ((places,),), needed, images=images, tokens=tokens).any()
+        packed = run_on_open_tokens("pooled", (places,), function, x, gates)
+        np.testing.assert_allclose(packed, gates[..., None] * function(x), rtol=1e-6)
+
+
 def test_capacities_are_chosen_by_what_calibration_saw():
-    switch = lambda shares, tokens: capacities_of("switch", shares, images=1, tokens=tokens)
+    bound = lambda shares: None if shares is None else np.minimum(1, shares + 0.05)
+    choose = lambda form, shares, **sizes: capacities_of(form, shares, bound(shares), **sizes)
+    switch = lambda shares, tokens: choose("switch", shares, images=1, tokens=tokens)
     assert switch(None, 64) == (8, 16, 24, 32, 40, 48, 56, 64)
     assert switch(None, 10) == (8, 10)
     shares = np.repeat([0.2, 0.5, 0.7], [10, 5, 5])
     assert switch(shares, 1000) == (200, 256, 504, 752, 1000)
     assert switch(np.ones(4), 1000) == (1000,)
     assert switch(np.zeros(4), 1000) == (0, 56, 1000)
-    assert capacities_of("fixed", shares, images=4, tokens=250) == (752,)
-    assert capacities_of("fused", shares - 0.001, images=64, tokens=256) == (12288,)  # 12272, to a multiple of 128
-    assert capacities_of("one_hot", shares, images=4, tokens=256) == (192,)
-    assert capacities_of("one_hot", None, images=4, tokens=256) == (256,)
-    assert capacities_of("multiply", shares, images=4, tokens=256) == (1024,)
+    assert choose("fixed", shares, images=4, tokens=250) == (752,)
+    assert choose("fused", shares - 0.001, images=64, tokens=256) == (12288,)  # 12272, to a multiple of 128
+    assert choose("pooled", shares, images=16, tokens=256) == (3072,)
+    assert choose("one_hot", shares, images=4, tokens=256) == (192,)
+    assert choose("one_hot", None, images=4, tokens=256) == (256,)
+    assert choose("multiply", shares, images=4, tokens=256) == (1024,)
+
+
+def seen(shares) -> Shares:
+    """Return what images [images,S,L] had on, each packed by itself."""
+    return Shares(shares.mean(0), shares.std(0, ddof=1), shares.max(0), len(shares))
+
+
+def calibration(shares) -> Shares:
+    return dataclasses.replace(seen(shares), most=np.zeros(shares.shape[1:]))
+
+
+def nothing(shares: Shares) -> Shares:
+    """Return a calibration that saw no token on."""
+    none = np.zeros_like(shares.mean)
+    return Shares(none, none, none, shares.images)
+
+
+def test_hardly_any_batch_has_more_on_than_the_bound_of_a_few_images():
+    images = np.random.default_rng(0).normal(0.6, 0.08, (4000, 1, 1))
+    few, others = images[:2000].reshape(250, 8, 1, 1), images[2000:].reshape(125, 16, 1, 1)
+    bounds = np.array([calibration(shares).bound(16).item() for shares in few])
+    # Of a normal distribution beyond four deviations, with one that eight values only estimate.
+    assert (others.mean(1).ravel() > bounds[:, None]).mean() < 5e-3
+    assert bounds.mean() < 0.6 + 5 * 0.08 * np.sqrt(1 / 8 + 1 / 16)
+    # What they need is nearer to their mean the more images pack together, and the more were seen.
+    assert calibration(images).bound(1) > calibration(images).bound(16) > calibration(images).bound(64)
+    assert bounds.mean() > calibration(images).bound(16)
+    assert calibration(np.full((8, 1, 1), 0.6)).bound(16) == pytest.approx(0.62)  # alike, by chance perhaps
+    assert seen(images).bound(64) == images.max()
+
+
+def test_shares_of_more_images_are_those_of_all():
+    images = np.random.default_rng(0).random((12, 2, 3))
+    joined, whole = seen(images[:4]).with_more(seen(images[4:])), seen(images)
+    np.testing.assert_allclose(joined.mean, whole.mean)
+    np.testing.assert_allclose(
+        joined.deviation, whole.deviation, rtol=0.1
+    )  # weights are counts, not degrees of freedom
+    np.testing.assert_array_equal(joined.most, whole.most)
+    assert joined.images == 12
 
 
 def test_plan_is_kept_and_read_again(tmp_path, gates):
     plan = make_plan(*gates, MACS, segments=3)
-    shares = Shares(np.full((12, 3), 0.5), np.full((12, 3), 0.75))
+    shares = seen(np.random.default_rng(0).uniform(0.4, 0.6, (8, 12, 3)))
     dataclasses.replace(plan.calibrated(shares), form="fixed").save(tmp_path / "plans" / "plan.npz")
     read = Plan.load(tmp_path / "plans" / "plan.npz", MACS)
     assert read.in_words() == plan.in_words() and read.form == "fixed"
     kept = lambda plan: [(segment.start, segment.heads, segment.groups) for segment in plan.segments]
     assert kept(read) == kept(plan)
-    np.testing.assert_array_equal(read.shares.fullest, shares.fullest)
-    assert read.covers(Shares(shares.mean + 0.04, shares.fullest)) and not read.covers(
-        Shares(shares.mean, shares.fullest + 0.06)
-    )
-    more = read.calibrated(Shares(np.full((12, 3), 0.6), np.full((12, 3), 0.7)))
-    assert more.shares.mean.max() == 0.6 and more.shares.fullest.max() == 0.75
+    np.testing.assert_array_equal(read.shares.mean, shares.mean)
+    np.testing.assert_array_equal(read.shares.bound(4), plan.calibrated(shares).shares.bound(4))
+    assert read.shares.images == 8 and not read.shares.most.any()
+    fuller = seen(np.full((4, 12, 3), 0.9))
+    assert not read.calibrated(fuller).shares.most.any() and read.widened(fuller).shares.most.min() == 0.9
     assert len(plan.table(np.arange(12)).splitlines()) == 4
 
 
@@ -287,7 +351,7 @@ def test_form_of_tokens_and_calibration_change_nothing(tiny, form):
     assert_same(known, gated)
     assert form == "switch" or not known.over.any()
     # A wrong calibration: tokens overflow its capacities, their steps are computed in full, and counted.
-    wrong = draw(*tiny, [1, 2], mode="fast", form=form, shares=jax.tree.map(np.zeros_like, gated.shares))
+    wrong = draw(*tiny, [1, 2], mode="fast", form=form, shares=nothing(gated.shares))
     assert_same(wrong, gated)
     assert bool(wrong.over.any()) == (form != "multiply")
 
@@ -302,7 +366,7 @@ def test_a_run_written_for_tpus_is_the_same(tiny):
     assert len(reports) == 3 and sum(reports) == 6
     # What was started on a segment that overflowed is dropped, and every step is reported once.
     reports.clear()
-    short = dict(known, shares=jax.tree.map(np.zeros_like, gated.shares))
+    short = dict(known, shares=nothing(gated.shares))
     assert_same(draw(theirs, params, [1, 2], mode="fast", **short), gated)
     assert sum(reports) == 6
 
@@ -323,9 +387,10 @@ def test_on_a_tpu_images_go_through_in_passes(tiny):
     assert relative_error(whole.images, gated.images) < 1e-5
     # Means of means, of which the last digit may differ.
     np.testing.assert_allclose(whole.routing.tokens, gated.routing.tokens, rtol=1e-6)
-    np.testing.assert_array_equal(whole.shares.fullest, gated.shares.fullest)
+    assert whole.shares.images == 6 and not whole.over.any()
+    np.testing.assert_allclose(whole.shares.deviation, gated.shares.deviation, atol=1e-3)
     # Where too few places are planned, all passes are run in full.
-    short = dict(segments=1, sampling=sampling, shares=jax.tree.map(np.zeros_like, gated.shares))
+    short = dict(segments=1, sampling=sampling, shares=nothing(gated.shares))
     again = draw(theirs, params, labels, mode="fast", **short)
     assert relative_error(again.images, gated.images) < 1e-5
     assert whole.over.sum() == 0 and again.over.max() == 3  # passes, of two images each
@@ -341,7 +406,7 @@ def test_blocks_one_by_one_equal_the_original(golden, form):
     layers = narrow(golden.params["blocks"], heads=every, groups=every, dtype=jnp.dtype("float32"))
     routed = {}
     if form:
-        capacities = capacities_of(form, None, images=1, tokens=config.tokens)
+        capacities = capacities_of(form, None, None, images=1, tokens=config.tokens)
         routed = dict(run_on_tokens=runners(form, (capacities,) * config.depth))
 
     def one(x, t, label):  # sampling has one timestep for all images, and gates [1,H]
@@ -391,7 +456,7 @@ def test_blocks_with_nothing_on_are_run(tiny):
     assert_same(draw(free, params, [1, 2], mode="fast"), gated)
 
 
-@pytest.mark.parametrize("form", ["switch", "one_hot"])
+@pytest.mark.parametrize("form", ["switch", "pooled", "one_hot"])
 def test_fast_on_a_mesh_equals_one_device(tiny, form):
     model, params = tiny
     mesh = make_mesh(MeshConfig())

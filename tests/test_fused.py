@@ -12,6 +12,7 @@ from conftest import channels_last, relative_error
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.narrow import narrow
+from dydit_jax.fast.plan import Shares
 from dydit_jax.fast.tokens import default_form, forms_of
 from dydit_jax.generate import generate, network_of, plan_sampling
 from dydit_jax.models import fused
@@ -113,8 +114,8 @@ def test_a_run_for_gpus_is_the_gated_one(tiny, run, form, calibrated):
     assert default_form(dataclasses.replace(model, platform="gpu")) == "fused"
     gated, plan = run("gated", "cpu"), plan_sampling(model, params, segments=2, **SETTINGS)
     if calibrated != "not":
-        shares = gated.shares if calibrated == "well" else jax.tree.map(np.zeros_like, gated.shares)
-        plan = plan.calibrated(shares)
+        none = np.zeros_like(gated.shares.mean)
+        plan = plan.widened(gated.shares if calibrated == "well" else Shares(none, none, none, 2))
     fast = run("fast", "gpu", dataclasses.replace(plan, form=form))
     assert relative_error(fast.images, gated.images) < 1e-5
     np.testing.assert_array_equal(fast.routing.tokens, gated.routing.tokens)

@@ -36,7 +36,8 @@ def test_routing_figure_is_labelled(tmp_path):
     steps = np.random.default_rng(0)
     routing = Routing(steps.random((5, 2, 4)), steps.random((5, 2, 4)), steps.random((5, 2, 16)))
     timesteps, seen = np.array([999, 749, 499, 250, 0]), np.zeros((5, 2))
-    samples = Samples(np.zeros((1, 8, 8, 1)), timesteps, routing, np.linspace(1e5, 2e5, 5), Shares(seen, seen), seen)
+    shares = Shares(seen, seen, seen, 1)
+    samples = Samples(np.zeros((1, 8, 8, 1)), timesteps, routing, np.linspace(1e5, 2e5, 5), shares, seen)
     figure = draw_routing(samples, config.macs)
     labels = " ".join(axis.get_ylabel() + axis.get_xlabel() + axis.get_title(loc="left") for axis in figure.axes)
     for word in ("heads", "groups", "tokens", "GMACs per pass", "timestep"):

@@ -177,7 +177,7 @@ def test_a_job_learns_from_a_batch_that_overflows(checkpoint, tmp_path, monkeypa
     plan = dict(np.load(path))
     steps, layers, _ = plan["heads"].shape
     none = np.zeros((steps, layers))
-    np.savez(path, **plan, mean=none, fullest=none, form="fixed")
+    np.savez(path, **plan, mean=none, deviation=none, most=none, images=8, form="fixed")
     sample(Request(**request, rows=16, out=str(tmp_path / "job")))
     [passes] = re.findall(r"In (\d+) passes through an MLP more tokens were on", caplog.text)
     assert 0 < int(passes) <= steps * layers  # those of the first of four batches
@@ -186,6 +186,6 @@ def test_a_job_learns_from_a_batch_that_overflows(checkpoint, tmp_path, monkeypa
 
 def test_token_capacity_is_part_of_the_record(checkpoint, tmp_path):
     samples = sample(Request(checkpoint, str(tmp_path / "half"), labels=["1"], token_capacity=["0.5"]))
-    assert samples.shares.fullest.max() <= 0.5
+    assert samples.shares.mean.max() <= 0.5
     manifest = json.loads((tmp_path / "half" / "manifest.json").read_text())
     assert manifest["model"]["token_capacity"] == [0.5]

@@ -128,7 +128,7 @@ def test_limited_model_samples_the_same_fast_and_gated(tiny):
         generate(limited(model, 0.25, 1.0), params, [1, 2], mode=mode, **settings) for mode in ("fast", "gated")
     )
     assert relative_error(fast.images, gated.images) < 1e-5
-    assert gated.shares.fullest[:, 0].max() <= 0.25 < gated.shares.fullest[:, 1].max()
+    assert gated.shares.mean[:, 0].max() <= 0.25 < gated.shares.mean[:, 1].max()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ cuts finds the cheapest plan for every number of segments. More segments waste l
 
 import dataclasses
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -19,7 +18,10 @@ from dydit_jax.models.cost import ModelMacs
 
 MAX_SEGMENTS = 16
 STEPS_PER_SEGMENT = 4  # on average; a program that runs less often is not worth compiling
-MARGIN = 0.05  # of all tokens, above what a calibration saw
+# Above the mean share of a calibration, as many standard errors: a run has some thousand layers and steps, and a single
+# one that does not fit costs a segment.
+DEVIATIONS = 4
+LEAST_MARGIN = 0.02  # of all tokens: a few images may be alike by chance
 TOLERATED_PADDING = 0.02  # of the MACs that an exact fit would need
 CUTTING = (MAX_SEGMENTS, STEPS_PER_SEGMENT, TOLERATED_PADDING)  # what a plan that was kept was cut by
 
@@ -50,18 +52,37 @@ class Segment:
         return self.heads, self.groups
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """What a calibration saw of the tokens that are on, per step and layer [S,L]: 0 .. 1.
+    """What was seen of the tokens that are on, per step and layer [S,L]: 0 .. 1.
 
     Attributes:
-      mean: of the whole batch.
-      fullest: of the image with the most.
+      mean: of all images.
+      deviation: between the images.
+      most: of the places that images which were packed together needed, see `tokens.places_needed`.
+      images: how many.
     """
 
     mean: np.ndarray
-    fullest: np.ndarray
+    deviation: np.ndarray
+    most: np.ndarray
+    images: int
+
+    def bound(self, together: int) -> np.ndarray:
+        """Return the shares [S,L] that others will hardly exceed, so many of which are packed together."""
+        error = self.deviation * np.sqrt(1 / self.images + 1 / together)
+        expected = self.mean + np.maximum(LEAST_MARGIN, DEVIATIONS * error)
+        return np.minimum(1, np.maximum(self.most, expected))
+
+    def with_more(self, other: "Shares") -> "Shares":
+        """Return the shares of these images and others."""
+        images = self.images + other.images
+        weights = np.array([self.images, other.images])[:, None, None] / images
+        means, deviations = np.stack([self.mean, other.mean]), np.stack([self.deviation, other.deviation])
+        mean = (weights * means).sum(0)
+        # Within each and between both.
+        variance = (weights * (deviations**2 + (means - mean) ** 2)).sum(0)
+        return Shares(mean, np.sqrt(variance), np.maximum(self.most, other.most), images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,16 +132,16 @@ class Plan:
             )
         return "\n".join(lines)
 
-    def covers(self, shares: Shares) -> bool:
-        """Return whether the calibration, with the margin that capacities have, holds for what was seen."""
-        within = lambda known, seen: bool((seen <= known + MARGIN).all())
-        return within(self.shares.mean, shares.mean) and within(self.shares.fullest, shares.fullest)
-
     def calibrated(self, shares: Shares) -> "Plan":
-        """Return the plan with what was seen added to what it knows: the larger of both, where it knows something."""
-        if self.shares is not None:
-            shares = jax.tree.map(np.maximum, shares, self.shares)
-        return dataclasses.replace(self, shares=shares)
+        """Return the plan with what was seen added to what it knows, for capacities that others will fit into.
+
+        What images needed together does not count: those of a calibration are fewer than those of a batch.
+        """
+        return self.widened(dataclasses.replace(shares, most=np.zeros_like(shares.most)))
+
+    def widened(self, shares: Shares) -> "Plan":
+        """Return the plan with what was seen added, for capacities that this would have fitted into as well."""
+        return dataclasses.replace(self, shares=shares if self.shares is None else self.shares.with_more(shares))
 
     def save(self, path) -> None:
         """Write the plan as one .npz, whole or not at all."""
@@ -128,7 +149,7 @@ class Plan:
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = dict(heads=self.heads, groups=self.groups, ends=[segment.stop for segment in self.segments])
         if self.shares is not None:
-            arrays |= dict(mean=self.shares.mean, fullest=self.shares.fullest)
+            arrays |= dataclasses.asdict(self.shares)
         if self.form is not None:
             arrays |= dict(form=self.form)
         partial = path.with_name(path.name + ".partial")
@@ -141,7 +162,9 @@ class Plan:
         """Read what `save` wrote."""
         with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             plan = _cut(arrays["heads"], arrays["groups"], [0, *arrays["ends"].tolist()], macs)
-            shares = Shares(arrays["mean"], arrays["fullest"]) if "mean" in arrays else None
+            names = [field.name for field in dataclasses.fields(Shares)]
+            # One by an earlier version knew less, and is calibrated anew.
+            shares = Shares(*(arrays[name][()] for name in names)) if set(names) <= set(arrays) else None
             form = str(arrays["form"]) if "form" in arrays else None
         return dataclasses.replace(plan, shares=shares, form=form)
 

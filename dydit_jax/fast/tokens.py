@@ -7,8 +7,10 @@ The number of tokens that are on depends on the data, so a program needs a capac
     fixed     packed likewise, into one capacity per layer
     fused     as `fixed`, in the kernels for GPUs that do everything else to tokens: `models/fused.py`
     multiply  everything is computed and multiplied by the gates: the mode `gated`
-    one_hot   each image packs its own tokens into one capacity per layer, by a product with zeros and ones. For TPUs: a
-              branch inside a block, or a gather of short rows, breaks the fusions around it.
+    pooled    packed likewise, into one capacity per layer, by products with zeros and ones and windows at whole tiles.
+              For TPUs: a branch inside a block, or a gather of short rows, breaks the fusions around it.
+    one_hot   each image packs its own tokens into one capacity per layer, by a product with zeros and ones and nothing
+              else. For TPUs, if images are alike: the fullest one decides.
 
 With one capacity per layer a step may not fit. `overflows` says so after the steps of a segment, which the caller then
 computes again, in full: what does not fit costs time, never exactness.
@@ -17,23 +19,24 @@ Never under `vmap`: a branch that is mapped becomes a selection, and every branc
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dydit_jax.fast.plan import MARGIN, Shares
 from dydit_jax.models.dit import Model
 from dydit_jax.models.tokens import multiply_by_gates, run_on_places
 
-FORMS = ("switch", "fixed", "one_hot", "multiply")  # by `run_on_open_tokens`
-CHECKED_FORMS = ("fixed", "fused", "one_hot")  # whose only capacity may be too small
-DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "one_hot"}
+FORMS = ("switch", "fixed", "pooled", "one_hot", "multiply")  # by `run_on_open_tokens`
+CHECKED_FORMS = ("fixed", "fused", "pooled", "one_hot")  # whose only capacity may be too small
+DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "pooled"}
 UNIFORM_CAPACITIES = 8  # when nothing is known about the counts
 CALIBRATED_CAPACITIES = 4  # beside the whole batch
 SEEN_WEIGHT = 5  # to one that a step needs the margin: the next capacity is only a branch away
-ROW_MULTIPLE = 8
-# Capacities of "fixed" and "fused" are as many parts of all rows: each further shape of a product is one more for which
+ROW_MULTIPLE = 8  # the rows of a TPU's tile
+UNIT = 128  # tokens that one product of "pooled" packs: as deep as a TPU's matrix units
+# Capacities of all images together are as many parts of all rows: each further shape of a product is one more for which
 # a GPU's compiler tries out kernels, while all wait.
 PARTS = 128
 
@@ -48,42 +51,42 @@ def forms_of(model: Model) -> tuple[str, ...]:
     return (*FORMS, "fused") if model.runs_fused else FORMS
 
 
-def counted_shares(form: str, shares: Shares) -> np.ndarray:
-    """Return the shares that capacities of a form are chosen by: of the fullest image where each packs its own."""
-    return shares.fullest if form == "one_hot" else shares.mean
+def packed_together(form: str, images: int) -> int:
+    """Return how many of a pass's images share their places."""
+    return 1 if form == "one_hot" else images
 
 
-def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, ...]:
+def capacities_of(form: str, shares, bound, *, images: int, tokens: int) -> tuple[int, ...]:
     """Choose the capacities of one layer within one segment.
 
     Args:
       form: one of `forms_of`.
-      shares: `counted_shares` of a calibration, one per step of the segment. None if there was none.
+      shares: mean ones of a calibration, one per step of the segment. None if there was none.
+      bound: those that the images which are packed together will hardly exceed, see `Shares.bound`; or None.
       images: B of one pass on one device, guidance included.
       tokens: N.
 
     Returns:
       Ascending numbers of rows. "switch": up to four that leave the least unused over the steps, evenly spaced ones
-      without shares, and the whole batch. Other forms: a single one, with a margin; everything without shares.
+      without shares, and the whole batch. Other forms: a single one; everything without shares.
     """
     rows = _rows(form, images, tokens)
     if form == "multiply" or (form != "switch" and shares is None):
         return (rows,)
     if form != "switch":
         multiple = ROW_MULTIPLE if form == "one_hot" else max(ROW_MULTIPLE, rows // PARTS)
-        return _rounded([rows * (np.max(shares) + MARGIN)], rows, multiple)
+        return _rounded([rows * np.max(bound)], rows, multiple)
     if shares is None:
         wanted = rows * np.arange(1, UNIFORM_CAPACITIES + 1) / UNIFORM_CAPACITIES
         return _rounded([*wanted, rows], rows)
-    return _calibrated(tuple(np.asarray(shares).tolist()), rows)
+    return _calibrated((*np.asarray(shares).tolist(), *np.asarray(bound).tolist()), rows)
 
 
 @functools.lru_cache(maxsize=4096)  # of all segments and layers: chosen once, not once per batch
 def _calibrated(shares: tuple[float, ...], rows: int) -> tuple[int, ...]:
-    shares = np.asarray(shares)
-    wanted = np.minimum(rows, rows * np.concatenate([shares, shares + MARGIN]))
-    weights = np.repeat([SEEN_WEIGHT, 1], len(shares))
-    return _rounded([*_best_of(wanted, weights, CALIBRATED_CAPACITIES), rows], rows)
+    """Choose those of "switch" by mean shares, one per step, and bounds on them, as many."""
+    weights = np.repeat([SEEN_WEIGHT, 1], len(shares) // 2)
+    return _rounded([*_best_of(rows * np.asarray(shares), weights, CALIBRATED_CAPACITIES), rows], rows)
 
 
 def _rounded(wanted, rows: int, multiple: int = ROW_MULTIPLE) -> tuple[int, ...]:
@@ -124,6 +127,8 @@ def run_on_open_tokens(form: str, capacities: tuple[int, ...], function, x, gate
       [B,N,D]: the function's result where the gate is 1, zeros elsewhere. Meaningless where `overflows` says so.
     """
     batch, tokens, _ = x.shape
+    if form == "pooled" and capacities != (batch * tokens,):
+        return _run_pooled(function, x, gates, capacities[0])
     if form == "one_hot":
         if capacities == (tokens,):
             return multiply_by_gates(function, x, gates)
@@ -174,7 +179,71 @@ def _run_packed(function, x, gates, capacities: tuple[int, ...]):
     return result.reshape(batch, tokens, width)
 
 
-def overflows(form: str, capacities: tuple[tuple[int, ...], ...], shares, *, images: int, tokens: int) -> np.ndarray:
+def _run_pooled(function, x, gates, capacity: int):
+    """Pack the tokens of all images one behind the other, a unit of consecutive tokens at a time.
+
+    A product packs a unit into a window of as many rows, which begins at a whole tile and is added to what is there:
+    its other rows are zeros. The same window is read again to spread what the function made of it.
+    """
+    batch, tokens, width = x.shape
+    on, reserved = _units(gates)  # [U,n], [U]
+    units, size = on.shape
+    tile, capacity = math.gcd(ROW_MULTIPLE, size), max(capacity, size)
+    behind = jnp.cumsum(reserved)
+    # A unit that is nearly full begins at a tile of its own: what it needs would reach beyond its window.
+    first = behind - reserved
+    first = jnp.where(reserved > on.sum(1), -(-first // tile) * tile, first)
+    window = jnp.minimum(first // tile, (capacity - size) // tile)  # in tiles
+    # A cumulative sum as a product, which is exact for zeros and ones: a TPU takes longer over the sum.
+    counts = (on.astype(jnp.float32) @ jnp.triu(jnp.ones((size, size)))).astype(jnp.int32)
+    places = jnp.where(on > 0, counts - 1 + (first - window * tile)[:, None], size)
+    chosen = (places[:, None, :] == jnp.arange(size)[:, None]).astype(x.dtype)  # [U,C,n]
+    tiles = lambda rows: rows.reshape(*rows.shape[:-2], -1, tile, width)
+
+    def put(packed, unit):
+        start, rows = unit
+        there = jax.lax.dynamic_slice(packed, (start, 0, 0), rows.shape)
+        return jax.lax.dynamic_update_slice(packed, there + rows, (start, 0, 0)), None
+
+    def read(_, start):
+        return None, jax.lax.dynamic_slice(made, (start, 0, 0), (size // tile, tile, width))
+
+    rows = jnp.einsum("ucn,und->ucd", chosen, x.reshape(units, size, width))
+    empty = jnp.zeros((capacity // tile, tile, width), x.dtype)
+    packed, _ = jax.lax.scan(put, empty, (window, tiles(rows)))
+    # The barrier: as in `_run_on_rows`.
+    made = tiles(jax.lax.optimization_barrier(function(packed.reshape(1, capacity, width)))[0])
+    _, rows = jax.lax.scan(read, None, window)
+    spread = jnp.einsum("ucn,ucd->und", chosen, rows.reshape(units, size, width))
+    return gates[:, :, None] * spread.reshape(x.shape)
+
+
+def _units(gates):
+    """Return gates [...,B,N] by units, int32 [...,U,n], and the rows that each unit reserves when they are pooled."""
+    *rest, batch, tokens = gates.shape
+    size = math.gcd(batch * tokens, UNIT)
+    on = (gates > 0).astype(jnp.int32).reshape(*rest, -1, size)
+    tile = math.gcd(ROW_MULTIPLE, size)
+    counts = on.sum(-1)
+    return on, counts + jnp.where(counts > size - tile, tile - 1, 0)
+
+
+def places_needed(form: str | None, gates):
+    """Return the share of a form's places that gates need in each layer: [L] from [B,L,N].
+
+    Args:
+      form: one of `forms_of`, or None: all are open.
+      gates: of the images of a pass.
+    """
+    if form == "one_hot":
+        return gates.mean(-1).max(0)
+    if form == "pooled":
+        _, reserved = _units(gates.swapaxes(0, 1))
+        return jnp.minimum(1, reserved.sum(-1) / gates[:, 0].size)
+    return gates.mean((0, 2))
+
+
+def overflows(form: str, capacities: tuple[tuple[int, ...], ...], needed, *, images: int, tokens: int) -> np.ndarray:
     """Tell where more tokens were on than the largest capacity that saves anything.
 
     Under "switch" the layer was then computed in full; under the other forms its result is void.
@@ -182,7 +251,7 @@ def overflows(form: str, capacities: tuple[tuple[int, ...], ...], shares, *, ima
     Args:
       form: one of `forms_of`.
       capacities: of each layer, from `capacities_of`.
-      shares: [...,L] of the tokens that were on, see `counted_shares`.
+      needed: shares of the places, [...,L] from `places_needed`.
       images, tokens: as for `capacities_of`.
 
     Returns:
@@ -190,7 +259,7 @@ def overflows(form: str, capacities: tuple[tuple[int, ...], ...], shares, *, ima
     """
     last = -2 if form == "switch" else -1
     largest = np.asarray([layer[last] if len(layer) > 1 else layer[-1] for layer in capacities])
-    return np.rint(shares * _rows(form, images, tokens)) > largest
+    return np.rint(needed * _rows(form, images, tokens)) > largest
 
 
 def _rows(form: str, images: int, tokens: int) -> int:

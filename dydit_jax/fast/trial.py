@@ -11,7 +11,7 @@ import numpy as np
 
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Plan
-from dydit_jax.fast.tokens import capacities_of, counted_shares, forms_of, run_on_open_tokens
+from dydit_jax.fast.tokens import capacities_of, forms_of, packed_together, run_on_open_tokens
 from dydit_jax.models.dit import Model
 from dydit_jax.programs import compile_for
 
@@ -21,18 +21,19 @@ TRIAL_LAYERS = 2
 ROUNDS = 5
 
 
-def fastest_form(model: Model, params, plan: Plan, *, images: int) -> str:
+def fastest_form(model: Model, params, plan: Plan, *, images: int, runs: int) -> str:
     """Time every form on the first blocks of a plan's longest segment, with as many tokens on as its calibration saw.
 
     Args:
       model, params: the network.
       plan: calibrated.
-      images: B of one pass on one device, guidance included.
+      images: of one pass on one device.
+      runs: of the network on each of them, two with guidance.
 
     Returns:
       One of `tokens.forms_of`.
     """
-    depth = min(TRIAL_LAYERS, model.config.depth)
+    depth, rows = min(TRIAL_LAYERS, model.config.depth), images * runs
     config = dataclasses.replace(model.config, depth=depth, token_capacity=())
     segment = max(plan.segments, key=len)
     blocks = jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])
@@ -40,19 +41,19 @@ def fastest_form(model: Model, params, plan: Plan, *, images: int) -> str:
     steps = slice(segment.start, segment.stop)
     keys = jax.random.split(jax.random.key(0), depth)
     gates = [
-        jax.random.bernoulli(key, float(plan.shares.mean[steps, layer].mean()), (images, config.tokens))
+        jax.random.bernoulli(key, float(plan.shares.mean[steps, layer].mean()), (rows, config.tokens))
         for layer, key in enumerate(keys)
     ]
     # Not zeros, on which products are faster.
-    x = jax.random.normal(jax.random.key(1), (images, config.side, config.side, config.channels))
-    zeros = jnp.zeros(images, jnp.int32)
+    x = jax.random.normal(jax.random.key(1), (rows, config.side, config.side, config.channels))
+    zeros = jnp.zeros(rows, jnp.int32)
 
     small = dataclasses.replace(model, config=config)
 
     def racer(form: str):
-        shares = counted_shares(form, plan.shares)
-        sizes = dict(images=images, tokens=config.tokens)
-        capacities = [capacities_of(form, shares[steps, layer], **sizes) for layer in range(depth)]
+        shares = plan.shares.mean, plan.shares.bound(packed_together(form, images))
+        of_layers = zip(*(share[steps, :depth].T for share in shares))
+        capacities = [capacities_of(form, *layer, images=rows, tokens=config.tokens) for layer in of_layers]
 
         def on_these(layer, function, x, _):
             return run_on_open_tokens(form, capacities[layer], function, x, gates[layer].astype(jnp.float32))

@@ -1,0 +1,99 @@
+"""How many places the tokens of real images need, and how often those that a calibration asks for are too few.
+
+    python benchmarks/capacities.py --out docs/speed/capacities.json
+
+Jobs of the digits model, as `sample.py` runs them on an accelerator: calibrated on a few images, then batch after
+batch; one that had to compute a segment again leaves the next one more places. In each form with a single capacity per
+layer that plain JAX runs. No times: sizes and counts are the same on any device.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+
+from dydit_jax.console import run
+from dydit_jax.fast.plan import Plan
+from dydit_jax.generate import generate, plan_sampling, programs_of, steps_of
+from dydit_jax.loading import load_checkpoint
+from dydit_jax.models.dit import Model
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", "assets/digits_dydit.safetensors", "Weights to sample.")
+CALIBRATION = flags.DEFINE_integer("calibration", 8, "Images of the calibration.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images of a batch.")
+BATCHES = flags.DEFINE_integer("batches", 4, "Of a job.")
+JOBS = flags.DEFINE_integer("jobs", 5, "Each with other noise.")
+FORMS = flags.DEFINE_list("forms", ["pooled", "one_hot"], "How tokens are packed, see `fast/tokens.py`.")
+OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
+
+
+def main():
+    weights = load_checkpoint(CHECKPOINT.value)
+    model, params = Model(weights.model, jnp.dtype("float32")), jax.device_put(weights.params)
+    settings = dict(sampling=weights.sampling, diffusion=weights.diffusion)
+    plan = plan_sampling(model, params, **settings)
+    found = {form: [] for form in FORMS.value}
+    for seed in range(JOBS.value):
+        few = np.arange(CALIBRATION.value)
+        seen = generate(model, params, few % model.config.classes, seed=seed, mode="gated", **settings).shares
+        for form, jobs in found.items():
+            calibrated = dataclasses.replace(plan.calibrated(seen), form=form)
+            jobs.append(_job(model, params, calibrated, settings, seed))
+            sys.stderr.write(f"job {seed}, {form}: {jobs[-1]}\n")
+    report = dict(
+        command="python " + " ".join(sys.argv),
+        date=time.strftime("%Y-%m-%d"),
+        plan=plan.in_words(),
+        by_batch={
+            form: {name: np.mean([job[name] for job in jobs], 0).tolist() for name in jobs[0]}
+            for form, jobs in found.items()
+        },
+    )
+    path = epath.Path(OUT.value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def _job(model: Model, params, plan: Plan, settings: dict, seed: int) -> dict:
+    """Return, one number per batch: shares of tokens on and of places, both of layers with any off; segments redone."""
+    record = dict(tokens_on=[], places=[], segments_computed_again=[])
+    for batch in range(BATCHES.value):
+        indices = CALIBRATION.value + batch * BATCH_SIZE.value + np.arange(BATCH_SIZE.value)
+        samples = generate(
+            model,
+            params,
+            indices % model.config.classes,
+            seed=seed,
+            indices=indices,
+            mode="fast",
+            plan=plan,
+            **settings,
+        )
+        places = _places(model, params, plan, settings)
+        routed = samples.shares.mean < 1
+        record["tokens_on"].append(float(samples.shares.mean[routed].mean()))
+        record["places"].append(float(places[routed].mean()))
+        again = [samples.over[segment.start : segment.stop].any() for segment in plan.segments]
+        record["segments_computed_again"].append(float(np.mean(again)))
+        if samples.over.any():
+            plan = plan.widened(samples.shares)
+    return record
+
+
+def _places(model: Model, params, plan: Plan, settings: dict) -> np.ndarray:
+    """Return the share of all places that a plan has for tokens, [S,L]."""
+    _, _, programs = programs_of(model, params, steps_of(**settings), "fast", plan, BATCH_SIZE.value, runs=1)
+    everything = model.config.tokens * (1 if plan.form == "one_hot" else BATCH_SIZE.value)
+    by_step = [[program.capacities] * len(program.segment) for program in programs]
+    return np.array([[min(1, layer[-1] / everything) for layer in step] for segment in by_step for step in segment])
+
+
+if __name__ == "__main__":
+    run(main)
