@@ -37,7 +37,7 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.narrow import NarrowedBlocks
 from dydit_jax.fast.plan import CUTTING, Plan
-from dydit_jax.fast.tokens import CHECKED_FORMS, default_form
+from dydit_jax.fast.tokens import CHECKED_FORMS, default_form, forms_of
 from dydit_jax.fast.trial import fastest_form
 from dydit_jax.generate import (
     MODES,
@@ -395,10 +395,12 @@ def _tuned(plan: Plan, model: Model, params, weights: Weights, draw, labels, bat
         few = np.asarray(batch)[np.arange(count) % len(batch)]
         logger.info("Calibrating token capacities on %d images.", len(few))
         plan = plan.calibrated(draw(labels[few], indices=few, mode="gated").shares)
-    if plan.form is None and jax.process_count() == 1:  # several could find different ones
+    if plan.form is None:
         images = images_of_pass(model, weights.sampling, -(-len(batch) // jax.device_count()))
         runs = runs_per_image(weights.sampling)
-        plan = dataclasses.replace(plan, form=fastest_form(model, params, plan, images=images, runs=runs))
+        form, forms = fastest_form(model, params, plan, images=images, runs=runs), forms_of(model)
+        [number] = from_main([forms.index(form)], len(forms))  # other processes may have found another one
+        plan = dataclasses.replace(plan, form=forms[number])
     return plan
 
 

@@ -96,13 +96,15 @@ def test_two_processes_go_on_as_if_they_had_not_stopped(trained, tmp_path):
     require_same_run(tmp_path / "run", trained)
 
 
-def test_two_processes_sample_as_one_does(trained, tmp_path):
-    told = dict(checkpoint=str(trained), labels=list(range(8)))
+@pytest.mark.parametrize("batches", [1, pytest.param(4, marks=pytest.mark.slow)])  # four calibrate, and race forms
+def test_two_processes_sample_as_one_does(trained, tmp_path, monkeypatch, batches):
+    monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "cache"))
+    told = dict(checkpoint=str(trained), labels=list(range(8)), rows=batches, batch_size=8)
     finish(start("sample", dict(told, out=str(tmp_path / "two"))))
     whole = sample(Request(**told, out=str(tmp_path / "one"))).images
     for number in range(2):
         np.testing.assert_allclose(np.load(tmp_path / "two" / f"process_{number}.npy"), whole, atol=1e-5)
-    assert len(list((tmp_path / "two" / "images").iterdir())) == 8
+    assert len(list((tmp_path / "two" / "images").iterdir())) == 8 * batches
 
 
 def request_for_latents(pictures) -> dict:

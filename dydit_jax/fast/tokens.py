@@ -30,7 +30,7 @@ from dydit_jax.models.tokens import multiply_by_gates, run_on_places
 
 FORMS = ("switch", "fixed", "pooled", "one_hot", "multiply")  # by `run_on_open_tokens`
 CHECKED_FORMS = ("fixed", "fused", "pooled", "one_hot")  # whose only capacity may be too small
-DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "pooled"}
+DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "one_hot"}
 UNIFORM_CAPACITIES = 8  # when nothing is known about the counts
 CALIBRATED_CAPACITIES = 4  # beside the whole batch
 SEEN_WEIGHT = 5  # to one that a step needs the margin: the next capacity is only a branch away
