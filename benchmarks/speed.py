@@ -223,9 +223,10 @@ def _fast_pass(model: Model, segment, tokens_on, x, labels):
     Capacities have their margin over the tokens [B,L,N] that are on in `gated`.
     """
     config, form = model.config, default_form(model)
-    shares = np.asarray(places_needed(form, tokens_on))  # [L]
+    margin = 0 if form == "switch" else LEAST_MARGIN
+    shares = np.minimum(1, margin + np.asarray(places_needed(form, tokens_on)))  # [L]
     sizes = dict(images=len(x), tokens=config.tokens)
-    capacities = tuple(capacities_of(form, [share], [min(1, share + LEAST_MARGIN)], **sizes) for share in shares)
+    capacities = tuple(capacities_of(form, [share], **sizes) for share in shares)
     gates = jax.tree.map(lambda gate: gate[:1].astype(np.float32), (segment.head_gates, segment.group_gates))
     routing = dict(heads=gates[0], groups=gates[1], form=form, capacities=capacities)
     return lambda params, layers, t: network_of(model, params, layers, **routing)(x, t, labels)

@@ -31,10 +31,10 @@ from dydit_jax.fast.plan import Plan, Segment, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import (
     CHECKED_FORMS,
     capacities_of,
+    counted_shares,
     default_form,
     forms_of,
     overflows,
-    packed_together,
     places_needed,
     runners,
 )
@@ -492,30 +492,28 @@ def programs_of(model: Model, params, table, mode: str, plan: Plan | None, image
         pieces = max(n for n in range(1, PROGRESS_PIECES + 1) if steps % n == 0) if steps >= 2 * PROGRESS_PIECES else 1
         segments = whole_segments(heads, groups, pieces=pieces)
     known = None if plan is None else plan.shares
-    shares = known and (known.mean, known.bound(packed_together(form, images)))
+    shares = known and counted_shares(form, known, images)
     capacities = functools.partial(_capacities, config, form, shares, images=images * runs)
     return heads, groups, [Program(segment, form, capacities(segment)) for segment in segments]
 
 
-def _capacities(config: DiTConfig, form: str | None, shares: tuple | None, segment: Segment, *, images: int):
+def _capacities(config: DiTConfig, form: str | None, shares, segment: Segment, *, images: int):
     """Return the capacities of every layer of a segment, for the block's tokens of one pass.
 
     Args:
       config: the model's.
       form: one of `tokens.forms_of`; None opens all.
-      shares: mean ones and bounds, [S,L] each, or None.
+      shares: `counted_shares` of the run [S,L], or None.
       segment: whose steps count.
       images: of one pass on one device, guidance included.
     """
     if form is None:
         return None
-    of_layers = [(None, None)] * config.depth
-    if shares is not None:
-        of_layers = zip(*(share[segment.start : segment.stop].T for share in shares))
+    of_layers = [None] * config.depth if shares is None else shares[segment.start : segment.stop].T
     # A block with places of its own needs no capacity of the form.
     forms = [form if places == config.tokens else "multiply" for places in config.capacities]
     sizes = dict(images=images, tokens=config.tokens)
-    return tuple(capacities_of(own, *layer, **sizes) for own, layer in zip(forms, of_layers))
+    return tuple(capacities_of(own, layer, **sizes) for own, layer in zip(forms, of_layers))
 
 
 def steps_of(sampling: SamplingConfig, diffusion: DiffusionConfig):

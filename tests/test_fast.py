@@ -205,21 +205,20 @@ def test_pooled_tokens_fit_where_they_say_so(share, images, tokens):
 
 
 def test_capacities_are_chosen_by_what_calibration_saw():
-    bound = lambda shares: None if shares is None else np.minimum(1, shares + 0.05)
-    choose = lambda form, shares, **sizes: capacities_of(form, shares, bound(shares), **sizes)
-    switch = lambda shares, tokens: choose("switch", shares, images=1, tokens=tokens)
+    switch = lambda shares, tokens: capacities_of("switch", shares, images=1, tokens=tokens)
     assert switch(None, 64) == (8, 16, 24, 32, 40, 48, 56, 64)
     assert switch(None, 10) == (8, 10)
     shares = np.repeat([0.2, 0.5, 0.7], [10, 5, 5])
     assert switch(shares, 1000) == (200, 256, 504, 752, 1000)
     assert switch(np.ones(4), 1000) == (1000,)
     assert switch(np.zeros(4), 1000) == (0, 56, 1000)
-    assert choose("fixed", shares, images=4, tokens=250) == (752,)
-    assert choose("fused", shares - 0.001, images=64, tokens=256) == (12288,)  # 12272, to a multiple of 128
-    assert choose("pooled", shares, images=16, tokens=256) == (3072,)
-    assert choose("one_hot", shares, images=4, tokens=256) == (192,)
-    assert choose("one_hot", None, images=4, tokens=256) == (256,)
-    assert choose("multiply", shares, images=4, tokens=256) == (1024,)
+    shares += 0.05
+    assert capacities_of("fixed", shares, images=4, tokens=250) == (752,)
+    assert capacities_of("fused", shares - 0.001, images=64, tokens=256) == (12288,)  # 12272, to a multiple of 128
+    assert capacities_of("pooled", shares, images=16, tokens=256) == (3072,)
+    assert capacities_of("one_hot", shares, images=4, tokens=256) == (192,)
+    assert capacities_of("one_hot", None, images=4, tokens=256) == (256,)
+    assert capacities_of("multiply", shares, images=4, tokens=256) == (1024,)
 
 
 def seen(shares) -> Shares:
@@ -409,7 +408,7 @@ def test_blocks_one_by_one_equal_the_original(golden, form):
     layers = narrow(golden.params["blocks"], heads=every, groups=every, dtype=jnp.dtype("float32"))
     routed = {}
     if form:
-        capacities = capacities_of(form, None, None, images=1, tokens=config.tokens)
+        capacities = capacities_of(form, None, images=1, tokens=config.tokens)
         routed = dict(run_on_tokens=runners(form, (capacities,) * config.depth))
 
     def one(x, t, label):  # sampling has one timestep for all images, and gates [1,H]

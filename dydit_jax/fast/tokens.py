@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dydit_jax.fast.plan import Shares
 from dydit_jax.models.dit import Model
 from dydit_jax.models.tokens import multiply_by_gates, run_on_places
 
@@ -33,6 +34,7 @@ CHECKED_FORMS = ("fixed", "fused", "pooled", "one_hot")  # whose only capacity m
 DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "one_hot"}
 UNIFORM_CAPACITIES = 8  # when nothing is known about the counts
 CALIBRATED_CAPACITIES = 4  # beside the whole batch
+MARGIN = 0.05  # of "switch", of all tokens
 SEEN_WEIGHT = 5  # to one that a step needs the margin: the next capacity is only a branch away
 ROW_MULTIPLE = 8  # the rows of a TPU's tile
 UNIT = 128  # tokens that one product of "pooled" packs: as deep as a TPU's matrix units
@@ -56,13 +58,20 @@ def packed_together(form: str, images: int) -> int:
     return 1 if form == "one_hot" else images
 
 
-def capacities_of(form: str, shares, bound, *, images: int, tokens: int) -> tuple[int, ...]:
+def counted_shares(form: str, shares: Shares, images: int) -> np.ndarray:
+    """Return the shares [S,L] that capacities of a form are chosen by, for passes of so many images.
+
+    A single capacity must hold whatever comes, so it is chosen by a bound. "switch" has the next one.
+    """
+    return shares.mean if form == "switch" else shares.bound(packed_together(form, images))
+
+
+def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, ...]:
     """Choose the capacities of one layer within one segment.
 
     Args:
       form: one of `forms_of`.
-      shares: mean ones of a calibration, one per step of the segment. None if there was none.
-      bound: those that the images which are packed together will hardly exceed, see `Shares.bound`; or None.
+      shares: `counted_shares` of a calibration, one per step of the segment. None if there was none.
       images: B of one pass on one device, guidance included.
       tokens: N.
 
@@ -75,18 +84,19 @@ def capacities_of(form: str, shares, bound, *, images: int, tokens: int) -> tupl
         return (rows,)
     if form != "switch":
         multiple = ROW_MULTIPLE if form == "one_hot" else max(ROW_MULTIPLE, rows // PARTS)
-        return _rounded([rows * np.max(bound)], rows, multiple)
+        return _rounded([rows * np.max(shares)], rows, multiple)
     if shares is None:
         wanted = rows * np.arange(1, UNIFORM_CAPACITIES + 1) / UNIFORM_CAPACITIES
         return _rounded([*wanted, rows], rows)
-    return _calibrated((*np.asarray(shares).tolist(), *np.asarray(bound).tolist()), rows)
+    return _calibrated(tuple(np.asarray(shares).tolist()), rows)
 
 
 @functools.lru_cache(maxsize=4096)  # of all segments and layers: chosen once, not once per batch
 def _calibrated(shares: tuple[float, ...], rows: int) -> tuple[int, ...]:
-    """Choose those of "switch" by mean shares, one per step, and bounds on them, as many."""
-    weights = np.repeat([SEEN_WEIGHT, 1], len(shares) // 2)
-    return _rounded([*_best_of(rows * np.asarray(shares), weights, CALIBRATED_CAPACITIES), rows], rows)
+    shares = np.asarray(shares)
+    wanted = np.minimum(rows, rows * np.concatenate([shares, shares + MARGIN]))
+    weights = np.repeat([SEEN_WEIGHT, 1], len(shares))
+    return _rounded([*_best_of(wanted, weights, CALIBRATED_CAPACITIES), rows], rows)
 
 
 def _rounded(wanted, rows: int, multiple: int = ROW_MULTIPLE) -> tuple[int, ...]:

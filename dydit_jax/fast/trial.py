@@ -11,7 +11,7 @@ import numpy as np
 
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Plan
-from dydit_jax.fast.tokens import capacities_of, forms_of, packed_together, run_on_open_tokens
+from dydit_jax.fast.tokens import capacities_of, counted_shares, forms_of, run_on_open_tokens
 from dydit_jax.models.dit import Model
 from dydit_jax.programs import compile_for
 
@@ -51,9 +51,8 @@ def fastest_form(model: Model, params, plan: Plan, *, images: int, runs: int) ->
     small = dataclasses.replace(model, config=config)
 
     def racer(form: str):
-        shares = plan.shares.mean, plan.shares.bound(packed_together(form, images))
-        of_layers = zip(*(share[steps, :depth].T for share in shares))
-        capacities = [capacities_of(form, *layer, images=rows, tokens=config.tokens) for layer in of_layers]
+        of_layers = counted_shares(form, plan.shares, images)[steps, :depth].T
+        capacities = [capacities_of(form, layer, images=rows, tokens=config.tokens) for layer in of_layers]
 
         def on_these(layer, function, x, _):
             return run_on_open_tokens(form, capacities[layer], function, x, gates[layer].astype(jnp.float32))
