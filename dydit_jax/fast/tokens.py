@@ -142,14 +142,21 @@ def run_on_open_tokens(form: str, capacities: tuple[int, ...], function, x, gate
     if form == "one_hot":
         if capacities == (tokens,):
             return multiply_by_gates(function, x, gates)
-        # A cumulative sum as a product, which is exact for zeros and ones: a TPU takes longer over the sum.
-        counts = (gates @ jnp.triu(jnp.ones((tokens, tokens)))).astype(jnp.int32)
-        places = jnp.where(gates > 0, counts - 1, tokens)
+        places = jnp.where(gates > 0, _running_counts(gates) - 1, tokens)
         on_rows = functools.partial(_run_on_rows, function)
         return run_on_places(on_rows, x, gates, places, capacity=capacities[0], platform="tpu")
     if capacities == (batch * tokens,):
         return multiply_by_gates(function, x, gates)
     return _run_packed(function, x, gates, capacities)
+
+
+def _running_counts(on):
+    """Count along the last axis what is on up to each place, itself included: int32 from 0 or 1, [...,n].
+
+    As a product, which is exact for zeros and ones: a TPU takes longer over a cumulative sum.
+    """
+    size = on.shape[-1]
+    return (on.astype(jnp.float32) @ jnp.triu(jnp.ones((size, size)))).astype(jnp.int32)
 
 
 def _run_on_rows(function, packed):
@@ -204,9 +211,7 @@ def _run_pooled(function, x, gates, capacity: int):
     first = behind - reserved
     first = jnp.where(reserved > on.sum(1), -(-first // tile) * tile, first)
     window = jnp.minimum(first // tile, (capacity - size) // tile)  # in tiles
-    # A cumulative sum as a product, which is exact for zeros and ones: a TPU takes longer over the sum.
-    counts = (on.astype(jnp.float32) @ jnp.triu(jnp.ones((size, size)))).astype(jnp.int32)
-    places = jnp.where(on > 0, counts - 1 + (first - window * tile)[:, None], size)
+    places = jnp.where(on > 0, _running_counts(on) - 1 + (first - window * tile)[:, None], size)
     chosen = (places[:, None, :] == jnp.arange(size)[:, None]).astype(x.dtype)  # [U,C,n]
     tiles = lambda rows: rows.reshape(*rows.shape[:-2], -1, tile, width)
 
