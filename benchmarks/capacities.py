@@ -20,6 +20,7 @@ from etils import epath
 
 from dydit_jax.console import run
 from dydit_jax.fast.plan import Plan
+from dydit_jax.fast.tokens import packed_together
 from dydit_jax.generate import generate, plan_sampling, programs_of, steps_of
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model
@@ -90,7 +91,7 @@ def _job(model: Model, params, plan: Plan, settings: dict, seed: int) -> dict:
 def _places(model: Model, params, plan: Plan, settings: dict) -> np.ndarray:
     """Return the share of all places that a plan has for tokens, [S,L]."""
     _, _, programs = programs_of(model, params, steps_of(**settings), "fast", plan, BATCH_SIZE.value, runs=1)
-    everything = model.config.tokens * (1 if plan.form == "one_hot" else BATCH_SIZE.value)
+    everything = model.config.tokens * packed_together(plan.form, BATCH_SIZE.value)
     by_step = [[program.capacities] * len(program.segment) for program in programs]
     return np.array([[min(1, layer[-1] / everything) for layer in step] for segment in by_step for step in segment])
 

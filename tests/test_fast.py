@@ -16,7 +16,15 @@ from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import NarrowedBlocks, Unnarrowed, cast_for_products, narrow
 from dydit_jax.fast.plan import Plan, Shares, make_plan, whole_segments
-from dydit_jax.fast.tokens import FORMS, capacities_of, overflows, places_needed, run_on_open_tokens, runners
+from dydit_jax.fast.tokens import (
+    FORMS,
+    capacities_of,
+    counted_shares,
+    overflows,
+    places_needed,
+    run_on_open_tokens,
+    runners,
+)
 from dydit_jax.generate import generate, images_of_pass, plan_sampling
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import DiTConfig, Model
@@ -277,6 +285,8 @@ def test_plan_is_kept_and_read_again(tmp_path, gates):
     assert Plan.load(tmp_path / "earlier.npz", MACS).shares is None  # of a version that knew less: calibrated anew
     fuller = seen(np.full((4, 12, 3), 0.9))
     assert not read.calibrated(fuller).shares.most.any() and read.widened(fuller).shares.most.min() == 0.9
+    for form in ("switch", "fixed", "one_hot"):  # nothing that fell short once does so again
+        assert counted_shares(form, read.widened(fuller).shares, 64).min() >= 0.9
     assert len(plan.table(np.arange(12)).splitlines()) == 4
 
 
@@ -391,6 +401,13 @@ def test_on_a_tpu_images_go_through_in_passes(tiny):
     np.testing.assert_allclose(whole.routing.tokens, gated.routing.tokens, rtol=1e-6)
     assert whole.shares.images == 6 and not whole.over.any()
     np.testing.assert_allclose(whole.shares.deviation, gated.shares.deviation, atol=1e-3)
+    # What the fullest pass needed is remembered, not the mean over passes.
+    short = dict(form="fixed", segments=1, sampling=sampling, shares=nothing(gated.shares))
+    most = draw(theirs, params, labels, mode="fast", **short).shares.most
+    pairs = [dict(labels=labels[first : first + 2], indices=labels[first : first + 2]) for first in (0, 2, 4)]
+    means = [draw(model, params, **pair, mode="gated", sampling=sampling).shares.mean for pair in pairs]
+    np.testing.assert_allclose(most, np.max(means, 0), rtol=1e-5)
+    assert (most > gated.shares.mean + 1e-3).any()
     # Where too few places are planned, all passes are run in full.
     short = dict(segments=1, sampling=sampling, shares=nothing(gated.shares))
     again = draw(theirs, params, labels, mode="fast", **short)

@@ -61,9 +61,12 @@ def packed_together(form: str, images: int) -> int:
 def counted_shares(form: str, shares: Shares, images: int) -> np.ndarray:
     """Return the shares [S,L] that capacities of a form are chosen by, for passes of so many images.
 
-    A single capacity must hold whatever comes, so it is chosen by a bound. "switch" has the next one.
+    A single capacity must hold whatever comes, so it is chosen by a bound. "switch" has the next one, and takes what
+    was seen: on average, and where that once fell short the most, so that it does not fall short again.
     """
-    return shares.mean if form == "switch" else shares.bound(packed_together(form, images))
+    if form == "switch":
+        return np.maximum(shares.mean, shares.most)
+    return shares.bound(packed_together(form, images))
 
 
 def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, ...]:
