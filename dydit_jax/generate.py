@@ -30,10 +30,10 @@ from dydit_jax.fast.narrow import NarrowedBlocks, Unnarrowed, with_gates
 from dydit_jax.fast.plan import Plan, Segment, Shares, make_plan, whole_segments
 from dydit_jax.fast.tokens import (
     CHECKED_FORMS,
+    can_run,
     capacities_of,
     counted_shares,
     default_form,
-    forms_of,
     overflows,
     places_needed,
     runners,
@@ -260,11 +260,12 @@ def network_of(model: Model, params, layers, *, heads, groups, form, capacities,
     if form == "fused" or (form is None and model.runs_fused):
         only = None if form is None else [capacity for (capacity,) in capacities]
         return functools.partial(model.apply_fused, params, layers, capacities=only, modulations=modulations)
+    routing = dict(heads=heads, groups=groups, modulations=modulations)
+    if form == "pooled":
+        only = [capacity for (capacity,) in capacities]
+        return functools.partial(model.apply_pooled, params, layers, capacities=only, **routing)
     run_on_tokens = None if form is None else runners(form, capacities)
-    gates = dict(heads=heads, groups=groups)
-    return functools.partial(
-        model.apply_layers, params, layers, **gates, run_on_tokens=run_on_tokens, modulations=modulations
-    )
+    return functools.partial(model.apply_layers, params, layers, run_on_tokens=run_on_tokens, **routing)
 
 
 def _predict(params, layers, labels, x, c, extra, *, model: Model, sampling, form, capacities):
@@ -481,7 +482,7 @@ def programs_of(model: Model, params, table, mode: str, plan: Plan | None, image
                 f"this run has {steps} steps and {(config.depth, config.heads)}. Make it with `plan_sampling`."
             )
         # A plan may have been kept by a JAX that had the kernels, which this one lacks.
-        form = plan.form if plan.form in forms_of(model) else default_form(model)
+        form = plan.form if can_run(model, plan.form, images * runs) else default_form(model)
         segments, heads, groups = plan.segments, plan.heads, plan.groups
     else:
         plan, form = None, "multiply" if mode == "gated" else None

@@ -63,7 +63,8 @@ from dydit_jax.sharding import MeshConfig, make_mesh, replicated
 logger = logging.getLogger(__name__)
 
 WRITERS = 4
-CALIBRATION_IMAGES = 8
+CALIBRATION_IMAGES = 8  # at least
+CALIBRATED_PART, MOST_CALIBRATION_IMAGES = 1 / 64, 32  # of the images of a larger job; the more, the fewer empty places
 CALIBRATED_FROM_BATCHES = 4  # a job of fewer is over before calibration pays
 
 
@@ -346,7 +347,7 @@ def _draw(
         if request.mode == "fast":
             plan = _plan(path, model, params, weights, request.segments)
             if len(batches) >= CALIBRATED_FROM_BATCHES:
-                plan = _tuned(plan, model, params, weights, draw, labels, batches[0])
+                plan = _tuned(plan, model, params, weights, draw, labels, missing, size)
     segments_are_checked = plan is not None and (plan.form or default_form(model)) in CHECKED_FORMS
     with (
         jax.set_mesh(mesh),
@@ -386,19 +387,21 @@ def _joined(job: Samples, samples: Samples, done: int, count: int) -> Samples:
     )
 
 
-def _tuned(plan: Plan, model: Model, params, weights: Weights, draw, labels, batch: list[int]) -> Plan:
+def _tuned(plan: Plan, model: Model, params, weights: Weights, draw, labels, missing: list[int], batch: int) -> Plan:
     """Find out for a long job how many tokens are on and how to run them, unless an earlier one did."""
     if weights.model.routers == "none":
         return plan
     if plan.shares is None:
-        count = -(-CALIBRATION_IMAGES // jax.device_count()) * jax.device_count()
-        few = np.asarray(batch)[np.arange(count) % len(batch)]
+        most = max(CALIBRATION_IMAGES, min(MOST_CALIBRATION_IMAGES, batch))
+        count = np.clip(int(len(missing) * CALIBRATED_PART), CALIBRATION_IMAGES, most)
+        count = -(-count // jax.device_count()) * jax.device_count()
+        few = np.asarray(missing)[np.arange(count) % len(missing)]
         logger.info("Calibrating token capacities on %d images.", len(few))
         plan = plan.calibrated(draw(labels[few], indices=few, mode="gated").shares)
     if plan.form is None:
-        images = images_of_pass(model, weights.sampling, -(-len(batch) // jax.device_count()))
+        images = images_of_pass(model, weights.sampling, -(-batch // jax.device_count()))
         runs = runs_per_image(weights.sampling)
-        form, forms = fastest_form(model, params, plan, images=images, runs=runs), forms_of(model)
+        form, forms = fastest_form(model, params, plan, images=images, runs=runs), forms_of(model, images * runs)
         [number] = from_main([forms.index(form)], len(forms))  # other processes may have found another one
         plan = dataclasses.replace(plan, form=forms[number])
     return plan

@@ -170,7 +170,6 @@ def test_on_an_accelerator_the_program_narrows(tiny):
         ("switch", (0, 8, 32)),
         ("switch", (32,)),
         ("fixed", (9,)),
-        ("pooled", (32,)),
         ("one_hot", (8,)),
         ("multiply", (32,)),
     ],
@@ -188,27 +187,6 @@ def test_packed_tokens_equal_gated_ones_for_every_count(open_rows, form, capacit
         needed = places_needed(form, gates[:, None])  # [1]
         assert overflows(form, (capacities,), needed, images=2, tokens=16).tolist() == [not fits]
     if fits:
-        np.testing.assert_allclose(packed, gates[..., None] * function(x), rtol=1e-6)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.65, 0.97])
-@pytest.mark.parametrize("images, tokens", [(3, 256), (2, 64), (5, 16), (3, 12)])  # units of 128, 128, 16 and 4 tokens
-def test_pooled_tokens_fit_where_they_say_so(share, images, tokens):
-    generator = np.random.default_rng(0)
-    x = generator.standard_normal((images, tokens, 4), np.float32)
-    function = lambda rows: jnp.exp(rows) + 1
-    for _ in range(4):  # images that differ widely, the first with everything on
-        gates = generator.random((images, tokens)) < generator.uniform(0, 2 * share, (images, 1))
-        gates[0] |= share > 0
-        gates = gates.astype(np.float32)
-        rows = images * tokens
-        needed = places_needed("pooled", gates[:, None])
-        places = -(-round(float(needed[0]) * rows) // 8) * 8  # exactly, but for whole tiles
-        assert gates.sum() <= places and needed[0] <= 1
-        if places >= rows:
-            continue
-        assert not overflows("pooled", ((places,),), needed, images=images, tokens=tokens).any()
-        packed = run_on_open_tokens("pooled", (places,), function, x, gates)
         np.testing.assert_allclose(packed, gates[..., None] * function(x), rtol=1e-6)
 
 
@@ -369,7 +347,7 @@ def test_form_of_tokens_and_calibration_change_nothing(tiny, form):
 
 
 def test_a_run_written_for_tpus_is_the_same(tiny):
-    """It takes one-hot products, and its host works a segment ahead; one for GPUs: test_fused.py."""
+    """It takes one-hot products, and its host works a segment ahead. Runs in kernels: test_fused.py, test_pooled.py."""
     model, params = tiny
     theirs, reports = dataclasses.replace(model, platform="tpu"), []
     gated = draw(model, params, [1, 2], mode="gated")
@@ -475,7 +453,7 @@ def test_blocks_with_nothing_on_are_run(tiny):
     assert_same(draw(free, params, [1, 2], mode="fast"), gated)
 
 
-@pytest.mark.parametrize("form", ["switch", "pooled", "one_hot"])
+@pytest.mark.parametrize("form", ["switch", "one_hot"])
 def test_fast_on_a_mesh_equals_one_device(tiny, form):
     model, params = tiny
     mesh = make_mesh(MeshConfig())

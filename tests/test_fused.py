@@ -13,7 +13,7 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Shares
-from dydit_jax.fast.tokens import default_form, forms_of
+from dydit_jax.fast.tokens import can_run, default_form
 from dydit_jax.generate import generate, network_of, plan_sampling
 from dydit_jax.models import fused
 from dydit_jax.models.dit import DiTConfig, Model
@@ -186,7 +186,7 @@ def test_a_plan_of_the_kernels_serves_those_who_lack_them(tiny, run):
 def test_sizes_that_kernels_refuse():
     config = DiTConfig(depth=1, width=36, heads=4, patch=2, side=8, channels=1, routers="free")
     model = Model(config, platform="gpu")
-    assert not model.runs_fused and "fused" not in forms_of(model)
+    assert not model.runs_fused and not can_run(model, "fused", 1)
     limited = dataclasses.replace(config, width=32, token_capacity=(0.5,))
     assert not Model(limited, platform="gpu").runs_fused
 

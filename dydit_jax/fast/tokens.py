@@ -7,10 +7,10 @@ The number of tokens that are on depends on the data, so a program needs a capac
     fixed     packed likewise, into one capacity per layer
     fused     as `fixed`, in the kernels for GPUs that do everything else to tokens: `models/fused.py`
     multiply  everything is computed and multiplied by the gates: the mode `gated`
-    pooled    packed likewise, into one capacity per layer, by products with zeros and ones and windows at whole tiles.
-              For TPUs: a branch inside a block, or a gather of short rows, breaks the fusions around it.
-    one_hot   each image packs its own tokens into one capacity per layer, by a product with zeros and ones and nothing
-              else. For TPUs, if images are alike: the fullest one decides.
+    one_hot   each image packs its own tokens into one capacity per layer, by a product with zeros and ones. For TPUs:
+              a branch inside a block, or a gather of short rows, breaks the fusions around it.
+    pooled    the images of a pass pack theirs together, by such products too, in the kernels for TPUs that do all else
+              to tokens around the MLP: `models/pooled.py`
 
 With one capacity per layer a step may not fit. `overflows` says so after the steps of a segment, which the caller then
 computes again, in full: what does not fit costs time, never exactness.
@@ -19,7 +19,6 @@ Never under `vmap`: a branch that is mapped becomes a selection, and every branc
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +26,11 @@ import numpy as np
 
 from dydit_jax.fast.plan import Shares
 from dydit_jax.models.dit import Model
+from dydit_jax.models.pooled import rows_reserved, unit_size
 from dydit_jax.models.tokens import multiply_by_gates, run_on_places
 
-FORMS = ("switch", "fixed", "pooled", "one_hot", "multiply")  # by `run_on_open_tokens`
+FORMS = ("switch", "fixed", "one_hot", "multiply")  # by `run_on_open_tokens`
+KERNEL_FORMS = ("fused", "pooled")
 CHECKED_FORMS = ("fixed", "fused", "pooled", "one_hot")  # whose only capacity may be too small
 DEFAULT_FORMS = {"cpu": "switch", "gpu": "fixed", "tpu": "one_hot"}
 UNIFORM_CAPACITIES = 8  # when nothing is known about the counts
@@ -37,7 +38,6 @@ CALIBRATED_CAPACITIES = 4  # beside the whole batch
 MARGIN = 0.05  # of "switch", of all tokens
 SEEN_WEIGHT = 5  # to one that a step needs the margin: the next capacity is only a branch away
 ROW_MULTIPLE = 8  # the rows of a TPU's tile
-UNIT = 128  # tokens that one product of "pooled" packs: as deep as a TPU's matrix units
 # Capacities of all images together are as many parts of all rows: each further shape of a product is one more for which
 # a GPU's compiler tries out kernels, while all wait.
 PARTS = 128
@@ -48,9 +48,16 @@ def default_form(model: Model) -> str:
     return "fused" if model.runs_fused else DEFAULT_FORMS[model.platform]
 
 
-def forms_of(model: Model) -> tuple[str, ...]:
-    """Return the forms that a model can run in."""
-    return (*FORMS, "fused") if model.runs_fused else FORMS
+def can_run(model: Model, form: str, images: int) -> bool:
+    """Tell whether a model can run so many images of one pass, guidance included, in a form."""
+    if form == "fused":
+        return model.runs_fused
+    return model.runs_pooled(images) if form == "pooled" else form in FORMS
+
+
+def forms_of(model: Model, images: int) -> tuple[str, ...]:
+    """Return the forms that a model can run so many images of one pass in."""
+    return tuple(form for form in (*FORMS, *KERNEL_FORMS) if can_run(model, form, images))
 
 
 def packed_together(form: str, images: int) -> int:
@@ -87,7 +94,8 @@ def capacities_of(form: str, shares, *, images: int, tokens: int) -> tuple[int, 
         return (rows,)
     if form != "switch":
         multiple = ROW_MULTIPLE if form == "one_hot" else max(ROW_MULTIPLE, rows // PARTS)
-        return _rounded([rows * np.max(shares)], rows, multiple)
+        least = unit_size(tokens) if form == "pooled" else 0
+        return _rounded([max(least, rows * np.max(shares))], rows, multiple)
     if shares is None:
         wanted = rows * np.arange(1, UNIFORM_CAPACITIES + 1) / UNIFORM_CAPACITIES
         return _rounded([*wanted, rows], rows)
@@ -140,8 +148,6 @@ def run_on_open_tokens(form: str, capacities: tuple[int, ...], function, x, gate
       [B,N,D]: the function's result where the gate is 1, zeros elsewhere. Meaningless where `overflows` says so.
     """
     batch, tokens, _ = x.shape
-    if form == "pooled" and capacities != (batch * tokens,):
-        return _run_pooled(function, x, gates, capacities[0])
     if form == "one_hot":
         if capacities == (tokens,):
             return multiply_by_gates(function, x, gates)
@@ -199,53 +205,6 @@ def _run_packed(function, x, gates, capacities: tuple[int, ...]):
     return result.reshape(batch, tokens, width)
 
 
-def _run_pooled(function, x, gates, capacity: int):
-    """Pack the tokens of all images one behind the other, a unit of consecutive tokens at a time.
-
-    A product packs a unit into a window of as many rows, which begins at a whole tile and is added to what is there:
-    its other rows are zeros. The same window is read again to spread what the function made of it.
-    """
-    batch, tokens, width = x.shape
-    on, reserved = _units(gates)  # [U,n], [U]
-    units, size = on.shape
-    tile, capacity = math.gcd(ROW_MULTIPLE, size), max(capacity, size)
-    behind = jnp.cumsum(reserved)
-    # A unit that is nearly full begins at a tile of its own: what it needs would reach beyond its window.
-    first = behind - reserved
-    first = jnp.where(reserved > on.sum(1), -(-first // tile) * tile, first)
-    window = jnp.minimum(first // tile, (capacity - size) // tile)  # in tiles
-    places = jnp.where(on > 0, _running_counts(on) - 1 + (first - window * tile)[:, None], size)
-    chosen = (places[:, None, :] == jnp.arange(size)[:, None]).astype(x.dtype)  # [U,C,n]
-    tiles = lambda rows: rows.reshape(*rows.shape[:-2], -1, tile, width)
-
-    def put(packed, unit):
-        start, rows = unit
-        there = jax.lax.dynamic_slice(packed, (start, 0, 0), rows.shape)
-        return jax.lax.dynamic_update_slice(packed, there + rows, (start, 0, 0)), None
-
-    def read(_, start):
-        return None, jax.lax.dynamic_slice(made, (start, 0, 0), (size // tile, tile, width))
-
-    rows = jnp.einsum("ucn,und->ucd", chosen, x.reshape(units, size, width))
-    empty = jnp.zeros((capacity // tile, tile, width), x.dtype)
-    packed, _ = jax.lax.scan(put, empty, (window, tiles(rows)))
-    # The barrier: as in `_run_on_rows`.
-    made = tiles(jax.lax.optimization_barrier(function(packed.reshape(1, capacity, width)))[0])
-    _, rows = jax.lax.scan(read, None, window)
-    spread = jnp.einsum("ucn,ucd->und", chosen, rows.reshape(units, size, width))
-    return gates[:, :, None] * spread.reshape(x.shape)
-
-
-def _units(gates):
-    """Return gates [...,B,N] by units, int32 [...,U,n], and the rows that each unit reserves when they are pooled."""
-    *rest, batch, tokens = gates.shape
-    size = math.gcd(batch * tokens, UNIT)
-    on = (gates > 0).astype(jnp.int32).reshape(*rest, -1, size)
-    tile = math.gcd(ROW_MULTIPLE, size)
-    counts = on.sum(-1)
-    return on, counts + jnp.where(counts > size - tile, tile - 1, 0)
-
-
 def places_needed(form: str | None, gates):
     """Return the share of a form's places that gates need in each layer: [L] from [B,L,N].
 
@@ -256,8 +215,7 @@ def places_needed(form: str | None, gates):
     if form == "one_hot":
         return gates.mean(-1).max(0)
     if form == "pooled":
-        _, reserved = _units(gates.swapaxes(0, 1))
-        return jnp.minimum(1, reserved.sum(-1) / gates[:, 0].size)
+        return jnp.minimum(1, rows_reserved(gates.swapaxes(0, 1)).sum(-1) / gates[:, 0].size)
     return gates.mean((0, 2))
 
 

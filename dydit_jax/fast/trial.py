@@ -57,16 +57,17 @@ def fastest_form(model: Model, params, plan: Plan, *, images: int, runs: int) ->
         def on_these(layer, function, x, _):
             return run_on_open_tokens(form, capacities[layer], function, x, gates[layer].astype(jnp.float32))
 
-        if form == "fused":  # its capacities take as long whatever is on
-            network = functools.partial(small.apply_fused, capacities=[capacity for (capacity,) in capacities])
+        everything = dict(heads=(None,) * depth, groups=(None,) * depth)
+        kernels = dict(fused=small.apply_fused, pooled=functools.partial(small.apply_pooled, **everything))
+        if form in kernels:  # whose capacities take as long whatever is on
+            network = functools.partial(kernels[form], capacities=[capacity for (capacity,) in capacities])
         else:
             run_on_tokens = [functools.partial(on_these, layer) for layer in range(depth)]
-            routing = dict(heads=(None,) * depth, groups=(None,) * depth, run_on_tokens=run_on_tokens)
-            network = functools.partial(small.apply_layers, **routing)
+            network = functools.partial(small.apply_layers, **everything, run_on_tokens=run_on_tokens)
         run = jax.jit(lambda params, layers: network(params, layers, x, zeros, zeros)[0])
         return compile_for(model.platform, run.lower(params, layers))
 
-    racers = {form: racer(form) for form in forms_of(small)}
+    racers = {form: racer(form) for form in forms_of(small, rows)}
     seconds = {form: [] for form in racers}
     for _ in range(1 + ROUNDS):  # the first is not counted
         for form, run in racers.items():

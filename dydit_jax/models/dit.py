@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable
 
 import jax
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.models import cost, fused
+from dydit_jax.models import cost, fused, pooled
 from dydit_jax.models.attention import PLATFORMS
 from dydit_jax.models.layers import (
     MLP,
@@ -253,6 +254,29 @@ class Block(nnx.Module):
         packed, places, gates = fused.pack(x, *router, shift_m, scale_m, capacity=capacity, dtype=dtype)
         return fused.Stream(x, fused.Update(self.mlp(packed, None), places, gate_m)), gates
 
+    def run_pooled(self, stream: pooled.Stream, modulation, heads, groups, *, capacity: int):
+        """Run the block with the kernels of `pooled` around its MLP.
+
+        Args:
+          stream: the tokens.
+          modulation, heads, groups: as for a call; gates are the same for all images.
+          capacity: places for the tokens of all images that are on.
+
+        Returns:
+          The new tokens and the token gates [B,N].
+        """
+        batch, tokens, _ = stream.x.shape
+        if capacity == batch * tokens:
+            x, gates = self(stream.x, modulation, heads, groups, routed=True)
+            return pooled.Stream(x), gates
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
+        modulated = modulated_norm_thrice(stream.x, shift_a, scale_a, stream.statistics)
+        x = stream.x + gate_a[:, None] * self.attention(modulated, heads)
+        gates = straight_through_gate(self.token_router(x), None)
+        places = pooled.places_of(gates, capacity=capacity)
+        packed = pooled.pack(x, places, shift_m, scale_m, capacity=capacity, dtype=self.mlp.dtype)
+        return pooled.spread(x, self.mlp(packed[None], groups)[0], places, gate_m), gates
+
 
 class DiT(nnx.Module):
     """The whole network: embeddings, stacked blocks, output, and the routers that know only the timestep."""
@@ -430,20 +454,15 @@ class Model:
         Returns:
           The prediction [B,side,side,2C] and the token gates [B,L,N].
         """
-        part, block = self._parts(params)
         routed = self.config.routers != "none" and run_on_tokens is not None
-        *of_blocks, of_output = modulations or self.modulations(params, layers, t, labels)
-        with jax.default_matmul_precision(self.matmul_precision):
-            tokens, kept = part("patch_embed")(x), []  # [B,N,D]
-            for layer in range(self.config.depth):
-                routing = dict(routed=routed, capacity=self.config.capacities[layer])
-                if routed:
-                    routing["run_on_tokens"] = run_on_tokens[layer]
-                run_block = block(layers[layer])
-                tokens, gates = run_block(tokens, of_blocks[layer], heads[layer], groups[layer], **routing)
-                kept.append(gates)
-            prediction = part("output")(tokens, of_output)
-        return prediction, jnp.stack(kept, 1) if routed else self.open_routing(x.shape[0]).tokens
+
+        def run_block(block, layer, tokens, modulation):
+            routing = dict(routed=routed, capacity=self.config.capacities[layer])
+            if routed:
+                routing["run_on_tokens"] = run_on_tokens[layer]
+            return block(tokens, modulation, heads[layer], groups[layer], **routing)
+
+        return self._through_layers(params, layers, x, t, labels, modulations, run_block=run_block)
 
     @property
     def runs_fused(self) -> bool:
@@ -462,17 +481,58 @@ class Model:
         Returns:
           The prediction [B,side,side,2C] and the token gates [B,L,N].
         """
-        part, block = self._parts(params)
         routed = self.config.routers != "none" and capacities is not None
+
+        def run_block(block, layer, stream, modulation):
+            return block.run_fused(stream, modulation, capacity=capacities[layer] if routed else None)
+
+        kernels = dict(run_block=run_block, begin=fused.Stream, end=fused.Stream.settled)
+        return self._through_layers(params, layers, x, t, labels, modulations, **kernels)
+
+    def runs_pooled(self, images: int) -> bool:
+        """Tell whether `apply_pooled` can be had for so many images: as `runs_fused`, on a TPU."""
+        suits = self.platform == "tpu" and self.config.routers != "none" and not self.config.token_capacity
+        return suits and pooled.accepts(images, self.config.tokens, self.config.width, self.dtype)
+
+    def apply_pooled(self, params, layers, x, t, labels, *, heads, groups, capacities, modulations=None):
+        """Run the network as `apply_layers` does, in kernels for TPUs where `runs_pooled`.
+
+        Args:
+          params, layers, x, t, labels, heads, groups, modulations: as for `apply_layers`.
+          capacities: per layer, places for the tokens of all images that are on. Where more are on, the result is void.
+
+        Returns:
+          The prediction [B,side,side,2C] and the token gates [B,L,N].
+        """
+
+        def run_block(block, layer, stream, modulation):
+            gates = dict(heads=heads[layer], groups=groups[layer])
+            return block.run_pooled(stream, modulation, **gates, capacity=capacities[layer])
+
+        kernels = dict(run_block=run_block, begin=pooled.Stream, end=operator.attrgetter("x"))
+        return self._through_layers(params, layers, x, t, labels, modulations, **kernels)
+
+    def _through_layers(self, params, layers, x, t, labels, modulations, *, run_block, begin=None, end=None):
+        """Run the network with blocks of their own.
+
+        Args:
+          params, layers, x, t, labels, modulations: as for `apply_layers`.
+          run_block: (block, its number, stream, modulation) -> the new stream and the token gates, or None if all on.
+          begin, end: from tokens to a stream and back; None if it is the tokens.
+
+        Returns:
+          The prediction [B,side,side,2C] and the token gates [B,L,N].
+        """
+        part, block = self._parts(params)
         *of_blocks, of_output = modulations or self.modulations(params, layers, t, labels)
         with jax.default_matmul_precision(self.matmul_precision):
-            stream, kept = fused.Stream(part("patch_embed")(x)), []
-            for layer in range(self.config.depth):
-                capacity = capacities[layer] if routed else None
-                stream, gates = block(layers[layer]).run_fused(stream, of_blocks[layer], capacity=capacity)
+            tokens, kept = part("patch_embed")(x), []  # [B,N,D]
+            stream = begin(tokens) if begin else tokens
+            for number, (layer, modulation) in enumerate(zip(layers, of_blocks, strict=True)):
+                stream, gates = run_block(block(layer), number, stream, modulation)
                 kept.append(gates)
-            prediction = part("output")(stream.settled(), of_output)
-        return prediction, jnp.stack(kept, 1) if routed else self.open_routing(x.shape[0]).tokens
+            prediction = part("output")(end(stream) if end else stream, of_output)
+        return prediction, self.open_routing(x.shape[0]).tokens if kept[0] is None else jnp.stack(kept, 1)
 
     def modulations(self, params, layers, t, labels) -> tuple:
         """Return what the condition makes of each block, [6,B,D], and of the output, [2,B,D].

@@ -58,7 +58,7 @@ def layer_norm(x, *, single_pass: bool = False):
     """
     x = x.astype(jnp.float32)
     if single_pass:
-        mean, inverse = _single_pass_statistics(x)
+        mean, inverse = single_pass_statistics(x)
         return (x - mean) * inverse
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + NORM_EPSILON)
@@ -69,7 +69,7 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def modulated_norm_thrice(x, shift, scale):
+def modulated_norm_thrice(x, shift, scale, statistics=None):
     """Return the modulated norm of x three times, written in three ways, for queries, keys and values.
 
     A TPU's compiler cannot tell that they are equal. It would make one, and keep it for three products in fast memory,
@@ -78,11 +78,12 @@ def modulated_norm_thrice(x, shift, scale):
     Args:
       x: tokens [B,N,D], float32.
       shift, scale: [B,D].
+      statistics: as for `single_pass_statistics`.
 
     Returns:
       Three times [B,N,D].
     """
-    mean, inverse = _single_pass_statistics(x)
+    mean, inverse = single_pass_statistics(x, statistics)
     shift, factor = shift[:, None], 1 + scale[:, None]
     return (
         (x - mean) * inverse * factor + shift,
@@ -91,10 +92,16 @@ def modulated_norm_thrice(x, shift, scale):
     )
 
 
-def _single_pass_statistics(x):
-    """Return mean and inverse deviation over the last axis, [...,1], with the variance as E[x^2] - E[x]^2."""
-    mean = x.mean(-1, keepdims=True)
-    variance = jnp.maximum(jnp.mean(x * x, -1, keepdims=True) - mean * mean, 0)
+def single_pass_statistics(x, statistics=None):
+    """Return mean and inverse deviation over the last axis, [...,1], with the variance as E[x^2] - E[x]^2.
+
+    Args:
+      x: [...,D].
+      statistics: its mean and mean square [...], where they are known.
+    """
+    mean, square = statistics or (x.mean(-1), jnp.mean(x * x, -1))
+    mean, square = mean[..., None], square[..., None]
+    variance = jnp.maximum(square - mean * mean, 0)
     return mean, jax.lax.rsqrt(variance + NORM_EPSILON)
 
 

@@ -1,0 +1,261 @@
+"""Kernels for TPUs: the tokens that are on, of all images of a pass, packed one behind the other, and back.
+
+What a block does to tokens around its MLP, in two kernels of Pallas that find and leave all tokens in fast memory:
+
+    pack      norm, modulation; the tokens that are on go to their places             -> MLP
+    spread    what the MLP made goes back and is added to the residual stream         -> the stream and its statistics
+
+A TPU moves short rows by a product with zeros and ones. A unit of `UNIT` tokens, all of one image, is packed by one
+product, into a window that begins at a whole tile: a unit shares its first tile with the ones before it. While the
+matrix units pack one unit, the vector units norm the next; as programs of XLA both take turns.
+
+Like `fused`, without gradients. Where the kernels cannot be had, `accepts` says so once, and other forms serve.
+"""
+
+import dataclasses
+import functools
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from dydit_jax.models.layers import single_pass_statistics
+
+logger = logging.getLogger(__name__)
+
+UNIT = 128  # tokens that one product packs: as deep as a TPU's matrix units
+TILE = 8  # rows
+GAP = 2  # tiles that may be left free between two units
+UNITS_AT_ONCE = 4  # of a round of a kernel's loop, whose parts are scheduled together
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """The residual stream: tokens x [B,N,D], float32, and their mean and mean square [B,N], where known."""
+
+    x: jax.Array
+    statistics: tuple | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where packed tokens lie: the row of each unit's first one [U], int32; their order in it, [U,n], -UNIT if off."""
+
+    first: jax.Array
+    order: jax.Array
+
+
+def unit_size(tokens: int) -> int:
+    """Return of how many tokens a unit is, where images have so many."""
+    return math.gcd(tokens, UNIT)
+
+
+@functools.cache
+def accepts(images: int, tokens: int, width: int, dtype) -> bool:
+    """Tell whether the kernels can be had for so many images of a pass, by compiling them."""
+    shape = lambda *axes, dtype=jnp.float32: jax.ShapeDtypeStruct(axes, dtype)
+    capacity = images * tokens
+
+    def both(x, gates, made, vector):
+        places = places_of(gates, capacity=capacity)
+        packed = pack(x, places, vector, vector, capacity=capacity, dtype=dtype)
+        return packed, spread(x, made, places, vector)
+
+    arguments = shape(images, tokens, width), shape(images, tokens), shape(capacity, width, dtype=dtype)
+    try:
+        jax.jit(both).lower(*arguments, shape(images, width)).compile()
+    except Exception as error:  # of the version of JAX, of its compiler or of the device, in many ways
+        logger.warning("Without kernels for TPUs, which cannot be had here: %s", " ".join(str(error).split())[:200])
+        return False
+    return True
+
+
+def rows_reserved(gates):
+    """Return the places that units of tokens take, [...,U], from their gates [...,B,N].
+
+    As many as are on. A unit that is nearly full begins at a tile of its own, or would reach beyond its window.
+    """
+    on = _by_units(gates > 0)
+    size, counts = on.shape[-1], on.sum(-1, dtype=jnp.int32)
+    tile = math.gcd(TILE, size)
+    return counts + jnp.where(counts > size - tile, tile - 1, 0)
+
+
+def places_of(gates, *, capacity: int) -> Places:
+    """Give places to the tokens that are on, by gates [B,N]; where they need more than the capacity, wrong ones."""
+    on = _by_units((gates > 0).astype(jnp.float32))  # [U,n]
+    size = on.shape[1]
+    tile = math.gcd(TILE, size)
+    reserved = rows_reserved(gates)
+    first = jnp.cumsum(reserved) - reserved
+    first = jnp.where(reserved > on.sum(1), -(-first // tile) * tile, first)
+    # A product with ones below the diagonal, which is exact: a TPU takes longer over a cumulative sum.
+    order = (on @ jnp.triu(jnp.ones((size, size)))).astype(jnp.int32) - 1
+    return Places(jnp.minimum(first, capacity).astype(jnp.int32), jnp.where(on > 0, order, -UNIT))
+
+
+def _by_units(gates):
+    """Return [...,B,N] as [...,U,n]."""
+    return gates.reshape(*gates.shape[:-2], -1, unit_size(gates.shape[-1]))
+
+
+def pack(x, places: Places, shift, scale, *, capacity: int, dtype):
+    """Norm, modulate and pack the tokens that have a place.
+
+    Args:
+      x: tokens [B,N,D], float32.
+      places: of them.
+      shift, scale: of the modulation [B,D].
+      capacity: P, a multiple of `TILE` and at least a unit's tokens.
+      dtype: of the result.
+
+    Returns:
+      [P,D], arbitrary where no token has its place.
+    """
+    mean, inverse = (_by_units(statistic[..., 0]) for statistic in single_pass_statistics(x))
+    return _pack(x, places, mean, inverse, shift, scale, capacity=capacity, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "dtype"))
+def _pack(x, places, mean, inverse, shift, scale, *, capacity: int, dtype):
+    rows = capacity + places.order.shape[1] + GAP * TILE  # what a unit writes may reach beyond the capacity
+    result = jax.ShapeDtypeStruct((rows, x.shape[-1]), dtype)
+    arguments = places.first, places.order, x.reshape(-1, x.shape[-1]), mean, inverse, shift, scale
+    [packed] = _call(_packing_kernel, [result], arguments)
+    return packed[:capacity]
+
+
+@jax.jit
+def spread(x, made, places: Places, gate) -> Stream:
+    """Add what the MLP made of packed tokens to the residual stream.
+
+    Args:
+      x: tokens [B,N,D], float32.
+      made: [P,D].
+      places: of the tokens.
+      gate: of the modulation [B,D].
+
+    Returns:
+      The new tokens, with their statistics.
+    """
+    shape, flat = x.shape, x.reshape(-1, x.shape[-1])
+    statistic = jax.ShapeDtypeStruct(places.order.shape, x.dtype)
+    arguments = places.first, places.order, flat, made, gate
+    x, *statistics = _call(_spreading_kernel, [flat, statistic, statistic], arguments, aliases={2: 0})
+    return Stream(x.reshape(shape), tuple(leaf.reshape(shape[:2]) for leaf in statistics))
+
+
+def _call(kernel, results, arguments: tuple, aliases=()):
+    """Call a kernel on arrays that lie, but for the first argument, in fast memory as a whole."""
+    in_fast_memory = lambda leaf: pltpu.VMEM(leaf.shape, leaf.dtype)
+    of_scalars, whole = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.VMEM)
+
+    def call(scalars, *rest, interpret: bool):
+        if not interpret:
+            rest = [pltpu.with_memory_space_constraint(leaf, pltpu.VMEM) for leaf in rest]
+        return pl.pallas_call(
+            kernel,
+            out_shape=[leaf if interpret else in_fast_memory(leaf) for leaf in map(_shape, results)],
+            in_specs=[of_scalars, *[whole] * len(rest)],
+            out_specs=[whole] * len(results),
+            input_output_aliases=dict(aliases),
+            interpret=interpret,
+            name=kernel.__name__.strip("_"),
+        )(scalars, *rest)
+
+    # By the platform that it is lowered for: a program for TPUs may be compiled on another machine.
+    by_platform = {False: functools.partial(call, interpret=False), True: functools.partial(call, interpret=True)}
+    return jax.lax.platform_dependent(*arguments, tpu=by_platform[False], default=by_platform[True])
+
+
+def _shape(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+# --- In the kernels, whose arguments are references ----------------------------------------------
+
+
+def _packing_kernel(first, order, x, mean, inverse, shift, scale, packed):
+    """Write the tokens that are on, normed and modulated, to their places."""
+    size = order.shape[1]
+    tile = math.gcd(TILE, size)
+    exact = jax.lax.Precision.HIGHEST if packed.dtype == jnp.float32 else None
+
+    def pack_unit(unit):
+        tokens, image = _tokens_of(unit, order, x, shift)
+        start = _down_to_tile(first[unit], tile)
+        column = lambda rows: rows[pl.ds(unit, 1), :].reshape(size, 1)
+        normed = (x[tokens, :] - column(mean)) * column(inverse)
+        modulated = normed * (1 + scale[image, :]) + shift[image, :]
+        offset = first[unit] - start
+        chosen = _chosen(order, unit, offset).astype(packed.dtype)
+        rows = jax.lax.dot(
+            chosen, modulated.astype(packed.dtype), precision=exact, preferred_element_type=jnp.float32
+        ).astype(packed.dtype)
+        shared, own, behind = (
+            pl.ds(pl.multiple_of(start + begin, tile), end - begin)
+            for begin, end in ((0, tile), (tile, size), (size, size + GAP * tile))
+        )
+        of_others = jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < offset
+        packed[shared, :] = jnp.where(of_others, packed[shared, :], rows[:tile])
+        packed[own, :] = rows[tile:]
+        # Whatever is read again must be finite: rows of the window without a token are zeros, and so is a gap behind.
+        packed[behind, :] = jnp.zeros((GAP * tile, packed.shape[1]), packed.dtype)
+
+    _for_each_unit(pack_unit, len(order))
+
+
+def _spreading_kernel(first, order, x, made, gate, result, mean, square):
+    """Write tokens with what the MLP made of them added, and the means of them and of their squares."""
+    size = order.shape[1]
+    tile = math.gcd(TILE, size)
+    exact = jax.lax.Precision.HIGHEST if made.dtype == jnp.float32 else None
+
+    def spread_unit(unit):
+        tokens, image = _tokens_of(unit, order, x, gate)
+        start = jnp.minimum(_down_to_tile(first[unit], tile), made.shape[0] - size)
+        start = pl.multiple_of(start, tile)
+        chosen = _chosen(order, unit, first[unit] - start).astype(made.dtype)  # [places,tokens]
+        contract_places = (((0,), (0,)), ((), ()))
+        rows = jax.lax.dot_general(
+            chosen, made[pl.ds(start, size), :], contract_places, precision=exact, preferred_element_type=jnp.float32
+        )
+        new = x[tokens, :] + gate[image, :] * rows
+        result[tokens, :] = new
+        row = lambda column: column.reshape(1, size)
+        mean[pl.ds(unit, 1), :] = row(new.mean(1, keepdims=True))
+        square[pl.ds(unit, 1), :] = row((new * new).mean(1, keepdims=True))
+
+    _for_each_unit(spread_unit, len(order))
+
+
+def _for_each_unit(run, units: int) -> None:
+    at_once = math.gcd(units, UNITS_AT_ONCE)
+
+    def round_of_units(number, _):
+        for unit in range(at_once):
+            run(number * at_once + unit)
+
+    jax.lax.fori_loop(0, units // at_once, round_of_units, None)
+
+
+def _tokens_of(unit, order, x, of_images):
+    """Return the rows of a unit's tokens and of its image."""
+    units, size = order.shape
+    image = jax.lax.div(unit, units // of_images.shape[0])
+    return pl.ds(pl.multiple_of(unit * size, size), size), pl.ds(image, 1)
+
+
+def _down_to_tile(row, tile: int):
+    return pl.multiple_of(row - jax.lax.rem(row, tile), tile)
+
+
+def _chosen(order, unit, offset):
+    """Return for each place of a unit's window and each of its tokens whether they belong together [places,tokens]."""
+    size = order.shape[1]
+    return order[pl.ds(unit, 1), :] + offset == jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
