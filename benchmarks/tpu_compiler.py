@@ -4,7 +4,7 @@
 
     estimated   the compiler's own `estimated_cycles`, summed over the instructions that run. Good for products; for
                 elementwise work it does not see bytes, and some instructions that move data carry none: for those the
-                bytes over the bandwidth are taken.
+                bytes over the bandwidth are taken. Kernels carry none either and count as in the schedule.
     scheduled   per instruction the largest of: VLIW bundles of the final schedule times the trips of its loops, issue
                 cycles of the busiest matrix unit, bytes to and from HBM over the bandwidth.
 
@@ -292,8 +292,8 @@ class _Program:
     def _instruction(self, computation, name, types, operation, rest, trips):
         moving = self._moved_bytes(computation, types, rest, trips) / self.bytes_per_cycle
         told = re.search(r'"estimated_cycles":"?(\d+)', rest)
-        estimated = float(told.group(1)) if told else moving
         scheduled = max(moving, *self.bundles.get(name, (0,)))
+        estimated = float(told.group(1)) if told else scheduled if "tpu_custom_call" in rest else moving
         where = re.search(r'op_name="([^"]*)"', rest)
         return estimated, scheduled, [(estimated, scheduled, f"{operation} {name} {types} {where and where.group(1)}")]
 

@@ -4,10 +4,11 @@
     python benchmarks/tpu_cost.py --chips v5e,v6e --batch_sizes 32,64 --out docs/speed/tpu_xl2.json
 
 XL/2 in bfloat16 with the residual stream in float32, on one core. The fast model keeps 11 of 16 heads and 10 of 16
-groups in every block and has 65 % of the tokens on, in places for 72 %: of each image's own (`one_hot`), or of those of
-all images of a pass (`pooled`). How many places are needed by images that differ, `capacities.py` measures. Both models
-of cost, and what they cannot see, are explained in `tpu_compiler.py`. The efficiency is the speed-up over the ratio of
-MACs.
+groups in every block and has 65 % of the tokens on, with standard deviation `--deviation` between images. It has as
+many places for them as a job's own calibration on so many images gives it, in each form: those of an image (`one_hot`)
+or of all images of a pass together (`pooled`); `--capacity` sets another number. What images differ by, and how many
+places they need, `capacities.py` measures. Both models of cost, and what they cannot see, are explained in
+`tpu_compiler.py`. The efficiency is the speed-up over the ratio of MACs.
 """
 
 import json
@@ -32,11 +33,14 @@ from dydit_jax.console import run
 from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.narrow import NarrowedBlocks, cast_for_products, narrow
-from dydit_jax.fast.tokens import packed_together, runners
+from dydit_jax.fast.plan import Shares
+from dydit_jax.fast.tokens import capacities_of, counted_shares, packed_together, runners
 from dydit_jax.generate import images_of_pass, run_segment, steps_of
 from dydit_jax.models.cost import routed_macs
 from dydit_jax.models.dit import Block, Model, published_config
+from dydit_jax.models.pooled import Stream
 from dydit_jax.models.routing import Routing
+from dydit_jax.sampling import MOST_CALIBRATION_IMAGES
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 DEPTH = flags.DEFINE_integer("depth", None, "Blocks of the model; those of its size by default.")
@@ -46,7 +50,11 @@ PARTS = flags.DEFINE_list("parts", ["block", "model"], "block, model.")
 HEADS = flags.DEFINE_integer("heads", 11, "Heads that the fast model keeps in each block.")
 GROUPS = flags.DEFINE_integer("groups", 10, "Groups that the fast model keeps in each block.")
 TOKEN_SHARE = flags.DEFINE_float("token_share", 0.65, "Of an image's tokens that are on.")
-CAPACITY = flags.DEFINE_integer("capacity", 184, "Places for an image's tokens, on average over images that pool them.")
+DEVIATION = flags.DEFINE_float("deviation", 0.024, "Of the images' shares of tokens that are on, of all tokens.")
+CALIBRATED = flags.DEFINE_integer("calibrated", MOST_CALIBRATION_IMAGES, "Images that a job was calibrated on.")
+CAPACITY = flags.DEFINE_integer(
+    "capacity", None, "Places for an image's tokens, on average over images that pool them."
+)
 FORMS = flags.DEFINE_list("forms", ["one_hot", "pooled"], "How the fast model packs tokens, see `fast/tokens.py`.")
 STEPS = 25  # of the compiled scan over the schedule, as in one segment of ten
 SHOWN = flags.DEFINE_integer("shown", 0, "Instructions to list for each program, the dearest first.")
@@ -68,7 +76,8 @@ def main():
         heads=HEADS.value,
         groups=GROUPS.value,
         token_share=TOKEN_SHARE.value,
-        capacity=CAPACITY.value,
+        deviation=DEVIATION.value,
+        calibrated=CALIBRATED.value,
         rows=rows,
     )
     path = epath.Path(OUT.value)
@@ -85,8 +94,8 @@ def _in_words(row: dict) -> str:
     return " ".join(words)
 
 
-def _rows(part: str, chip: str, batch: int, costs: dict[str, Cost], macs: dict[str, float]) -> list[dict]:
-    """Set costs of all modes beside the peak and beside `complete`; MACs are of the whole batch."""
+def _rows(part: str, chip: str, batch: int, images: int, costs: dict[str, Cost], macs: dict[str, float]) -> list[dict]:
+    """Set costs of all modes beside the peak and beside `complete`; images are of a pass, MACs of the whole batch."""
     rows = []
     for mode, cost in costs.items():
         work = macs["complete" if mode == "complete" else "fast"]
@@ -97,6 +106,7 @@ def _rows(part: str, chip: str, batch: int, costs: dict[str, Cost], macs: dict[s
             row[f"{kind}_milliseconds"] = 1e3 * cycles / CHIPS[chip].clock
             row[f"{kind}_share_of_peak"] = 2 * work / CHIPS[chip].flops_per_cycle / cycles
             if mode != "complete":
+                row["places"] = _capacity(mode.split()[-1], images)
                 row[f"{kind}_speedup"] = getattr(costs["complete"], kind) / cycles
                 row[f"{kind}_efficiency"] = row[f"{kind}_speedup"] / (macs["complete"] / work)
         rows.append(row)
@@ -110,7 +120,14 @@ def _fast(form: str) -> str:
 
 
 def _capacity(form: str, images: int) -> int:
-    return CAPACITY.value * packed_together(form, images)
+    """Return the places in a form for the images of a pass."""
+    if CAPACITY.value:
+        return CAPACITY.value * packed_together(form, images)
+    column = lambda value: np.full((1, 1), value)
+    mean = column(TOKEN_SHARE.value)
+    shares = counted_shares(form, Shares(mean, column(DEVIATION.value), mean, CALIBRATED.value), images)
+    [capacity] = capacities_of(form, shares[:, 0], images=images, tokens=_model().config.tokens)
+    return capacity
 
 
 def _model() -> Model:
@@ -137,8 +154,10 @@ def _blocks(chip: str, batch: int) -> list[dict]:
         return block(x, block.modulation(condition), None, None, routed=False)[0]
 
     def fast(weights, x, condition, *, form: str):
-        [run_on_tokens] = runners(form, ((_capacity(form, batch),),))
-        block = nnx.merge(graph, nnx.State(weights))
+        block, capacity = nnx.merge(graph, nnx.State(weights)), _capacity(form, batch)
+        if form == "pooled":
+            return block.run_pooled(Stream(x), block.modulation(condition), None, None, capacity=capacity)
+        [run_on_tokens] = runners(form, ((capacity,),))
         return block(x, block.modulation(condition), None, None, routed=True, run_on_tokens=run_on_tokens)
 
     costs = dict(complete=compile_and_cost(complete, kept(config.heads, config.heads), x, condition, chip=chip))
@@ -154,7 +173,7 @@ def _blocks(chip: str, batch: int) -> list[dict]:
         + macs.token_router
         + modulation,
     )
-    return _rows("block", chip, batch, costs, {mode: batch * count for mode, count in needed.items()})
+    return _rows("block", chip, batch, batch, costs, {mode: batch * count for mode, count in needed.items()})
 
 
 def _models(chip: str, batch: int) -> list[dict]:
@@ -192,7 +211,7 @@ def _models(chip: str, batch: int) -> list[dict]:
     tokens = np.full((1, config.depth, config.tokens), TOKEN_SHARE.value, np.float32)
     routing = Routing(gates(HEADS.value, config.heads), gates(GROUPS.value, config.heads), tokens)
     macs = dict(complete=float(config.macs.complete), fast=float(np.asarray(routed_macs(routing, config.macs))[0]))
-    return _rows("model", chip, batch, costs, {mode: STEPS * batch * count for mode, count in macs.items()})
+    return _rows("model", chip, batch, together, costs, {mode: STEPS * batch * count for mode, count in macs.items()})
 
 
 if __name__ == "__main__":
