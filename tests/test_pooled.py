@@ -29,9 +29,12 @@ def test_tokens_come_back_where_they_fit_as_they_say(share, images, tokens):
     generator = np.random.default_rng(0)
     draw = lambda *shape: generator.standard_normal(shape).astype(np.float32)
     mlp = lambda rows: jnp.exp(rows / 4) + 1
-    for _ in range(3):  # images that differ widely, the first with everything on
+    for case in range(3):  # images that differ widely
         gates = generator.random((images, tokens)) < generator.uniform(0, 2 * share, (images, 1))
-        gates[0] |= share > 0
+        gates[0] |= share > 0 and case > 0
+        if case == 2 and share:  # a unit's places are filled to the last, and the others have no token on
+            gates[:] = False
+            gates[0, : pooled.unit_size(tokens) - 8] = gates[1, -8:] = True
         gates = gates.astype(np.float32)
         rows = images * tokens
         needed = places_needed("pooled", gates[:, None])

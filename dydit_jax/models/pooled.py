@@ -27,6 +27,7 @@ from dydit_jax.models.layers import single_pass_statistics
 logger = logging.getLogger(__name__)
 
 UNIT = 128  # tokens that one product packs: as deep as a TPU's matrix units
+NOWHERE = -2 * UNIT  # outside of every window
 TILE = 8  # rows
 GAP = 2  # tiles that may be left free between two units
 UNITS_AT_ONCE = 4  # of a round of a kernel's loop, whose parts are scheduled together
@@ -44,7 +45,7 @@ class Stream:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where packed tokens lie: the row of each unit's first one [U], int32; their order in it, [U,n], -UNIT if off."""
+    """Where packed tokens lie: the row of each unit's first [U]; their order in it [U,n], `NOWHERE` if off; int32."""
 
     first: jax.Array
     order: jax.Array
@@ -96,7 +97,7 @@ def places_of(gates, *, capacity: int) -> Places:
     first = jnp.where(reserved > on.sum(1), -(-first // tile) * tile, first)
     # A product with ones below the diagonal, which is exact: a TPU takes longer over a cumulative sum.
     order = (on @ jnp.triu(jnp.ones((size, size)))).astype(jnp.int32) - 1
-    return Places(jnp.minimum(first, capacity).astype(jnp.int32), jnp.where(on > 0, order, -UNIT))
+    return Places(jnp.minimum(first, capacity).astype(jnp.int32), jnp.where(on > 0, order, NOWHERE))
 
 
 def _by_units(gates):
