@@ -3,8 +3,10 @@
     python benchmarks/capacities.py --out docs/speed/capacities.json
 
 Jobs of the digits model, as `sample.py` runs them on an accelerator: calibrated on a few images, then batch after
-batch; one that had to compute a segment again leaves the next one more places. In each form with a single capacity per
-layer that plain JAX runs. No times: sizes and counts are the same on any device.
+batch; one that had to compute a segment again leaves the next one more places. With places of each image's own
+(`one_hot`), or of all together (`fixed`, and so in kernels). No times: sizes and counts are the same on any device.
+With `--model XL/2 --batches 0` only how much images of random weights differ, with 65 % of the tokens on, which
+`tpu_cost.py` takes for its own.
 """
 
 import dataclasses
@@ -17,32 +19,37 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from profiles import profiled_params
 
 from dydit_jax.console import run
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.plan import Plan
 from dydit_jax.fast.tokens import packed_together
 from dydit_jax.generate import generate, plan_sampling, programs_of, steps_of
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.models.dit import Model
+from dydit_jax.models.dit import Model, published_config
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "assets/digits_dydit.safetensors", "Weights to sample.")
+MODEL = flags.DEFINE_string("model", None, "Instead of those: a published size, with random weights.")
+STEPS = flags.DEFINE_string("steps", "10", "With --model: steps of the DDPM run.")
 CALIBRATION = flags.DEFINE_integer("calibration", 8, "Images of the calibration.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images of a batch.")
 BATCHES = flags.DEFINE_integer("batches", 4, "Of a job.")
 JOBS = flags.DEFINE_integer("jobs", 5, "Each with other noise.")
-FORMS = flags.DEFINE_list("forms", ["pooled", "one_hot"], "How tokens are packed, see `fast/tokens.py`.")
+FORMS = flags.DEFINE_list("forms", ["fixed", "one_hot"], "How tokens are packed, see `fast/tokens.py`.")
+PROFILE = (0.65, 0.65, 0.65)  # of heads, groups and tokens that are on
 OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
 
 
 def main():
-    weights = load_checkpoint(CHECKPOINT.value)
-    model, params = Model(weights.model, jnp.dtype("float32")), jax.device_put(weights.params)
-    settings = dict(sampling=weights.sampling, diffusion=weights.diffusion)
+    model, params, settings = _contestant()
     plan = plan_sampling(model, params, **settings)
-    found = {form: [] for form in FORMS.value}
+    found, deviations = {form: [] for form in FORMS.value}, []
     for seed in range(JOBS.value):
         few = np.arange(CALIBRATION.value)
         seen = generate(model, params, few % model.config.classes, seed=seed, mode="gated", **settings).shares
+        deviations.append(float(seen.deviation[seen.mean < 1].mean()))
         for form, jobs in found.items():
             calibrated = dataclasses.replace(plan.calibrated(seen), form=form)
             jobs.append(_job(model, params, calibrated, settings, seed))
@@ -51,6 +58,7 @@ def main():
         command="python " + " ".join(sys.argv),
         date=time.strftime("%Y-%m-%d"),
         plan=plan.in_words(),
+        deviation=np.mean(deviations),  # between images, of layers that have any token off
         by_batch={
             form: {name: np.mean([job[name] for job in jobs], 0).tolist() for name in jobs[0]}
             for form, jobs in found.items()
@@ -60,6 +68,17 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def _contestant() -> tuple:
+    """Return the model, its weights, and the sampler and diffusion that it runs with."""
+    if MODEL.value is None:
+        weights = load_checkpoint(CHECKPOINT.value)
+        settings = dict(sampling=weights.sampling, diffusion=weights.diffusion)
+        return Model(weights.model, jnp.dtype("float32")), jax.device_put(weights.params), settings
+    model = Model(published_config(MODEL.value, side=32, routers="free"), jnp.dtype("float32"))
+    settings = dict(sampling=SamplingConfig(sampler="ddpm", steps=STEPS.value), diffusion=DiffusionConfig())
+    return model, profiled_params(model, steps_of(**settings).timestep, PROFILE), settings
 
 
 def _job(model: Model, params, plan: Plan, settings: dict, seed: int) -> dict:

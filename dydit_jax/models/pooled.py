@@ -6,8 +6,8 @@ What a block does to tokens around its MLP, in two kernels of Pallas that find a
     spread    what the MLP made goes back and is added to the residual stream         -> the stream and its statistics
 
 A TPU moves short rows by a product with zeros and ones. A unit of `UNIT` tokens, all of one image, is packed by one
-product, into a window that begins at a whole tile: a unit shares its first tile with the ones before it. While the
-matrix units pack one unit, the vector units norm the next; as programs of XLA both take turns.
+product, into a window of as many rows that begins at a whole tile, which it may share with the units before. While the
+matrix units pack one unit, the vector units norm the next; as programs of XLA both would take turns.
 
 Like `fused`, without gradients. Where the kernels cannot be had, `accepts` says so once, and other forms serve.
 """
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 UNIT = 128  # tokens that one product packs: as deep as a TPU's matrix units
 NOWHERE = -2 * UNIT  # outside of every window
 TILE = 8  # rows
-GAP = 2  # tiles that may be left free between two units
 UNITS_AT_ONCE = 4  # of a round of a kernel's loop, whose parts are scheduled together
 
 
@@ -79,22 +78,24 @@ def accepts(images: int, tokens: int, width: int, dtype) -> bool:
 def rows_reserved(gates):
     """Return the places that units of tokens take, [...,U], from their gates [...,B,N].
 
-    As many as are on. A unit that is nearly full begins at a tile of its own, or would reach beyond its window.
+    As many as are on, or a whole unit's where these might reach beyond a window that begins at the tile of the first.
     """
     on = _by_units(gates > 0)
     size, counts = on.shape[-1], on.sum(-1, dtype=jnp.int32)
-    tile = math.gcd(TILE, size)
-    return counts + jnp.where(counts > size - tile, tile - 1, 0)
+    return jnp.where(counts > size - math.gcd(TILE, size), size, counts)
 
 
 def places_of(gates, *, capacity: int) -> Places:
-    """Give places to the tokens that are on, by gates [B,N]; where they need more than the capacity, wrong ones."""
+    """Give places to the tokens that are on, by gates [B,N]; where they need more than the capacity, wrong ones.
+
+    Units that take a whole unit's places come first: each has its own window. The others follow without a gap.
+    """
     on = _by_units((gates > 0).astype(jnp.float32))  # [U,n]
-    size = on.shape[1]
-    tile = math.gcd(TILE, size)
-    reserved = rows_reserved(gates)
-    first = jnp.cumsum(reserved) - reserved
-    first = jnp.where(reserved > on.sum(1), -(-first // tile) * tile, first)
+    size, reserved = on.shape[1], rows_reserved(gates)
+    whole = reserved == size
+    before = lambda rows: jnp.cumsum(rows) - rows
+    wholes, others = jnp.where(whole, size, 0), jnp.where(whole, 0, reserved)
+    first = jnp.where(whole, before(wholes), wholes.sum() + before(others))
     # A product with ones below the diagonal, which is exact: a TPU takes longer over a cumulative sum.
     order = (on @ jnp.triu(jnp.ones((size, size)))).astype(jnp.int32) - 1
     return Places(jnp.minimum(first, capacity).astype(jnp.int32), jnp.where(on > 0, order, NOWHERE))
@@ -124,7 +125,7 @@ def pack(x, places: Places, shift, scale, *, capacity: int, dtype):
 
 @functools.partial(jax.jit, static_argnames=("capacity", "dtype"))
 def _pack(x, places, mean, inverse, shift, scale, *, capacity: int, dtype):
-    rows = capacity + places.order.shape[1] + GAP * TILE  # what a unit writes may reach beyond the capacity
+    rows = capacity + places.order.shape[1]  # the last window may reach beyond the capacity
     result = jax.ShapeDtypeStruct((rows, x.shape[-1]), dtype)
     arguments = places.first, places.order, x.reshape(-1, x.shape[-1]), mean, inverse, shift, scale
     [packed] = _call(_packing_kernel, [result], arguments)
@@ -198,15 +199,11 @@ def _packing_kernel(first, order, x, mean, inverse, shift, scale, packed):
         rows = jax.lax.dot(
             chosen, modulated.astype(packed.dtype), precision=exact, preferred_element_type=jnp.float32
         ).astype(packed.dtype)
-        shared, own, behind = (
-            pl.ds(pl.multiple_of(start + begin, tile), end - begin)
-            for begin, end in ((0, tile), (tile, size), (size, size + GAP * tile))
-        )
+        shared, own = pl.ds(start, tile), pl.ds(pl.multiple_of(start + tile, tile), size - tile)
         of_others = jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0) < offset
         packed[shared, :] = jnp.where(of_others, packed[shared, :], rows[:tile])
+        # Rows behind a unit's own are for those to come, and zeros until then: what is read again must be finite.
         packed[own, :] = rows[tile:]
-        # Whatever is read again must be finite: rows of the window without a token are zeros, and so is a gap behind.
-        packed[behind, :] = jnp.zeros((GAP * tile, packed.shape[1]), packed.dtype)
 
     _for_each_unit(pack_unit, len(order))
 
