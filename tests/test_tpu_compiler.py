@@ -25,6 +25,21 @@ cost = compile_and_cost(products, x, kernels, chip="v5e")
 print(cost.scheduled / (3 * 2 * 8192 * 1152**2 / CHIPS["v5e"].flops_per_cycle))
 """
 
+# A block with the kernels that pack tokens: what they read and write is in fast memory, S(1).
+KERNELS = """
+import re, sys
+sys.argv = ["tpu_cost.py", "--model=S/2", "--forms=pooled", "--out="]
+import tpu_cost
+from absl import flags
+
+flags.FLAGS(sys.argv)
+seen, cost = [], tpu_cost.compile_and_cost
+tpu_cost.compile_and_cost = lambda *arguments, **settings: seen.append(cost(*arguments, **settings)) or seen[-1]
+tpu_cost._blocks("v5e", 16)
+made = re.findall(r"= (\\S+|\\(.*?\\)) custom-call\\(.*tpu_custom_call", seen[-1].text)
+print(len(made), all("S(1)" in array for types in made for array in re.findall(r"\\w+\\[[^{]*{[^}]*}", types)))
+"""
+
 
 @pytest.mark.parametrize("layout", ["data", "fsdp"])
 def test_training_step_compiles_for_a_slice(tmp_path, layout):
@@ -43,3 +58,10 @@ def test_a_product_costs_its_macs():
     done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) == pytest.approx(1, rel=1e-3)
+
+
+def test_kernels_keep_tokens_in_fast_memory():
+    command = [sys.executable, "-c", KERNELS]
+    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["2", "True"]  # the packing and the spreading one
