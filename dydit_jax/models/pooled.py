@@ -148,11 +148,12 @@ def spread(x, made, places: Places, gate) -> Stream:
     shape, flat = x.shape, x.reshape(-1, x.shape[-1])
     statistic = jax.ShapeDtypeStruct(places.order.shape, x.dtype)
     arguments = places.first, places.order, flat, made, gate
-    x, *statistics = _call(_spreading_kernel, [flat, statistic, statistic], arguments, aliases={2: 0})
+    # Not in place: of a deep network, a v6e's compiler then keeps the stream in the slow memory.
+    x, *statistics = _call(_spreading_kernel, [flat, statistic, statistic], arguments)
     return Stream(x.reshape(shape), tuple(leaf.reshape(shape[:2]) for leaf in statistics))
 
 
-def _call(kernel, results, arguments: tuple, aliases=()):
+def _call(kernel, results, arguments: tuple):
     """Call a kernel on arrays that lie, but for the first argument, in fast memory as a whole."""
     in_fast_memory = lambda leaf: pltpu.VMEM(leaf.shape, leaf.dtype)
     of_scalars, whole = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pltpu.VMEM)
@@ -165,14 +166,13 @@ def _call(kernel, results, arguments: tuple, aliases=()):
             out_shape=[leaf if interpret else in_fast_memory(leaf) for leaf in map(_shape, results)],
             in_specs=[of_scalars, *[whole] * len(rest)],
             out_specs=[whole] * len(results),
-            input_output_aliases=dict(aliases),
             interpret=interpret,
             name=kernel.__name__.strip("_"),
         )(scalars, *rest)
 
     # By the platform that it is lowered for: a program for TPUs may be compiled on another machine.
-    by_platform = {False: functools.partial(call, interpret=False), True: functools.partial(call, interpret=True)}
-    return jax.lax.platform_dependent(*arguments, tpu=by_platform[False], default=by_platform[True])
+    compiled, interpreted = (functools.partial(call, interpret=interpret) for interpret in (False, True))
+    return jax.lax.platform_dependent(*arguments, tpu=compiled, default=interpreted)
 
 
 def _shape(leaf):
