@@ -11,6 +11,7 @@ from conftest import channels_last, relative_error
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.fast import trial
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Shares
 from dydit_jax.fast.tokens import can_run, capacities_of, forms_of, overflows, places_needed
@@ -18,7 +19,7 @@ from dydit_jax.generate import generate, network_of, plan_sampling
 from dydit_jax.models import pooled
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.layers import layer_norm, modulate
-from dydit_jax.sharding import MeshConfig, make_mesh
+from dydit_jax.sharding import MeshConfig, make_mesh, replicated
 
 WIDTH = 32
 
@@ -136,6 +137,25 @@ def test_a_pass_in_kernels_is_that_of_the_original(golden_v2, places):
     wanted = channels_last(golden_v2.arrays["out"])
     assert relative_error(found, jnp.broadcast_to(wanted[:, None], found.shape)) < 1e-5
     np.testing.assert_array_equal(tokens, np.broadcast_to(masks[:, None], tokens.shape))
+
+
+def test_forms_race_on_one_device_whatever_mesh_is_set(tiny, monkeypatch):
+    """A TPU's compiler does not share kernels out over a mesh by itself."""
+    model, params = tiny
+    plan, mesh = plan_sampling(model, params, segments=2, **SETTINGS), make_mesh(MeshConfig())
+    none = np.zeros(plan.heads.shape[:2])
+    plan = plan.widened(Shares(none + 0.4, none, none, 2))
+    race, seen = trial._race, []
+
+    def watched(model, params, *arguments, **settings):
+        seen.append((jax.sharding.get_abstract_mesh().empty, {len(leaf.devices()) for leaf in jax.tree.leaves(params)}))
+        return race(model, params, *arguments, **settings)
+
+    monkeypatch.setattr(trial, "_race", watched)
+    with jax.set_mesh(mesh):
+        theirs = dataclasses.replace(model, platform="tpu")
+        form = trial.fastest_form(theirs, jax.device_put(params, replicated(mesh)), plan, images=2, runs=2)
+    assert mesh.size == 4 and seen == [(True, {1})] and form in forms_of(theirs, 4)
 
 
 def test_a_plan_of_the_kernels_serves_those_who_lack_them(tiny, run):

@@ -1,5 +1,6 @@
 """Which form of running tokens is fastest on this device: a short race between two narrowed blocks in each form."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -24,8 +25,10 @@ ROUNDS = 5
 def fastest_form(model: Model, params, plan: Plan, *, images: int, runs: int) -> str:
     """Time every form on the first blocks of a plan's longest segment, with as many tokens on as its calibration saw.
 
+    One of this process's devices runs it, whatever mesh is set: kernels cannot be shared out but under `shard_map`.
+
     Args:
-      model, params: the network.
+      model, params: the network, the parameters on one device or replicated.
       plan: calibrated.
       images: of one pass on one device.
       runs: of the network on each of them, two with guidance.
@@ -33,6 +36,12 @@ def fastest_form(model: Model, params, plan: Plan, *, images: int, runs: int) ->
     Returns:
       One of `tokens.forms_of`.
     """
+    params = jax.tree.map(lambda leaf: leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf, params)
+    with concurrent.futures.ThreadPoolExecutor(1) as alone:  # where a mesh of the caller is not known
+        return alone.submit(_race, model, params, plan, images=images, runs=runs).result()
+
+
+def _race(model: Model, params, plan: Plan, *, images: int, runs: int) -> str:
     depth, rows = min(TRIAL_LAYERS, model.config.depth), images * runs
     config = dataclasses.replace(model.config, depth=depth, token_capacity=())
     segment = max(plan.segments, key=len)

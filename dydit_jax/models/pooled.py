@@ -12,6 +12,7 @@ matrix units pack one unit, the vector units norm the next; as programs of XLA b
 Like `fused`, without gradients. Where the kernels cannot be had, `accepts` says so once, and other forms serve.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -67,8 +68,10 @@ def accepts(images: int, tokens: int, width: int, dtype) -> bool:
         return packed, spread(x, made, places, vector)
 
     arguments = shape(images, tokens, width), shape(images, tokens), shape(capacity, width, dtype=dtype)
+    compiled = lambda: jax.jit(both).lower(*arguments, shape(images, width)).compile()
     try:
-        jax.jit(both).lower(*arguments, shape(images, width)).compile()
+        with concurrent.futures.ThreadPoolExecutor(1) as alone:  # where a mesh of the caller is not known
+            alone.submit(compiled).result()
     except Exception as error:  # of the version of JAX, of its compiler or of the device, in many ways
         logger.warning("Without kernels for TPUs, which cannot be had here: %s", " ".join(str(error).split())[:200])
         return False
