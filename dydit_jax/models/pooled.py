@@ -151,7 +151,7 @@ def spread(x, made, places: Places, gate) -> Stream:
     shape, flat = x.shape, x.reshape(-1, x.shape[-1])
     statistic = jax.ShapeDtypeStruct(places.order.shape, x.dtype)
     arguments = places.first, places.order, flat, made, gate
-    # Not in place: of a deep network, a v6e's compiler then keeps the stream in the slow memory.
+    # Were it in place, a v6e's compiler would keep the stream of a deep network in the slow memory.
     x, *statistics = _call(_spreading_kernel, [flat, statistic, statistic], arguments)
     return Stream(x.reshape(shape), tuple(leaf.reshape(shape[:2]) for leaf in statistics))
 
