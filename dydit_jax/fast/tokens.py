@@ -27,7 +27,7 @@ import numpy as np
 from dydit_jax.fast.plan import Shares
 from dydit_jax.models.dit import Model
 from dydit_jax.models.pooled import rows_reserved, unit_size
-from dydit_jax.models.tokens import multiply_by_gates, run_on_places
+from dydit_jax.models.tokens import multiply_by_gates, run_on_places, running_counts
 
 FORMS = ("switch", "fixed", "one_hot", "multiply")  # by `run_on_open_tokens`
 KERNEL_FORMS = ("fused", "pooled")
@@ -151,21 +151,12 @@ def run_on_open_tokens(form: str, capacities: tuple[int, ...], function, x, gate
     if form == "one_hot":
         if capacities == (tokens,):
             return multiply_by_gates(function, x, gates)
-        places = jnp.where(gates > 0, _running_counts(gates) - 1, tokens)
+        places = jnp.where(gates > 0, running_counts(gates) - 1, tokens)
         on_rows = functools.partial(_run_on_rows, function)
         return run_on_places(on_rows, x, gates, places, capacity=capacities[0], platform="tpu")
     if capacities == (batch * tokens,):
         return multiply_by_gates(function, x, gates)
     return _run_packed(function, x, gates, capacities)
-
-
-def _running_counts(on):
-    """Count along the last axis what is on up to each place, itself included: int32 from 0 or 1, [...,n].
-
-    As a product, which is exact for zeros and ones: a TPU takes longer over a cumulative sum.
-    """
-    size = on.shape[-1]
-    return (on.astype(jnp.float32) @ jnp.triu(jnp.ones((size, size)))).astype(jnp.int32)
 
 
 def _run_on_rows(function, packed):

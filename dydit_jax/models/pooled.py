@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from dydit_jax.models.layers import single_pass_statistics
+from dydit_jax.models.tokens import running_counts
 
 logger = logging.getLogger(__name__)
 
@@ -93,15 +94,14 @@ def places_of(gates, *, capacity: int) -> Places:
 
     Units that take a whole unit's places come first: each has its own window. The others follow without a gap.
     """
-    on = _by_units((gates > 0).astype(jnp.float32))  # [U,n]
+    on = _by_units(gates > 0)  # [U,n]
     size, reserved = on.shape[1], rows_reserved(gates)
     whole = reserved == size
     before = lambda rows: jnp.cumsum(rows) - rows
     wholes, others = jnp.where(whole, size, 0), jnp.where(whole, 0, reserved)
     first = jnp.where(whole, before(wholes), wholes.sum() + before(others))
-    # A product with ones below the diagonal, which is exact: a TPU takes longer over a cumulative sum.
-    order = (on @ jnp.triu(jnp.ones((size, size)))).astype(jnp.int32) - 1
-    return Places(jnp.minimum(first, capacity).astype(jnp.int32), jnp.where(on > 0, order, NOWHERE))
+    order = jnp.where(on, running_counts(on) - 1, NOWHERE)
+    return Places(jnp.minimum(first, capacity).astype(jnp.int32), order)
 
 
 def _by_units(gates):
@@ -149,10 +149,10 @@ def spread(x, made, places: Places, gate) -> Stream:
       The new tokens, with their statistics.
     """
     shape, flat = x.shape, x.reshape(-1, x.shape[-1])
-    statistic = jax.ShapeDtypeStruct(places.order.shape, x.dtype)
+    result, statistic = (jax.ShapeDtypeStruct(axes, x.dtype) for axes in (flat.shape, places.order.shape))
     arguments = places.first, places.order, flat, made, gate
     # Were it in place, a v6e's compiler would keep the stream of a deep network in the slow memory.
-    x, *statistics = _call(_spreading_kernel, [flat, statistic, statistic], arguments)
+    x, *statistics = _call(_spreading_kernel, [result, statistic, statistic], arguments)
     return Stream(x.reshape(shape), tuple(leaf.reshape(shape[:2]) for leaf in statistics))
 
 
@@ -166,7 +166,7 @@ def _call(kernel, results, arguments: tuple):
             rest = [pltpu.with_memory_space_constraint(leaf, pltpu.VMEM) for leaf in rest]
         return pl.pallas_call(
             kernel,
-            out_shape=[leaf if interpret else in_fast_memory(leaf) for leaf in map(_shape, results)],
+            out_shape=[leaf if interpret else in_fast_memory(leaf) for leaf in results],
             in_specs=[of_scalars, *[whole] * len(rest)],
             out_specs=[whole] * len(results),
             interpret=interpret,
@@ -176,10 +176,6 @@ def _call(kernel, results, arguments: tuple):
     # By the platform that it is lowered for: a program for TPUs may be compiled on another machine.
     compiled, interpreted = (functools.partial(call, interpret=interpret) for interpret in (False, True))
     return jax.lax.platform_dependent(*arguments, tpu=compiled, default=interpreted)
-
-
-def _shape(leaf):
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 # --- In the kernels, whose arguments are references ----------------------------------------------
