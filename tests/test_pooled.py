@@ -1,7 +1,6 @@
-"""The kernels for TPUs, interpreted: both against plain JAX, and whole runs against `gated` and the original."""
+"""The kernels for TPUs, interpreted: both against plain JAX, and a pass against the original."""
 
 import dataclasses
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +8,12 @@ import numpy as np
 import pytest
 from conftest import channels_last, relative_error
 
-from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.fast import trial
 from dydit_jax.fast.narrow import narrow
-from dydit_jax.fast.plan import Shares
 from dydit_jax.fast.tokens import can_run, capacities_of, forms_of, overflows, places_needed
-from dydit_jax.generate import generate, network_of, plan_sampling
+from dydit_jax.generate import network_of
 from dydit_jax.models import pooled
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.layers import layer_norm, modulate
-from dydit_jax.sharding import MeshConfig, make_mesh, replicated
 
 WIDTH = 32
 
@@ -67,47 +61,6 @@ def test_rows_are_packed_exactly_in_bfloat16():
     assert (packed[: len(wanted)] == wanted).mean() > 0.99
 
 
-SETTINGS = dict(sampling=SamplingConfig(sampler="ddpm", steps="4", guidance=2.0), diffusion=DiffusionConfig())
-
-
-@pytest.fixture
-def run(tiny):
-    """Return (mode, platform, plan) -> samples of the tiny model."""
-    model, params = tiny
-
-    def run(mode: str, platform: str, plan=None):
-        return generate(dataclasses.replace(model, platform=platform), params, [1, 2], mode=mode, plan=plan, **SETTINGS)
-
-    return run
-
-
-@pytest.mark.parametrize("calibrated", ["not", "well", "short"])
-def test_a_run_in_kernels_is_the_gated_one(tiny, run, calibrated):
-    model, params = tiny
-    gated, plan = run("gated", "cpu"), plan_sampling(model, params, segments=2, **SETTINGS)
-    if calibrated != "not":
-        none = np.zeros_like(gated.shares.mean)
-        plan = plan.widened(gated.shares if calibrated == "well" else Shares(none, none, none, 2))
-    fast = run("fast", "tpu", dataclasses.replace(plan, form="pooled"))
-    assert relative_error(fast.images, gated.images) < 1e-5
-    np.testing.assert_array_equal(fast.routing.tokens, gated.routing.tokens)
-    # What does not fit is computed in full, and counted.
-    assert bool(fast.over.any()) == (calibrated == "short")
-
-
-@pytest.mark.slow
-def test_a_run_in_kernels_on_a_mesh_is_that_on_one_device(tiny):
-    model, params = tiny
-    theirs, labels = dataclasses.replace(model, platform="tpu"), [1, 2, 3, 4]
-    alone = generate(model, params, labels, mode="gated", **SETTINGS)
-    plan = dataclasses.replace(plan_sampling(model, params, **SETTINGS), form="pooled").widened(alone.shares)
-    mesh = make_mesh(MeshConfig())
-    assert mesh.size == 4
-    together = generate(theirs, params, labels, plan=plan, mesh=mesh, **SETTINGS)
-    assert relative_error(together.images, alone.images) < 1e-5
-    np.testing.assert_allclose(together.routing.tokens, alone.routing.tokens, atol=1e-6)
-
-
 @pytest.mark.parametrize("places", ["all", "fewer"])
 def test_a_pass_in_kernels_is_that_of_the_original(golden_v2, places):
     model, config = dataclasses.replace(golden_v2.model, platform="tpu"), golden_v2.config
@@ -139,31 +92,6 @@ def test_a_pass_in_kernels_is_that_of_the_original(golden_v2, places):
     np.testing.assert_array_equal(tokens, np.broadcast_to(masks[:, None], tokens.shape))
 
 
-def test_forms_race_on_one_device_whatever_mesh_is_set(tiny, monkeypatch):
-    """A TPU's compiler does not share kernels out over a mesh by itself."""
-    model, params = tiny
-    plan, mesh = plan_sampling(model, params, segments=2, **SETTINGS), make_mesh(MeshConfig())
-    none = np.zeros(plan.heads.shape[:2])
-    plan = plan.widened(Shares(none + 0.4, none, none, 2))
-    race, seen = trial._race, []
-
-    def watched(model, params, *arguments, **settings):
-        seen.append((jax.sharding.get_abstract_mesh().empty, {len(leaf.devices()) for leaf in jax.tree.leaves(params)}))
-        return race(model, params, *arguments, **settings)
-
-    monkeypatch.setattr(trial, "_race", watched)
-    with jax.set_mesh(mesh):
-        theirs = dataclasses.replace(model, platform="tpu")
-        form = trial.fastest_form(theirs, jax.device_put(params, replicated(mesh)), plan, images=2, runs=2)
-    assert mesh.size == 4 and seen == [(True, {1})] and form in forms_of(theirs, 4)
-
-
-def test_a_plan_of_the_kernels_serves_those_who_lack_them(tiny, run):
-    plan = plan_sampling(*tiny, segments=2, **SETTINGS)
-    kept = dataclasses.replace(plan, form="pooled")
-    assert relative_error(run("fast", "cpu", kept).images, run("fast", "cpu", plan).images) == 0
-
-
 def test_models_that_kernels_do_not_serve():
     config = DiTConfig(depth=1, width=32, heads=4, patch=2, side=8, channels=1, routers="free")
     assert can_run(Model(config, platform="tpu"), "pooled", 2)
@@ -171,16 +99,3 @@ def test_models_that_kernels_do_not_serve():
     assert not can_run(Model(config, platform="cpu"), "pooled", 2)
     for fields in (dict(token_capacity=(0.5,)), dict(routers="none")):
         assert not can_run(Model(dataclasses.replace(config, **fields), platform="tpu"), "pooled", 2)
-
-
-def test_kernels_that_do_not_compile_are_told_once_and_not_used(monkeypatch, caplog):
-    def refuse(*_, **__):
-        raise NotImplementedError("too little fast memory")
-
-    monkeypatch.setattr(pooled, "pack", refuse)
-    pooled.accepts.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        assert not pooled.accepts(2, 16, 64, jnp.dtype("float32"))
-        assert not pooled.accepts(2, 16, 64, jnp.dtype("float32"))
-    assert caplog.text.count("too little fast memory") == 1
-    pooled.accepts.cache_clear()
