@@ -347,7 +347,7 @@ def test_form_of_tokens_and_calibration_change_nothing(tiny, form):
 
 
 def test_a_run_written_for_tpus_is_the_same(tiny):
-    """It takes one-hot products, and its host works a segment ahead. Runs in kernels: test_fused.py, test_pooled.py."""
+    """It takes one-hot products, and its host works a segment ahead. Runs in kernels: test_kernel_forms.py."""
     model, params = tiny
     theirs, reports = dataclasses.replace(model, platform="tpu"), []
     gated = draw(model, params, [1, 2], mode="gated")
