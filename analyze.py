@@ -8,8 +8,8 @@ The first model is what the others are compared with. Every picture is a .png an
 
 from absl import flags
 
-from dydit_jax.analysis import Analysis, analyze
-from dydit_jax.console import run
+from dydit_jax.jobs.analyze import Analysis, analyze
+from dydit_jax.runtime.console import run
 
 CHECKPOINTS = flags.DEFINE_list("checkpoints", None, "Models, with commas between them; see sample.py --checkpoint.")
 OUT = flags.DEFINE_string("out", None, "Folder for the pictures; must be new or empty.")

@@ -9,8 +9,8 @@ Size, patch, classes, image side and layout are read from the tensors. A file th
 
 from absl import flags
 
-from dydit_jax.console import run
-from dydit_jax.conversion import Conversion, convert, export
+from dydit_jax.convert.conversion import Conversion, convert, export
+from dydit_jax.runtime.console import run
 
 SOURCE = flags.DEFINE_string("source", None, "PyTorch file (.pt, .pth, .bin, .safetensors); with --export, ours.")
 OUT = flags.DEFINE_string("out", None, "A .safetensors file, or a folder for one and its report.")

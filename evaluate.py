@@ -10,8 +10,8 @@ compared in one table.
 
 from absl import flags
 
-from dydit_jax.console import run
-from dydit_jax.evaluation import DEFAULT_INCEPTION, Evaluation, evaluate
+from dydit_jax.jobs.evaluate import DEFAULT_INCEPTION, Evaluation, evaluate
+from dydit_jax.runtime.console import run
 
 SAMPLES = flags.DEFINE_list("samples", None, "Sets of images to judge, with commas between them.", required=True)
 REFERENCE = flags.DEFINE_string("reference", "", "Set to compare with; without one only the Inception score is given.")

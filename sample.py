@@ -9,8 +9,8 @@ settings; --sampling.* overrides them. Images depend on the seed and their index
 
 from absl import flags
 
-from dydit_jax.console import run
-from dydit_jax.sampling import Request, sample
+from dydit_jax.jobs.sample import Request, sample
+from dydit_jax.runtime.console import run
 
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A .safetensors file, a folder with one, a training's work directory, or a published name."

@@ -9,8 +9,8 @@ configuration is continued.
 from absl import flags
 from ml_collections import config_flags
 
-from dydit_jax.console import read_config, run
-from dydit_jax.trainer import train_and_evaluate
+from dydit_jax.jobs.train import train_and_evaluate
+from dydit_jax.runtime.console import read_config, run
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, e.g. configs/digits_dit.py.", lock_config=True

@@ -21,14 +21,14 @@ from absl import flags
 from etils import epath
 from profiles import profiled_params
 
-from dydit_jax.console import run
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.plan import Plan
 from dydit_jax.fast.tokens import packed_together
-from dydit_jax.generate import generate, plan_sampling, programs_of, steps_of
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model, published_config
+from dydit_jax.runtime.console import run
+from dydit_jax.sampling.generate import generate, plan_sampling, programs_of, steps_of
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "assets/digits_dydit.safetensors", "Weights to sample.")
 MODEL = flags.DEFINE_string("model", None, "Instead of those: a published size, with random weights.")

@@ -24,14 +24,14 @@ from absl import flags
 from etils import epath
 from profiles import swinging_logits
 
-from dydit_jax.console import run
 from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Shares, make_plan
-from dydit_jax.generate import program_arguments, program_settings, programs_of, run_segment, steps_of
 from dydit_jax.models.dit import Model, published_config
-from dydit_jax.programs import call_of, compiled_ahead
+from dydit_jax.runtime.aot import call_of, compiled_ahead
+from dydit_jax.runtime.console import run
+from dydit_jax.sampling.generate import program_arguments, program_settings, programs_of, run_segment, steps_of
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 PROFILE = flags.DEFINE_list("profile", ["65", "65", "65"], "Per cent of heads, groups and tokens on.")

@@ -18,10 +18,10 @@ import time
 from absl import flags
 from etils import epath
 
-from dydit_jax.console import run
 from dydit_jax.convert.tables import source_shapes
 from dydit_jax.models.dit import published_config
 from dydit_jax.models.layers import position_table
+from dydit_jax.runtime.console import run
 
 FOLDER = flags.DEFINE_string("folder", None, "Where the files are made; removed afterwards.", required=True)
 OUT = flags.DEFINE_string("out", "docs/conversion.json", "File for the results.")

@@ -19,12 +19,12 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from dydit_jax.build import build_model, build_optimizer, read_experiment
-from dydit_jax.console import run
 from dydit_jax.data.sources import DataConfig, batches, open_source
 from dydit_jax.models.dit import DiTConfig
-from dydit_jax.sharding import MeshConfig, batch_sharding, make_mesh
-from dydit_jax.update import compile_update, init_state, passes_at
+from dydit_jax.runtime.console import run
+from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh
+from dydit_jax.training.experiment import build_model, build_optimizer, read_experiment
+from dydit_jax.training.update import compile_update, init_state, passes_at
 
 PICTURES = flags.DEFINE_integer("pictures", 512, "JPEGs to make.")
 LATENTS = flags.DEFINE_integer("latents", 8192, "Latents to make, 32 KiB each.")

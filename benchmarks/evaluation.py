@@ -13,8 +13,8 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from dydit_jax.console import run
 from dydit_jax.metrics.distances import frechet_distance, moments, precision_recall
+from dydit_jax.runtime.console import run
 
 WIDTH = 2048
 REFERENCE = flags.DEFINE_integer("reference", 10_000, "Features of the reference.")

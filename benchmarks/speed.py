@@ -27,17 +27,17 @@ from etils import epath
 from profiles import profiled_params
 from turns import side_by_side
 
-from dydit_jax.build import resolve_precision
-from dydit_jax.console import run
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.narrow import NarrowedBlocks, narrow
 from dydit_jax.fast.plan import LEAST_MARGIN
 from dydit_jax.fast.tokens import capacities_of, default_form, places_needed
-from dydit_jax.generate import MODES, generate, network_of, plan_sampling, runs_per_image, steps_of
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model, published_config
-from dydit_jax.programs import compile_for
+from dydit_jax.runtime.aot import compile_for
+from dydit_jax.runtime.console import run
+from dydit_jax.sampling.generate import MODES, generate, network_of, plan_sampling, runs_per_image, steps_of
+from dydit_jax.training.experiment import resolve_precision
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights to sample; or give --model.")
 MODEL = flags.DEFINE_string("model", None, "A published size with random weights: S/2, B/2, L/2, XL/2.")

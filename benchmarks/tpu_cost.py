@@ -29,18 +29,18 @@ from absl import flags
 from etils import epath
 from flax import nnx
 
-from dydit_jax.console import run
 from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.narrow import NarrowedBlocks, cast_for_products, narrow
 from dydit_jax.fast.plan import Shares
 from dydit_jax.fast.tokens import capacities_of, counted_shares, packed_together, runners
-from dydit_jax.generate import images_of_pass, run_segment, steps_of
+from dydit_jax.jobs.sample import MOST_CALIBRATION_IMAGES
 from dydit_jax.models.cost import routed_macs
 from dydit_jax.models.dit import Block, Model, published_config
 from dydit_jax.models.pooled import Stream
 from dydit_jax.models.routing import Routing
-from dydit_jax.sampling import MOST_CALIBRATION_IMAGES
+from dydit_jax.runtime.console import run
+from dydit_jax.sampling.generate import images_of_pass, run_segment, steps_of
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 DEPTH = flags.DEFINE_integer("depth", None, "Blocks of the model; those of its size by default.")

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
-from dydit_jax.build import build_optimizer, read_experiment
-from dydit_jax.console import run
 from dydit_jax.models.dit import Model, published_config
-from dydit_jax.sharding import MeshConfig, batch_sharding, make_constrain_fn, make_mesh, replicated, shardings
-from dydit_jax.update import init_state, make_update_fn
+from dydit_jax.runtime.console import run
+from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_constrain_fn, make_mesh, replicated, shardings
+from dydit_jax.training.experiment import build_optimizer, read_experiment
+from dydit_jax.training.update import init_state, make_update_fn
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"], "Slices, as chip:shape.")

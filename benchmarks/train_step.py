@@ -22,10 +22,10 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from dydit_jax.build import build_optimizer, read_experiment
-from dydit_jax.console import run
 from dydit_jax.models.dit import Model, published_config
-from dydit_jax.update import init_state, make_update_fn
+from dydit_jax.runtime.console import run
+from dydit_jax.training.experiment import build_optimizer, read_experiment
+from dydit_jax.training.update import init_state, make_update_fn
 
 MODEL = flags.DEFINE_string("model", "S/2", "A published size.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images of a step, on one device.")

@@ -51,7 +51,7 @@ def get_config():
     config.loss.budget_hold_steps = 100
     config.loss.budget_warmup_steps = 1000
 
-    # AdamW: dydit_jax/build.py, OptimizerConfig.
+    # AdamW: dydit_jax/training/experiment.py, OptimizerConfig.
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 1e-4
     config.optimizer.router_multiplier = 1.0
@@ -64,7 +64,7 @@ def get_config():
     config.optimizer.clip_norm = config_dict.placeholder(float)
     config.optimizer.skip_norm = config_dict.placeholder(float)
 
-    # The run: dydit_jax/build.py, TrainConfig.
+    # The run: dydit_jax/training/experiment.py, TrainConfig.
     config.train = ml_collections.ConfigDict()
     config.train.steps = 400_000
     config.train.seed = 0
@@ -85,7 +85,7 @@ def get_config():
     config.sampling.guided_channels = "first_three"
     config.sampling.autoencoder = ""  # "sd-vae-ft-ema" for latents
 
-    # Devices: dydit_jax/sharding.py, MeshConfig. One of the three may be -1 and takes what is left.
+    # Devices: dydit_jax/runtime/sharding.py, MeshConfig. One of the three may be -1 and takes what is left.
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1
     config.mesh.fsdp = 1
@@ -96,7 +96,7 @@ def get_config():
     config.checkpoint.every_steps = 5000
     config.checkpoint.keep = 2
 
-    # Reports: dydit_jax/tracking.py, TrackingConfig.
+    # Reports: dydit_jax/runtime/tracking.py, TrackingConfig.
     config.tracking = ml_collections.ConfigDict()
     config.tracking.every_steps = 100
     config.tracking.tensorboard = False

@@ -4,7 +4,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dydit_jax.models import autoencoder
-from dydit_jax.sharding import map_in_slices
+from dydit_jax.runtime.sharding import map_in_slices
 
 IMAGES_PER_DEVICE = 8
 

@@ -5,7 +5,6 @@ import json
 
 from etils import epath
 
-from dydit_jax.build import read_model
 from dydit_jax.checkpoints import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -15,11 +14,12 @@ from dydit_jax.checkpoints import (
     load_weights,
     read_arrays,
 )
-from dydit_jax.conversion import AUTOENCODER_FORMAT, Conversion, convert, output_file
+from dydit_jax.convert.conversion import AUTOENCODER_FORMAT, Conversion, convert, output_file
 from dydit_jax.convert.published import PUBLISHED, converted_file, fetch
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
+from dydit_jax.models.dit import read_model
 from dydit_jax.records import read_record
 from dydit_jax.trees import unflatten
 

@@ -30,7 +30,7 @@ def pytest_configure(config):
 
 from dydit_jax.convert.tables import convert_state_dict  # noqa: E402 (after the devices are fixed)
 from dydit_jax.models.dit import DiTConfig, Model  # noqa: E402
-from dydit_jax.programs import compiled  # noqa: E402
+from dydit_jax.runtime.aot import compiled  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -6,7 +6,7 @@ from unittest import mock
 
 import numpy as np
 
-from dydit_jax import preparation
+from dydit_jax.jobs import prepare_latents as preparation
 
 
 @contextlib.contextmanager

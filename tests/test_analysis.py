@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dydit_jax.analysis import Analysis, analyze
 from dydit_jax.checkpoints import Weights, save_weights
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.drawing.report import write_report
 from dydit_jax.errors import InputError
-from dydit_jax.generate import image_keys
+from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.models.dit import Model
-from dydit_jax.report import write_report
-from dydit_jax.update import patch_losses
+from dydit_jax.sampling.generate import image_keys
+from dydit_jax.training.update import patch_losses
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from dydit_jax.conversion import Conversion, convert, export
 from dydit_jax.convert.autoencoders import convert_autoencoder, export_autoencoder
+from dydit_jax.convert.conversion import Conversion, convert, export
 from dydit_jax.convert.torch_files import read_tensors, write_tensors
 from dydit_jax.errors import InputError
 from dydit_jax.latents import decode_latents, encode_images
 from dydit_jax.loading import load_autoencoder
 from dydit_jax.models import autoencoder
-from dydit_jax.sharding import MeshConfig, make_mesh
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dydit_jax.build import (
+from dydit_jax.errors import InputError
+from dydit_jax.training.experiment import (
     OptimizerConfig,
     build_learning_rate,
     build_optimizer,
@@ -16,7 +17,6 @@ from dydit_jax.build import (
     read_experiment,
     resolve_precision,
 )
-from dydit_jax.errors import InputError
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "default")
 
@@ -42,7 +42,7 @@ def test_every_config_is_valid_and_explains_itself(name):
 def test_default_config_lists_every_knob():
     import dataclasses
 
-    from dydit_jax.build import Experiment
+    from dydit_jax.training.experiment import Experiment
 
     config = config_of("default")
     for section in dataclasses.fields(Experiment):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS, GOLDEN, channels_last, read_torch, relative_error
 
-from dydit_jax.conversion import Conversion, convert, export
+from dydit_jax.convert.conversion import Conversion, convert, export
 from dydit_jax.convert.detect import detect_config
 from dydit_jax.convert.ordering import order_by_magnitude
 from dydit_jax.convert.tables import source_shapes

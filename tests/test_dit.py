@@ -11,9 +11,9 @@ from conftest import GOLDEN, channels_last, diffusers_dit, relative_error
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
-from dydit_jax.generate import guided
 from dydit_jax.models.dit import SIZES, DiTConfig, Model, count_parameters, published_config
 from dydit_jax.models.layers import position_table, time_features
+from dydit_jax.sampling.generate import guided
 
 # Published counts where there are any (DiT-XL/2, DyDiT-XL/2); the others pin what is.
 PARAMETERS = {

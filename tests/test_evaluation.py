@@ -14,8 +14,8 @@ from dydit_jax.convert.torch_files import write_tensors
 from dydit_jax.data.archives import prepare_pictures
 from dydit_jax.data.image_sets import open_images
 from dydit_jax.errors import InputError
-from dydit_jax.evaluation import MOMENTS, Evaluation, evaluate, image_statistics, load_inception
-from dydit_jax.sharding import MeshConfig, make_mesh
+from dydit_jax.jobs.evaluate import MOMENTS, Evaluation, evaluate, image_statistics, load_inception
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 
 
 def pictures(count: int, seed: int) -> np.ndarray:

@@ -25,10 +25,10 @@ from dydit_jax.fast.tokens import (
     run_on_open_tokens,
     runners,
 )
-from dydit_jax.generate import generate, images_of_pass, plan_sampling
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import DiTConfig, Model
-from dydit_jax.sharding import MeshConfig, make_mesh
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh
+from dydit_jax.sampling.generate import generate, images_of_pass, plan_sampling
 
 
 @pytest.fixture(scope="module")

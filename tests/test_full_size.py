@@ -7,7 +7,7 @@ from conftest import diffusers_dit, relative_error
 from test_scripts import call
 
 from dydit_jax.checkpoints import Weights, save_weights, write_arrays
-from dydit_jax.conversion import AUTOENCODER_FORMAT
+from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.models import autoencoder

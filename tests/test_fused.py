@@ -10,10 +10,10 @@ from conftest import channels_last, relative_error
 
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.tokens import can_run
-from dydit_jax.generate import network_of
 from dydit_jax.models import fused
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.layers import layer_norm, modulate
+from dydit_jax.sampling.generate import network_of
 
 pytestmark = pytest.mark.skipif(fused.triton is None, reason="This JAX has no Pallas for Triton.")
 

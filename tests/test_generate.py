@@ -15,8 +15,8 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import narrow
-from dydit_jax.generate import _modulations_ahead, generate, guided, plan_sampling, to_uint8, uniform_labels
-from dydit_jax.programs import call_of
+from dydit_jax.runtime.aot import call_of
+from dydit_jax.sampling.generate import _modulations_ahead, generate, guided, plan_sampling, to_uint8, uniform_labels
 
 SAMPLING = SamplingConfig(sampler="ddim", eta=1.0, steps="6", clip=1.0, guidance=2.0)
 
@@ -64,7 +64,7 @@ def test_every_program_is_compiled_once(tiny, monkeypatch, program_folder):
         call = call_of(function, arguments, settings)
         return dataclasses.replace(call, lower=lambda: (lowered.append(call.name), call.lower())[1])
 
-    monkeypatch.setattr(sys.modules["dydit_jax.generate"], "call_of", counted)
+    monkeypatch.setattr(sys.modules["dydit_jax.sampling.generate"], "call_of", counted)
     plan = plan_sampling(model, params, segments=3, **settings)
     first = generate(model, params, [1, 2], plan=plan, **settings)
     assert len(lowered) == len(set(lowered)) == 3
@@ -90,7 +90,7 @@ def test_modulations_of_all_steps_are_those_of_each(tiny, monkeypatch, platform)
         for one, expected in zip(of_step, each, strict=True):
             np.testing.assert_allclose(jnp.stack([*one]), expected, atol=1e-6)
     assert len(ahead) == model.config.depth + 1
-    monkeypatch.setattr(sys.modules["dydit_jax.generate"], "MOST_MODULATION_BYTES", 100)
+    monkeypatch.setattr(sys.modules["dydit_jax.sampling.generate"], "MOST_MODULATION_BYTES", 100)
     assert _modulations_ahead(model, params, layers, timesteps, labels) is None
 
 

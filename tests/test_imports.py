@@ -1,49 +1,20 @@
 """The folders are the architecture: every module imports from floors below or its own folder, downwards."""
 
 import ast
+import graphlib
+import re
 
 import pytest
 from conftest import ROOT
 
-# Lower number: nearer to the ground. A module may import from lower floors, and from modules of its own folder.
-FLOORS = {
-    "cache": 0,
-    "errors": 0,
-    "processes": 0,
-    "records": 0,
-    "trees": 0,
-    "models": 1,
-    "console": 1,
-    "diffusion": 1,
-    "sharding": 1,
-    "programs": 1,
-    "tracking": 1,
-    "pictures": 1,
-    "figures": 1,
-    "report": 2,
-    "convert": 2,
-    "data": 2,
-    "fast": 2,
-    "latents": 2,
-    "metrics": 2,
-    "checkpoints": 2,
-    "build": 3,
-    "conversion": 3,
-    "generate": 4,
-    "loading": 4,
-    "evaluation": 4,
-    "sampling": 5,
-    "preparation": 5,
-    "update": 5,
-    "trainer": 6,
-    "analysis": 6,
-}
+# The map of the README is the order: a module may import from rows below its own, and from its own folder.
+ROWS = re.findall(r"^dydit_jax/(\w+)/?(?=\s|$)", (ROOT / "README.md").read_text(), re.MULTILINE)
 # Third-party packages that may be known in one place only.
 CONFINED = {
     "torch": ("convert/torch_files.py", "convert/torch_network.py"),
     "diffusers": (),
-    "wandb": ("tracking.py",),
-    "tensorboardX": ("tracking.py",),
+    "wandb": ("runtime/tracking.py",),
+    "tensorboardX": ("runtime/tracking.py",),
     "grain": ("data/sources.py",),
 }
 MODULES = sorted((ROOT / "dydit_jax").rglob("*.py"))
@@ -57,7 +28,7 @@ def imported(path) -> list[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names.append(node.module)
-            names += [f"{node.module}.{alias.name}" for alias in node.names if node.module.count(".") == 0]
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
     return names
 
 
@@ -65,19 +36,27 @@ def unit(dotted: str) -> str:
     return dotted.split(".")[1]
 
 
+def test_the_map_names_every_folder_and_module_once():
+    found = {path.relative_to(ROOT / "dydit_jax").parts[0].removesuffix(".py") for path in MODULES} - {"__init__"}
+    assert sorted(ROWS) == sorted(found)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down(path):
-    parts = path.relative_to(ROOT / "dydit_jax").with_suffix("").parts
-    if parts == ("__init__",):
+    own = path.relative_to(ROOT / "dydit_jax").with_suffix("").parts[0]
+    if own == "__init__":
         return
-    own = parts[0]
     for name in imported(path):
-        if not name.startswith("dydit_jax."):
-            continue
-        other = unit(name)
-        assert other == own or FLOORS[other] < FLOORS[own] or (FLOORS[other], FLOORS[own]) in {(0, 0)}, (
-            f"{path.name} (floor {FLOORS[own]}) imports {name} (floor {FLOORS[other]})"
-        )
+        if name.startswith("dydit_jax."):
+            other = unit(name)
+            assert other == own or ROWS.index(other) > ROWS.index(own), f"{path.name} imports {name} from above"
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES}
+    # `from package import module` names the module as well as the package.
+    below = {name: {other for other in imported(path) if other in names} - {name} for name, path in names.items()}
+    graphlib.TopologicalSorter(below).prepare()  # raises a CycleError that names the circle
 
 
 def test_models_and_diffusion_do_not_know_each_other():

@@ -6,7 +6,7 @@ import pytest
 from conftest import fidelity_network, relative_error
 
 from dydit_jax.errors import InputError
-from dydit_jax.models.inception import conv_names, convert_inception, features, resize
+from dydit_jax.metrics.inception import conv_names, convert_inception, features, resize
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from conftest import relative_error
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.fast import trial
+from dydit_jax.fast import autotune
 from dydit_jax.fast.plan import Shares
 from dydit_jax.fast.tokens import default_form, forms_of
-from dydit_jax.generate import generate, plan_sampling
 from dydit_jax.models import fused, pooled
-from dydit_jax.sharding import MeshConfig, make_mesh, replicated
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh, replicated
+from dydit_jax.sampling.generate import generate, plan_sampling
 
 SETTINGS = dict(sampling=SamplingConfig(sampler="ddpm", steps="4", guidance=2.0), diffusion=DiffusionConfig())
 GPU = pytest.mark.skipif(fused.triton is None, reason="This JAX has no Pallas for Triton.")
@@ -86,16 +86,16 @@ def test_forms_race_on_one_device_whatever_mesh_is_set(tiny, monkeypatch):
     plan, mesh = plan_sampling(model, params, segments=2, **SETTINGS), make_mesh(MeshConfig())
     none = np.zeros(plan.heads.shape[:2])
     plan = plan.widened(Shares(none + 0.4, none, none, 2))
-    race, seen = trial._race, []
+    race, seen = autotune._race, []
 
     def watched(model, params, *arguments, **settings):
         seen.append((jax.sharding.get_abstract_mesh().empty, {len(leaf.devices()) for leaf in jax.tree.leaves(params)}))
         return race(model, params, *arguments, **settings)
 
-    monkeypatch.setattr(trial, "_race", watched)
+    monkeypatch.setattr(autotune, "_race", watched)
     with jax.set_mesh(mesh):
         theirs = dataclasses.replace(model, platform="tpu")
-        form = trial.fastest_form(theirs, jax.device_put(params, replicated(mesh)), plan, images=2, runs=2)
+        form = autotune.fastest_form(theirs, jax.device_put(params, replicated(mesh)), plan, images=2, runs=2)
     assert mesh.size == 4 and seen == [(True, {1})] and form in forms_of(theirs, 4)
 
 

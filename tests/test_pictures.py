@@ -3,12 +3,12 @@
 import numpy as np
 from PIL import Image
 
+from dydit_jax.drawing.figures import draw_plan, draw_routing, save_figure
+from dydit_jax.drawing.pictures import draw_grid, save_image
 from dydit_jax.fast.plan import Shares, make_plan
-from dydit_jax.figures import draw_plan, draw_routing, save_figure
-from dydit_jax.generate import Samples
 from dydit_jax.models.dit import DiTConfig
 from dydit_jax.models.routing import Routing
-from dydit_jax.pictures import draw_grid, save_image
+from dydit_jax.sampling.generate import Samples
 
 
 def test_grid_places_images_row_by_row(tmp_path):

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 from stand_ins import mean_for_autoencoder
 
-from dydit_jax import preparation
 from dydit_jax.data.archives import prepare_pictures
 from dydit_jax.data.sources import DataConfig, examples, open_source
 from dydit_jax.errors import InputError
+from dydit_jax.jobs import prepare_latents as preparation
+from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents, verify_latents
+from dydit_jax.jobs.train import train_and_evaluate
 from dydit_jax.models.dit import DiTConfig
-from dydit_jax.preparation import LatentsRequest, prepare_latents, verify_latents
-from dydit_jax.trainer import train_and_evaluate
 
 COUNT = 10
 

@@ -16,11 +16,11 @@ from PIL import Image
 from stand_ins import mean_for_autoencoder
 
 from dydit_jax.errors import InputError
+from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents, verify_latents
+from dydit_jax.jobs.sample import Request, sample
+from dydit_jax.jobs.train import train_and_evaluate
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.preparation import LatentsRequest, prepare_latents, verify_latents
-from dydit_jax.processes import start_processes
-from dydit_jax.sampling import Request, sample
-from dydit_jax.trainer import train_and_evaluate
+from dydit_jax.runtime.processes import start_processes
 
 CONFIG = changed(DYNAMIC, data=dict(batch_size=16), mesh=dict(data=2, fsdp=2, tensor=2), train=dict(steps=6))
 SAMPLING = dict(sampler="ddim", steps="2", clip=1.0)

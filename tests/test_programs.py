@@ -16,9 +16,9 @@ from jax.experimental import serialize_executable
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.generate import generate, plan_sampling
-from dydit_jax.programs import call_of, compile_for, compiled, compiled_ahead
-from dydit_jax.sharding import MeshConfig, make_mesh
+from dydit_jax.runtime.aot import call_of, compile_for, compiled, compiled_ahead
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh
+from dydit_jax.sampling.generate import generate, plan_sampling
 
 
 @functools.partial(jax.jit, static_argnames="factor")
@@ -82,10 +82,10 @@ import jax, numpy as np
 sys.path.insert(0, "tests")
 import conftest
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.generate import run_segment
+from dydit_jax.sampling.generate import run_segment
 from dydit_jax.models.dit import DiTConfig, Model
-from dydit_jax.programs import call_of
-from dydit_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from dydit_jax.runtime.aot import call_of
+from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh
 
 mesh = make_mesh(MeshConfig(data=4))
 model = Model(DiTConfig(depth=2, width=32, heads=4, patch=2, side=8, channels=1, classes=10, routers="free"))
@@ -158,7 +158,7 @@ def test_calls_of_one_name_are_one_program_and_errors_reach_the_caller(program_f
 
 
 def test_options_that_this_xla_does_not_know_are_left_out_and_told_once(monkeypatch, caplog):
-    monkeypatch.setattr("dydit_jax.programs.OPTIONS", {"cpu": {"xla_of_the_past": 1}})
+    monkeypatch.setattr("dydit_jax.runtime.aot.OPTIONS", {"cpu": {"xla_of_the_past": 1}})
     lowered = jax.jit(lambda x: 2 * x).lower(np.ones(2))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -177,7 +177,7 @@ def test_images_of_a_second_start_are_those_of_the_first(devices, tiny, program_
     assert len(list(program_folder.iterdir())) == 2
     compiled.cache_clear()
     monkeypatch.setattr(
-        sys.modules["dydit_jax.generate"],
+        sys.modules["dydit_jax.sampling.generate"],
         "call_of",
         lambda *described: dataclasses.replace(call_of(*described), lower=forbidden),
     )

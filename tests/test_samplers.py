@@ -14,7 +14,7 @@ from dydit_jax.diffusion.gaussian import coefficients
 from dydit_jax.diffusion.samplers import SAMPLERS, SamplingConfig, make_sampler, run_sampler
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError
-from dydit_jax.generate import guided
+from dydit_jax.sampling.generate import guided
 
 GUIDANCE = 2.0
 RUNS = {

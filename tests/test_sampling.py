@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from dydit_jax.checkpoints import Weights, save_weights, write_arrays
-from dydit_jax.conversion import AUTOENCODER_FORMAT
+from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.fast.tokens import FORMS
+from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.models import autoencoder
 from dydit_jax.models.dit import DiTConfig, Model
-from dydit_jax.sampling import Request, sample
 from dydit_jax.trees import flatten
 
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dydit_jax.build import build_optimizer, read_experiment
 from dydit_jax.errors import InputError
 from dydit_jax.models.dit import DiTConfig, Model
-from dydit_jax.sharding import (
+from dydit_jax.runtime.sharding import (
     MeshConfig,
     _across_slices,
     batch_sharding,
@@ -20,7 +19,8 @@ from dydit_jax.sharding import (
     require_divisible,
     shardings,
 )
-from dydit_jax.update import compile_update, init_state
+from dydit_jax.training.experiment import build_optimizer, read_experiment
+from dydit_jax.training.update import compile_update, init_state
 
 EXPERIMENT = dict(
     model=dict(depth=2, width=32, heads=4, patch=2, side=8, channels=1, classes=10, routers="first_on"),

@@ -12,10 +12,10 @@ from conftest import relative_error
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
-from dydit_jax.generate import generate
 from dydit_jax.models.dit import DiTConfig, Model, capacity_runs
 from dydit_jax.models.tokens import ranks, run_on_places
-from dydit_jax.sharding import MeshConfig, batch_sharding, make_constrain_fn, make_mesh, replicated
+from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_constrain_fn, make_mesh, replicated
+from dydit_jax.sampling.generate import generate
 
 
 def limited(model: Model, *shares: float) -> Model:

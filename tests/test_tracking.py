@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from dydit_jax.errors import InputError
-from dydit_jax.tracking import (
+from dydit_jax.runtime.tracking import (
     Clock,
     JsonLines,
     TrackingConfig,

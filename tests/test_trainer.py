@@ -14,14 +14,14 @@ import pytest
 from conftest import DYNAMIC, STATIC, changed
 from PIL import Image
 
-from dydit_jax import trainer
-from dydit_jax.build import read_experiment
 from dydit_jax.data import sources
 from dydit_jax.errors import InputError, StopError
+from dydit_jax.jobs import train as trainer
+from dydit_jax.jobs.train import first_params, starting_leaves, train_and_evaluate
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model
-from dydit_jax.sharding import make_mesh
-from dydit_jax.trainer import first_params, starting_leaves, train_and_evaluate
+from dydit_jax.runtime.sharding import make_mesh
+from dydit_jax.training.experiment import read_experiment
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ KILLED = """
 import json, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
-from dydit_jax.trainer import train_and_evaluate
+from dydit_jax.jobs.train import train_and_evaluate
 train_and_evaluate(json.loads(sys.argv[1]), sys.argv[2])
 """
 

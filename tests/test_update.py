@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from conftest import DYNAMIC, STATIC, changed
 
-from dydit_jax.build import build_optimizer, read_experiment
 from dydit_jax.models.dit import Model, published_config
-from dydit_jax.sharding import MeshConfig, make_mesh
-from dydit_jax.update import (
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh
+from dydit_jax.training.experiment import build_optimizer, read_experiment
+from dydit_jax.training.update import (
     accumulated,
     compile_update,
     draw_examples,

@@ -12,11 +12,11 @@ jax.config.update("jax_num_cpu_devices", int(os.environ.get("WORKER_DEVICES", 4)
 
 from stand_ins import mean_for_autoencoder  # noqa: E402 (after the devices are fixed)
 
-from dydit_jax import preparation  # noqa: E402
 from dydit_jax.errors import InputError, StopError  # noqa: E402
-from dydit_jax.processes import start_processes  # noqa: E402
-from dydit_jax.sampling import Request, sample  # noqa: E402
-from dydit_jax.trainer import train_and_evaluate  # noqa: E402
+from dydit_jax.jobs import prepare_latents as preparation  # noqa: E402
+from dydit_jax.jobs.sample import Request, sample  # noqa: E402
+from dydit_jax.jobs.train import train_and_evaluate  # noqa: E402
+from dydit_jax.runtime.processes import start_processes  # noqa: E402
 
 
 def main():

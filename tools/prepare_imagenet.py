@@ -8,8 +8,8 @@ path that the command says at its end.
 
 from absl import flags
 
-from dydit_jax.console import run
 from dydit_jax.data.archives import prepare_pictures
+from dydit_jax.runtime.console import run
 
 SOURCE = flags.DEFINE_string(
     "source", None, "Folder of class folders or of class tars, or one tar of tars.", required=True

@@ -9,9 +9,9 @@ stopped.
 
 from absl import flags
 
-from dydit_jax.console import run
 from dydit_jax.errors import InputError
-from dydit_jax.preparation import LatentsRequest, prepare_latents, verify_latents
+from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents, verify_latents
+from dydit_jax.runtime.console import run
 
 DATA = flags.DEFINE_string("data", "images", "images: a folder per class; tfds: a prepared dataset.")
 PATH = flags.DEFINE_string("path", "", "Of the pictures: the folder, or <folder or name>/<split>.")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dydit_jax.cache import cache_folder
 from dydit_jax.errors import InputError
+from dydit_jax.runtime.cache import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dydit_jax.programs import shape_of
+from dydit_jax.runtime.aot import shape_of
 
 # Which axis of a layer's parameters counts heads, and which counts groups.
 UNIT_AXES = {

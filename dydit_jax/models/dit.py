@@ -22,7 +22,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ from dydit_jax.models.layers import (
 )
 from dydit_jax.models.routing import LAYOUTS, Routing, TimeRouter, TokenRouter, straight_through_gate
 from dydit_jax.models.tokens import multiply_by_gates, ranks, run_on_places
-from dydit_jax.records import require_range
+from dydit_jax.records import read_record, require_range
 
 # The published sizes: depth, width, heads.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -161,6 +161,19 @@ def published_config(name: str, **fields) -> DiTConfig:
     size, patch = name.split("/")
     depth, width, heads = SIZES[size]
     return DiTConfig(depth=depth, width=width, heads=heads, patch=int(patch), **fields)
+
+
+def read_model(section: Mapping) -> DiTConfig:
+    """Read the section `model`: either `size` ("XL/2") or depth, width, heads and patch."""
+    section = {key: value for key, value in section.items() if value is not None}
+    if "size" not in section:
+        return read_record(DiTConfig, section, "model")
+    size = section.pop("size")
+    known = published_config(size, side=64)
+    fixed = {"depth", "width", "heads", "patch"} & set(section)
+    if fixed:
+        raise InputError(f"model.size {size!r} fixes {', '.join(sorted(fixed))}; give the one or the others.")
+    return read_record(DiTConfig, dict(dataclasses.asdict(known), **section), "model")
 
 
 # --- The network ---------------------------------------------------------------------------------

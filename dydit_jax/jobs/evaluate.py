@@ -1,6 +1,6 @@
 """The job behind `evaluate.py`: sets of images in, FID, sFID, Inception score, precision and recall out.
 
-The features are those of the Inception network of 2015 (`models/inception`), computed in float32 on all devices. A
+The features are those of the Inception network of 2015 (`metrics/inception`), computed in float32 on all devices. A
 result tells all that made it: checksums and counts of both sides, the network, devices and versions.
 """
 
@@ -19,11 +19,11 @@ from dydit_jax.checkpoints import checksum, package_versions
 from dydit_jax.convert.published import PUBLISHED, fetch
 from dydit_jax.convert.torch_files import read_tensors
 from dydit_jax.data.image_sets import IMAGES_ENTRY, ImageSet, npz_shapes, open_images
+from dydit_jax.drawing.report import EVALUATION_FILE, write_report
 from dydit_jax.errors import InputError
 from dydit_jax.metrics.distances import frechet_distance, inception_score, moments, precision_recall
-from dydit_jax.models.inception import convert_inception, features
-from dydit_jax.report import EVALUATION_FILE, write_report
-from dydit_jax.sharding import MeshConfig, make_mesh, map_in_slices
+from dydit_jax.metrics.inception import convert_inception, features
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh, map_in_slices
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from dydit_jax.diffusion.losses import STRATA, LossConfig
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.models.dit import DiTConfig, Model, published_config
+from dydit_jax.models.dit import DiTConfig, Model, read_model
 from dydit_jax.records import read_record, require_range
-from dydit_jax.sharding import MeshConfig, make_constrain_fn
-from dydit_jax.tracking import TrackingConfig
+from dydit_jax.runtime.sharding import MeshConfig, make_constrain_fn
+from dydit_jax.runtime.tracking import TrackingConfig
 from dydit_jax.trees import path_name
 
 PRECISIONS = ("auto", "bfloat16", "float32", "highest")
@@ -166,19 +166,6 @@ def read_experiment(config: Mapping) -> Experiment:
     if wrong and experiment.tracking.samples_every_steps:
         raise InputError(f"tracking.sample_labels must be from 0 to {experiment.model.classes}, not {wrong}.")
     return experiment
-
-
-def read_model(section: Mapping) -> DiTConfig:
-    """Read the section `model`: either `size` ("XL/2") or depth, width, heads and patch."""
-    section = {key: value for key, value in section.items() if value is not None}
-    if "size" not in section:
-        return read_record(DiTConfig, section, "model")
-    size = section.pop("size")
-    known = published_config(size, side=64)
-    fixed = {"depth", "width", "heads", "patch"} & set(section)
-    if fixed:
-        raise InputError(f"model.size {size!r} fixes {', '.join(sorted(fixed))}; give the one or the others.")
-    return read_record(DiTConfig, dict(dataclasses.asdict(known), **section), "model")
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:

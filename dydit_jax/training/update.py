@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dydit_jax.build import Experiment, build_learning_rate, build_optimizer
 from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
 from dydit_jax.diffusion.losses import (
     STRATA,
@@ -32,7 +31,8 @@ from dydit_jax.diffusion.losses import (
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
 from dydit_jax.models.cost import routed_ratio
 from dydit_jax.models.dit import Model
-from dydit_jax.sharding import batch_sharding, replicated, shardings
+from dydit_jax.runtime.sharding import batch_sharding, replicated, shardings
+from dydit_jax.training.experiment import Experiment, build_learning_rate, build_optimizer
 
 logger = logging.getLogger(__name__)
 

@@ -22,18 +22,18 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from dydit_jax import figures
-from dydit_jax.build import build_model
 from dydit_jax.checkpoints import Weights
 from dydit_jax.data.sources import DataConfig, examples, open_source
+from dydit_jax.drawing import figures
+from dydit_jax.drawing.report import write_report
 from dydit_jax.errors import InputError
-from dydit_jax.generate import Samples, generate, image_keys, plan_sampling, steps_of, to_uint8
+from dydit_jax.jobs.sample import make_decode_fn
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.routing import Routing
-from dydit_jax.report import write_report
-from dydit_jax.sampling import make_decode_fn
-from dydit_jax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
-from dydit_jax.update import patch_losses
+from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+from dydit_jax.sampling.generate import Samples, generate, image_keys, plan_sampling, steps_of, to_uint8
+from dydit_jax.training.experiment import build_model
+from dydit_jax.training.update import patch_losses
 
 logger = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from dydit_jax.data.sources import INFO_FILE, LABELS_FILE, LATENTS_FILE, DataCon
 from dydit_jax.errors import InputError
 from dydit_jax.latents import encode_moments
 from dydit_jax.loading import load_autoencoder
-from dydit_jax.processes import is_main, require_same, together
-from dydit_jax.sharding import MeshConfig, make_mesh
+from dydit_jax.runtime.processes import is_main, require_same, together
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from dydit_jax.build import Experiment, build_model, build_optimizer, differences, read_experiment
 from dydit_jax.checkpoints import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -27,17 +26,18 @@ from dydit_jax.checkpoints import (
     save_weights,
 )
 from dydit_jax.data.sources import batches, examples, open_source
+from dydit_jax.drawing.pictures import draw_grid, save_image
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.generate import generate, image_keys, to_uint8
+from dydit_jax.jobs.sample import make_decode_fn
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model
-from dydit_jax.pictures import draw_grid, save_image
-from dydit_jax.processes import RESTART_CODE, Notice, is_main, require_same, to_host, together
-from dydit_jax.sampling import make_decode_fn
-from dydit_jax.sharding import batch_sharding, make_mesh, process_rows, require_divisible, shardings
-from dydit_jax.tracking import Clock, Profile, Watch, best_case, duration, flops_utilisation, make_writers
+from dydit_jax.runtime.processes import RESTART_CODE, Notice, is_main, require_same, to_host, together
+from dydit_jax.runtime.sharding import batch_sharding, make_mesh, process_rows, require_divisible, shardings
+from dydit_jax.runtime.tracking import Clock, Profile, Watch, best_case, duration, flops_utilisation, make_writers
+from dydit_jax.sampling.generate import generate, image_keys, to_uint8
+from dydit_jax.training.experiment import Experiment, build_model, build_optimizer, differences, read_experiment
+from dydit_jax.training.update import TrainState, compile_update, init_state, passes_at, patch_losses
 from dydit_jax.trees import flatten, unflatten
-from dydit_jax.update import TrainState, compile_update, init_state, passes_at, patch_losses
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import time
 import numpy as np
 from etils import epath
 
-from dydit_jax.pictures import draw_grid, read_image
+from dydit_jax.drawing.pictures import draw_grid, read_image
 
 REPORT_FILE = "report.html"
 MANIFEST_FILE = "manifest.json"

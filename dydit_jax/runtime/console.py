@@ -9,9 +9,9 @@ import absl.logging
 import jax
 from absl import app, flags
 
-from dydit_jax.cache import cache_folder
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.processes import start_processes
+from dydit_jax.runtime.cache import cache_folder
+from dydit_jax.runtime.processes import start_processes
 
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",

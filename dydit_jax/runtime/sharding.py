@@ -15,8 +15,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dydit_jax.errors import InputError
-from dydit_jax.processes import to_host
 from dydit_jax.records import require_range
+from dydit_jax.runtime.processes import to_host
 from dydit_jax.trees import path_name
 
 AXES = ("data", "fsdp", "tensor")

@@ -239,7 +239,7 @@ def _surroundings() -> tuple:
 def _code_and_machine() -> tuple:
     """Return this package's checksum, versions, the kinds of devices, and what the processor can do."""
     code = hashlib.sha256()
-    for file in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+    for file in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
     versions = [importlib.metadata.version(name) for name in PACKAGES]
     backend = jax.devices()[0].client.platform_version

@@ -43,9 +43,9 @@ from dydit_jax.models.dit import MODES as APPLY_MODES
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.layers import unconstrained
 from dydit_jax.models.routing import Routing
-from dydit_jax.processes import to_host
-from dydit_jax.programs import Call, call_of, compiled_ahead, shape_of
-from dydit_jax.sharding import BATCH, batch_sharding, replicated, require_divisible
+from dydit_jax.runtime.aot import Call, call_of, compiled_ahead, shape_of
+from dydit_jax.runtime.processes import to_host
+from dydit_jax.runtime.sharding import BATCH, batch_sharding, replicated, require_divisible
 
 MODES = (*APPLY_MODES, "fast")
 PROGRESS_PIECES = 10

@@ -14,7 +14,7 @@ from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Plan
 from dydit_jax.fast.tokens import capacities_of, counted_shares, forms_of, run_on_open_tokens
 from dydit_jax.models.dit import Model
-from dydit_jax.programs import compile_for
+from dydit_jax.runtime.aot import compile_for
 
 logger = logging.getLogger(__name__)
 

@@ -29,17 +29,25 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dydit_jax import figures
-from dydit_jax.build import build_model, resolve_precision
-from dydit_jax.cache import cache_folder
 from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.drawing import figures
+from dydit_jax.drawing.pictures import draw_grid, image_of, read_image, save_image
+from dydit_jax.drawing.report import COST_FILE, MANIFEST_FILE, write_report
 from dydit_jax.errors import InputError, require_known
+from dydit_jax.fast.autotune import fastest_form
 from dydit_jax.fast.narrow import NarrowedBlocks
 from dydit_jax.fast.plan import CUTTING, Plan
 from dydit_jax.fast.tokens import CHECKED_FORMS, default_form, forms_of
-from dydit_jax.fast.trial import fastest_form
-from dydit_jax.generate import (
+from dydit_jax.latents import decode_latents
+from dydit_jax.loading import load_autoencoder, load_checkpoint
+from dydit_jax.models.dit import Model
+from dydit_jax.models.routing import Routing
+from dydit_jax.records import read_record
+from dydit_jax.runtime.cache import cache_folder
+from dydit_jax.runtime.processes import from_main, is_main, together
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh, replicated
+from dydit_jax.sampling.generate import (
     MODES,
     Samples,
     generate,
@@ -50,15 +58,7 @@ from dydit_jax.generate import (
     to_uint8,
     uniform_labels,
 )
-from dydit_jax.latents import decode_latents
-from dydit_jax.loading import load_autoencoder, load_checkpoint
-from dydit_jax.models.dit import Model
-from dydit_jax.models.routing import Routing
-from dydit_jax.pictures import draw_grid, image_of, read_image, save_image
-from dydit_jax.processes import from_main, is_main, together
-from dydit_jax.records import read_record
-from dydit_jax.report import COST_FILE, MANIFEST_FILE, write_report
-from dydit_jax.sharding import MeshConfig, make_mesh, replicated
+from dydit_jax.training.experiment import build_model, resolve_precision
 
 logger = logging.getLogger(__name__)
 

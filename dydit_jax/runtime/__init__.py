@@ -1,0 +1,1 @@
+"""Devices, processes, compiled programs, logs: what a run stands on."""
