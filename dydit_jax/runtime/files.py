@@ -1,0 +1,116 @@
+"""Files that are whole or not there: writing under another name first, and reading with one clear line.
+
+A program may be killed at any instruction, a disk may fill up, and several programs may write one file of a cache at
+once. So nothing is written under its own name: `write_atomically` gives a name in the same folder that nobody else
+has, and renames when all is on the disk. What a kill leaves behind ends in `.partial` and can be deleted.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import stat
+import uuid
+from collections.abc import Iterator
+
+from etils import epath
+
+from dydit_jax.errors import InputError
+
+
+def is_local(path) -> bool:
+    """Return whether a path is of this machine's file system, not of a bucket."""
+    return "://" not in str(path)
+
+
+@contextlib.contextmanager
+def write_atomically(path) -> Iterator[epath.Path]:
+    """Write a file that appears whole, or not at all; its folder is made where it is missing.
+
+    The content is on the disk before the file takes its name: a machine that loses power has the old file or the new
+    one. The mode is that of any new file under the umask, whatever mode the writer gives. In a bucket the object
+    is renamed by copying it.
+
+    Args:
+      path: of this machine or a bucket (`gs://...`).
+
+    Yields:
+      The path to write to; it does not end as `path` does, so a writer that goes by the suffix needs its format named.
+
+    Raises:
+      InputError: a place that can't be written to, or a disk that is full. Nothing is left there then, and a file that
+        already had the name is as it was. What is no error of the system passes as it is.
+    """
+    path = epath.Path(path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = _create(partial)
+        yield partial
+        _settle(partial, mode)
+        partial.replace(path)
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise InputError(
+            f"Can't write {path} ({reason}). Make room there, or name a place that you can write to."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            partial.unlink(missing_ok=True)
+
+
+def _create(partial: epath.Path) -> int | None:
+    """Make an empty file and return the mode that the umask gives it; None in a bucket."""
+    if not is_local(partial):
+        return None
+    with pathlib.Path(partial).open("xb") as file:
+        return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+
+
+def _settle(partial: epath.Path, mode: int | None) -> None:
+    """Give a file its mode and wait until it is on the disk, which some file systems only now find full."""
+    if mode is None:
+        return
+    with pathlib.Path(partial).open("rb") as file:
+        os.fchmod(file.fileno(), mode)
+        os.fsync(file.fileno())
+
+
+def write_json(path, content) -> None:
+    """Write mappings, lists, strings and numbers as JSON, whole or not at all.
+
+    Raises:
+      InputError: see `write_atomically`.
+    """
+    text = json.dumps(content, indent=2) + "\n"
+    with write_atomically(path) as partial:
+        partial.write_text(text)
+
+
+def read_json(path, *, remedy: str = "restore it from a copy, or remove it and start again", kind: type = dict):
+    """Return what a JSON file holds.
+
+    Args:
+      path: of this machine or a bucket.
+      remedy: what the user can do about a damaged file, for the message.
+      kind: of its content: `dict` or `list`.
+
+    Raises:
+      InputError: no such file, one that can't be read, is empty, cut short or no JSON, or holds another kind.
+    """
+    path = epath.Path(path)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "is no text" if isinstance(error, UnicodeDecodeError) else f"can't be read ({error.strerror or error})"
+        raise InputError(f"{path} {reason}; {remedy}.") from error
+    if not text.strip():
+        raise InputError(f"{path} is empty; {remedy}.")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged or cut short ({error}); {remedy}.") from error
+    if not isinstance(content, kind):
+        expected = "a list" if kind is list else "a mapping"
+        raise InputError(f"{path} holds {type(content).__name__}, not {expected}; {remedy}.")
+    return content

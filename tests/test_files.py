@@ -1,0 +1,105 @@
+"""Files appear whole or not at all, with the mode of any new file; damaged ones are named in one line."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from dydit_jax.errors import InputError
+from dydit_jax.runtime.files import read_json, write_atomically, write_json
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_file_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with write_atomically(path) as partial:
+        partial.write_text("half")
+        assert partial.parent == path.parent and not path.exists()
+        partial.write_text("all of it")
+    assert path.read_text() == "all of it" and names(path.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (OSError(28, "No space left on device"), InputError),
+        (KeyboardInterrupt("stop"), KeyboardInterrupt),
+        (ValueError("wrong"), ValueError),
+    ],
+)
+def test_failure_leaves_the_old_file_and_nothing_else(error, shown, tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(shown, match="No space left|stop|wrong"), write_atomically(path) as partial:
+        partial.write_text("new")
+        raise error
+    assert path.read_text() == "old" and names(tmp_path) == ["file.txt"]
+
+
+def test_two_writers_do_not_meet(tmp_path):
+    path = tmp_path / "file.txt"
+    with write_atomically(path) as first, write_atomically(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and names(tmp_path) == ["file.txt"]
+
+
+def test_mode_follows_the_umask_whatever_the_writer_does(tmp_path, umask):
+    path = tmp_path / "arrays.safetensors"
+    with write_atomically(path) as partial:
+        safetensors.numpy.save_file({"x": np.zeros(3)}, partial)
+        pathlib.Path(partial).chmod(0o600)  # as some of its versions do
+    assert path.stat().st_mode & 0o777 == 0o644
+    os.umask(0o077)
+    write_json(tmp_path / "private.json", {})
+    assert (tmp_path / "private.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"Can't write .*file/inside.json \(.*\). Make room"):
+        write_json(tmp_path / "file" / "inside.json", {})
+
+
+def test_json_comes_back(tmp_path):
+    path = tmp_path / "file.json"
+    for content in ({"a": [1, 2.5, None, "ä"]}, [1, 2]):
+        write_json(path, content)
+        assert read_json(path, kind=type(content)) == content
+        assert path.read_text() == json.dumps(content, indent=2) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "can't be read .No such file"),
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b'{"steps": 1', "is damaged or cut short"),
+        (b"\xff\xfe\x00", "is no text"),
+        (b"\x00" * 100, "is damaged or cut short"),
+        (b"[" * 100_000, "is damaged or cut short"),
+        (b"[1, 2]", "holds list, not a mapping"),
+        (b"null", "holds NoneType, not a mapping"),
+    ],
+)
+def test_damaged_json_is_one_line_that_names_the_file(content, reason, tmp_path):
+    path = tmp_path / "job.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path} {reason}.*; draw them again") as raised:
+        read_json(path, remedy="draw them again")
+    assert "\n" not in str(raised.value)
