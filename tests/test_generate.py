@@ -16,6 +16,7 @@ from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.runtime.aot import call_of
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh, shardings
 from dydit_jax.sampling.generate import _modulations_ahead, generate, guided, plan_sampling, to_uint8, uniform_labels
 
 SAMPLING = SamplingConfig(sampler="ddim", eta=1.0, steps="6", clip=1.0, guidance=2.0)
@@ -37,6 +38,16 @@ def test_image_does_not_depend_on_its_batch(tiny):
 def test_image_depends_on_the_seed(tiny):
     assert np.abs(draw(tiny, [1]).images - draw(tiny, [1], seed=1).images).max() > 0.1
     np.testing.assert_array_equal(draw(tiny, [1]).images, draw(tiny, [1]).images)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_weights_as_a_training_shards_them_draw_the_same_images(tiny, devices):
+    model, params = tiny
+    mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
+    sharded = jax.device_put(params, shardings(mesh, params))
+    settings = dict(mesh=mesh if devices > 1 else None, sampling=dataclasses.replace(SAMPLING, steps="2"))
+    images = draw((model, sharded), [1, 2, 3, 4], **settings).images
+    np.testing.assert_allclose(images, draw(tiny, [1, 2, 3, 4], sampling=settings["sampling"]).images, atol=1e-5)
 
 
 def test_record_tells_what_was_on(tiny):

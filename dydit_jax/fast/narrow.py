@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dydit_jax.runtime.aot import shape_of
 
@@ -59,11 +60,11 @@ class NarrowedBlocks:
         """Cast what products read.
 
         Args:
-          blocks: the parameters of all blocks, stacked [L,...].
+          blocks: the parameters of all blocks, stacked [L,...]; copied to all devices of their mesh.
           dtype: of the products.
           platform: as of `Model`.
         """
-        self.whole, self._platform = cast_for_products(blocks, dtype), platform
+        self.whole, self._platform = cast_for_products(jax.tree.map(_replicate, blocks), dtype), platform
         self._layers, self._kept = None, []
         self._shapes = {}  # of a part with so many units; a cached method would be a cycle that holds the weights
 
@@ -136,6 +137,13 @@ class NarrowedBlocks:
 
     def _shape_of(self, leaf, shape) -> jax.ShapeDtypeStruct:
         return shape_of(jax.ShapeDtypeStruct(shape, leaf.dtype), placed_as=leaf)
+
+
+def _replicate(leaf):
+    """Copy an array to all devices of its mesh: how it was sharded says nothing about a layer of it, which has no L."""
+    if not getattr(leaf, "committed", False) or not isinstance(leaf.sharding, NamedSharding):
+        return leaf
+    return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))  # of one device: nothing is copied
 
 
 def cast_for_products(blocks: dict, dtype) -> dict:
