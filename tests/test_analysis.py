@@ -18,7 +18,7 @@ from dydit_jax.drawing.report import write_report
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.models.dit import Model
-from dydit_jax.sampling.generate import image_keys
+from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.update import patch_losses
 
 

@@ -17,7 +17,8 @@ from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.runtime.aot import call_of
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh, shardings
-from dydit_jax.sampling.generate import _modulations_ahead, generate, guided, plan_sampling, to_uint8, uniform_labels
+from dydit_jax.sampling.generate import _modulations_ahead, generate, guided, plan_sampling, to_uint8
+from dydit_jax.sampling.noise import uniform_labels
 
 SAMPLING = SamplingConfig(sampler="ddim", eta=1.0, steps="6", clip=1.0, guidance=2.0)
 

@@ -31,7 +31,8 @@ from dydit_jax.jobs.sample import make_decode_fn
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.routing import Routing
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, replicated
-from dydit_jax.sampling.generate import Samples, generate, image_keys, plan_sampling, steps_of, to_uint8
+from dydit_jax.sampling.generate import Samples, generate, plan_sampling, steps_of, to_uint8
+from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.experiment import build_model
 from dydit_jax.training.update import patch_losses
 

@@ -56,8 +56,8 @@ from dydit_jax.sampling.generate import (
     runs_per_image,
     steps_of,
     to_uint8,
-    uniform_labels,
 )
+from dydit_jax.sampling.noise import uniform_labels
 from dydit_jax.training.experiment import build_model, resolve_precision
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,8 @@ from dydit_jax.models.dit import Model
 from dydit_jax.runtime.processes import RESTART_CODE, Notice, is_main, require_same, to_host, together
 from dydit_jax.runtime.sharding import batch_sharding, make_mesh, process_rows, require_divisible, shardings
 from dydit_jax.runtime.tracking import Clock, Profile, Watch, best_case, duration, flops_utilisation, make_writers
-from dydit_jax.sampling.generate import generate, image_keys, to_uint8
+from dydit_jax.sampling.generate import generate, to_uint8
+from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.experiment import Experiment, build_model, build_optimizer, differences, read_experiment
 from dydit_jax.training.update import TrainState, compile_update, init_state, passes_at, patch_losses
 from dydit_jax.trees import flatten, unflatten

@@ -13,7 +13,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import math
 import operator
 from collections.abc import Callable
 
@@ -45,7 +44,9 @@ from dydit_jax.models.layers import unconstrained
 from dydit_jax.models.routing import Routing
 from dydit_jax.runtime.aot import Call, call_of, compiled_ahead, shape_of
 from dydit_jax.runtime.processes import to_host
+from dydit_jax.runtime.seeds import seed_words
 from dydit_jax.runtime.sharding import BATCH, batch_sharding, replicated, require_divisible
+from dydit_jax.sampling.noise import first_noise, image_keys, step_noise
 
 MODES = (*APPLY_MODES, "fast")
 PROGRESS_PIECES = 10
@@ -112,31 +113,6 @@ def guided_labels(labels, *, sampling: SamplingConfig, config: DiTConfig):
     return jnp.concatenate([labels, jnp.full_like(labels, config.null_label)])
 
 
-def image_keys(seed: int, indices):
-    """Return one PRNG key per image, for indices [B]."""
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(indices)
-
-
-def uniform_labels(seed: int, indices, classes: int):
-    """Draw a label [B] for each image, a function of seed and index alone."""
-    draw = lambda key: jax.random.randint(jax.random.fold_in(key, 2), (), 0, classes)
-    return jax.vmap(draw)(image_keys(seed, indices))
-
-
-def _normal(keys, shape):
-    flat = jax.vmap(lambda key: jax.random.normal(key, math.prod(shape)))(keys)
-    # The barrier keeps the draw from being made in the layout of images, whose few channels fill few of a TPU's lanes.
-    return jax.lax.optimization_barrier(flat).reshape(-1, *shape)
-
-
-def _first_noise(keys, shape):
-    return _normal(jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys), shape)
-
-
-def _step_noise(keys, step, shape):
-    return _normal(jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, 1), step))(keys), shape)
-
-
 # --- The loop ------------------------------------------------------------------------------------
 
 
@@ -170,7 +146,7 @@ def run_segment(params, blocks, state, steps, gates, labels, keys, *, model: Mod
             predict = functools.partial(
                 _predict, params, layers, labels, model=model, sampling=sampling, form=form, capacities=capacities
             )
-            noise_at = lambda step: _step_noise(keys, step, state.current.shape[1:])
+            noise_at = lambda step: step_noise(keys, step, state.current.shape[1:])
             return run_sampler(make_sampler(sampling), state, steps, extra, predict=predict, noise_at=noise_at)
 
         images, size = (state, labels, keys), images_of_pass(model, sampling, len(labels))
@@ -280,11 +256,11 @@ def _predict(params, layers, labels, x, c, extra, *, model: Model, sampling, for
 
 @functools.cache
 def _compiled_begin(sampling: SamplingConfig, shape: tuple[int, ...], mesh: Mesh | None):
-    """Make (indices, labels, seed) -> the sampler's first state, keys and labels of the images, leading axis B."""
+    """Make (indices, labels, `seed_words`) -> the first state, keys and labels of the images, leading axis B."""
 
     def begin(indices, labels, seed):
         keys = image_keys(seed, indices)
-        return make_sampler(sampling).init(_first_noise(keys, shape)), keys, jnp.asarray(labels)
+        return make_sampler(sampling).init(first_noise(keys, shape)), keys, jnp.asarray(labels)
 
     # On a mesh every process makes its own part.
     return jax.jit(begin) if mesh is None else jax.jit(begin, out_shardings=batch_sharding(mesh))
@@ -336,7 +312,7 @@ def generate(
         require_divisible(mesh, len(labels))
         params = jax.device_put(params, replicated(mesh))
     shape = (config.side, config.side, config.channels)
-    state, keys, labels = _compiled_begin(sampling, shape, mesh)(indices, labels, seed)
+    state, keys, labels = _compiled_begin(sampling, shape, mesh)(indices, labels, seed_words(seed))
     devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     together, runs = images_of_pass(model, sampling, len(labels) // devices), runs_per_image(sampling)
     heads, groups, programs = programs_of(model, params, table, mode, plan, together, runs=runs)
