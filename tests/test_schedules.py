@@ -33,6 +33,49 @@ def test_squared_cosine_betas_equal_the_original():
     np.testing.assert_allclose(schedule.betas, reference["squaredcos_cap_v2/betas"], atol=1e-10)
 
 
+def kept_by_the_original(total: int, counts: list[int]) -> list[int]:
+    """State the published rule in plain Python: one stride is added to the other, the sum is rounded."""
+    kept, start = [], 0
+    for section, count in enumerate(counts):
+        size = total // len(counts) + (1 if section < total % len(counts) else 0)
+        stride, place = (size - 1) / (count - 1) if count > 1 else 1, 0.0
+        for _ in range(count):
+            kept.append(start + round(place))
+            place += stride
+        start += size
+    return kept
+
+
+def test_every_number_of_steps_keeps_the_timesteps_of_the_original():
+    schedule = make_schedule(DiffusionConfig())
+    for count in range(1, 1001):
+        kept = kept_by_the_original(1000, [count])
+        assert respace(schedule, str(count)).timesteps.tolist() == kept == sorted(set(kept)), count
+
+
+@pytest.mark.parametrize("counts", [[21, 23, 31], [1, 1, 1, 1], [334, 333, 333], [100, 1, 61, 39], [7] * 13, [1] * 50])
+def test_every_list_of_sections_keeps_the_timesteps_of_the_original(counts):
+    schedule = make_schedule(DiffusionConfig())
+    spacing = ",".join(map(str, counts))
+    assert respace(schedule, spacing).timesteps.tolist() == kept_by_the_original(1000, counts)
+
+
+@pytest.mark.parametrize("total", [4, 37, 999, 4000])
+def test_schedules_of_other_lengths_keep_the_timesteps_of_the_original(total):
+    schedule = make_schedule(DiffusionConfig("squared_cosine", total))
+    for count in {1, 2, 3, total // 3, total // 2 + 1, total - 1, total} - {0}:
+        assert respace(schedule, str(count)).timesteps.tolist() == kept_by_the_original(total, [count]), count
+
+
+def test_every_stride_of_ddim_is_the_smallest_that_keeps_that_many():
+    schedule = make_schedule(DiffusionConfig())
+    smallest = {}
+    for stride in range(1, 1001):
+        smallest.setdefault(len(range(0, 1000, stride)), stride)
+    for count, stride in smallest.items():
+        assert respace(schedule, f"ddim{count}").timesteps.tolist() == list(range(0, 1000, stride))
+
+
 def test_respacing_to_all_steps_changes_nothing():
     schedule = make_schedule(DiffusionConfig())
     np.testing.assert_allclose(respace(schedule, "1000").betas, schedule.betas, atol=1e-12)
@@ -53,6 +96,7 @@ def test_one_step_keeps_one_timestep():
         ("1001", "section of 1000"),
         ("600,600", "section of 500"),
         ("ddim300", "No whole stride"),
+        ("ddim50,20", "ddim takes one number, as in 'ddim50'"),
     ],
 )
 def test_impossible_spacings_are_refused(spacing, message):

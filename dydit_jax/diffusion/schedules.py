@@ -113,7 +113,7 @@ def respace(schedule: Schedule, spacing: str) -> Schedule:
       schedule: a training schedule of T steps.
       spacing: how many and which. "250": that many, evenly, first and last included. "10,20,30": T is cut into
         as many equal sections as there are numbers, each keeps its own. "ddim50": every i-th from 0 on, with the
-        one i that gives 50.
+        smallest i that gives 50.
 
     Returns:
       The shorter schedule.
@@ -135,7 +135,9 @@ def _numbers(text: str, spacing: str) -> list[int]:
 
 
 def _strided(spacing: str, total: int) -> np.ndarray:
-    (count,) = _numbers(spacing.removeprefix("ddim"), spacing)[:1]
+    count, *others = _numbers(spacing.removeprefix("ddim"), spacing)
+    if others:
+        raise InputError(f"Spacing {spacing!r} has sections; ddim takes one number, as in 'ddim{count}'.")
     for stride in range(1, total + 1):
         if len(range(0, total, stride)) == count:
             return np.arange(0, total, stride)
@@ -150,7 +152,9 @@ def _sectioned(spacing: str, total: int) -> np.ndarray:
         size = total // len(counts) + (section < total % len(counts))
         if count > size:
             raise InputError(f"Spacing {spacing!r} wants {count} steps of a section of {size}.")
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        kept.append(start + np.round(stride * np.arange(count)).astype(np.int64))
+        strides = np.full(count - 1, (size - 1) / max(1, count - 1))
+        # The published rule adds stride to stride. At 278 of the 1000 counts its rounding errors decide which side of a
+        # half a number falls on: a product would keep other timesteps.
+        kept.append(start + np.rint(np.append(0.0, np.cumsum(strides))).astype(np.int64))
         start += size
     return np.concatenate(kept)
