@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, channels_last, relative_error
+from scipy import stats
 
 from dydit_jax.convert.tables import export_state_dict
 from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
@@ -132,12 +133,51 @@ def test_bound_is_finite_far_from_the_truth():
     assert bool(jnp.isfinite(value)) and bool(jnp.isfinite(gradient).all())
 
 
-def test_timesteps_are_stratified():
-    t = np.asarray(jax.vmap(lambda key: stratified_timesteps(key, 8, 1000))(jax.random.split(jax.random.key(0), 500)))
-    for example in range(8):
-        low = 250 * (example % 4)
-        assert t[:, example].min() >= low and t[:, example].max() < low + 250
-        assert t[:, example].max() - t[:, example].min() > 200
+def drawn_timesteps(batch: int, train_steps: int = 1000, steps: int = 4000) -> np.ndarray:
+    """Draw the timesteps of many steps, [steps,B]."""
+    keys = jax.random.split(jax.random.key(0), steps)
+    return np.asarray(jax.vmap(lambda key: stratified_timesteps(key, batch, train_steps))(keys))
+
+
+def assert_uniform(t, train_steps: int, bins: int) -> None:
+    """Fail where numbers so uneven come up once in ten thousand times; seeds are fixed."""
+    counts = np.bincount(t.reshape(-1) * bins // train_steps, minlength=bins)
+    assert stats.chisquare(counts).pvalue > 1e-4, counts
+
+
+@pytest.mark.parametrize("batch", [4, 8, 12])
+def test_timesteps_are_stratified_where_four_divides_the_batch(batch):
+    quarters = drawn_timesteps(batch, steps=500) // 250
+    np.testing.assert_array_equal(quarters, np.tile(np.arange(batch) % 4, (500, 1)))
+
+
+@pytest.mark.parametrize("batch", [*range(1, 9), 10, 13])
+def test_every_timestep_is_equally_likely_at_every_batch_size(batch):
+    t = drawn_timesteps(batch)
+    assert_uniform(t, 1000, bins=40)
+    for example in range(batch if batch % 4 else 0):
+        assert_uniform(t[:, example], 1000, bins=20)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 6, 7, 10])
+def test_quarters_are_seen_as_evenly_as_the_batch_size_allows(batch):
+    counts = [np.bincount(row // 250, minlength=4) for row in drawn_timesteps(batch, steps=200)]
+    assert np.min(counts) == batch // 4 and np.max(counts) == batch // 4 + 1
+
+
+@pytest.mark.parametrize("train_steps", [4, 5, 6, 7, 10])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_every_timestep_is_equally_likely_at_every_length_of_the_schedule(train_steps, batch):
+    t = drawn_timesteps(batch, train_steps)
+    assert t.min() == 0 and t.max() == train_steps - 1
+    assert_uniform(t, train_steps, bins=train_steps)
+
+
+def test_timesteps_of_a_batch_of_eight_are_those_of_earlier_runs():
+    """A run that goes on draws as it did."""
+    key, quarter = jax.random.key(7), jnp.arange(8) % 4
+    expected = jax.random.randint(key, (8,), quarter * 1000 // 4, (quarter + 1) * 1000 // 4)
+    np.testing.assert_array_equal(stratified_timesteps(key, 8, 1000), expected)
 
 
 def test_labels_are_dropped_at_the_given_rate():

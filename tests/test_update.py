@@ -88,6 +88,31 @@ def test_each_part_holds_easy_and_hard_timesteps():
     np.testing.assert_allclose(shares, 0.25**2)  # the mean of squares is that of a quarter only if all are quarters
 
 
+@pytest.mark.parametrize("size, parts, run", [(6, 3, 2), (6, 2, 1), (12, 2, 2), (4, 4, 1), (5, 5, 1), (8, 2, 4)])
+def test_parts_of_any_size_share_out_the_batch(size, parts, run):
+    place = jnp.arange(size, dtype=jnp.float32)
+    seen = lambda part: (jnp.ones(size).at[part["t"].astype(int)].add(1.0), jnp.diff(part["t"])[: run - 1])
+    counts, distances = accumulated(seen, dict(t=place), parts=parts)
+    np.testing.assert_allclose(counts, 1 + 1 / parts)  # each example is in one part
+    np.testing.assert_allclose(distances, 1)
+
+
+@pytest.mark.parametrize("size, parts", [(1, 1), (2, 1), (5, 1), (6, 1), (6, 3), (6, 6), (8, 2)])
+def test_an_update_weighs_every_quarter_of_the_timesteps_alike(size, parts):
+    """Over many steps, of a static model, whatever the batch and its parts."""
+    experiment = read_experiment(changed(STATIC, data=dict(batch_size=size), train=dict(accumulate=parts)))
+    settings = dict(model=Model(experiment.model), experiment=experiment, passes=("complete",))
+    batch = dict(image=jnp.zeros((size, 8, 8, 1)), label=jnp.zeros(size, jnp.int32))
+
+    def shares(key):
+        seen = lambda part: ({}, jax.nn.one_hot(part["t"] // 250, 4).mean(0))
+        return accumulated(seen, draw_examples(batch, key, **settings), parts)[1]
+
+    found = np.asarray(jax.vmap(shares)(jax.random.split(jax.random.key(0), 4000))).mean(0)
+    # Of B draws a step, the share of a quarter deviates by less than 0.5 / sqrt(4000) after 4000 steps.
+    np.testing.assert_allclose(found, 0.25, atol=4 * 0.5 / np.sqrt(4000))
+
+
 def test_configuration_decides_the_passes():
     static, dynamic = read_experiment(STATIC), read_experiment(DYNAMIC)
     two_stages = dataclasses.replace(dynamic, loss=dataclasses.replace(dynamic.loss, complete_steps=30))

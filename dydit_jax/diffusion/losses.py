@@ -53,13 +53,21 @@ class LossConfig:
 
 
 def stratified_timesteps(key, batch: int, train_steps: int):
-    """Draw timesteps [B], example i from quarter i mod 4 of 0 .. train_steps - 1.
+    """Draw timesteps int32 [B], neighbours from different quarters of 0 .. train_steps - 1, all equally likely.
 
-    Every batch then sees easy and hard timesteps alike, which steadies the ratio of MACs.
+    Every batch then sees easy and hard timesteps alike, which steadies the ratio of MACs. Example i is of quarter
+    i mod 4, as in the published training; where 4 does not divide the batch, the quarters are shifted by a random
+    number, since some would be seen more often than others, and a batch of one would know a single quarter.
     """
-    stratum = jnp.arange(batch) % STRATA
-    low, high = stratum * train_steps // STRATA, (stratum + 1) * train_steps // STRATA
-    return jax.random.randint(key, (batch,), low, high)
+    quarter = jnp.arange(batch, dtype=jnp.int32)
+    if batch % STRATA:
+        shift_key, key = jax.random.split(key)
+        quarter += jax.random.randint(shift_key, (), 0, STRATA, jnp.int32)
+    # Where 4 does not divide the timesteps either, each counts as four places, which two quarters may share.
+    places = 1 if train_steps % STRATA == 0 else STRATA
+    width = train_steps * places // STRATA
+    low = quarter % STRATA * width
+    return jax.random.randint(key, (batch,), low, low + width, jnp.int32) // places
 
 
 def drop_labels(key, labels, *, null_label: int, probability: float):

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dydit_jax.checkpoints import CheckpointConfig
 from dydit_jax.data.sources import DataConfig
-from dydit_jax.diffusion.losses import STRATA, LossConfig
+from dydit_jax.diffusion.losses import LossConfig
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
@@ -158,10 +158,8 @@ def read_experiment(config: Mapping) -> Experiment:
     experiment = Experiment(**records)
     respace(make_schedule(experiment.diffusion), experiment.sampling.steps)
     parts, size = experiment.train.accumulate, experiment.data.batch_size
-    if parts > 1 and size % (parts * STRATA):
-        raise InputError(
-            f"data.batch_size must be a multiple of {parts * STRATA}, {STRATA} times train.accumulate, not {size}."
-        )
+    if size % parts:
+        raise InputError(f"data.batch_size must be a multiple of {parts}, train.accumulate, not {size}.")
     wrong = [label for label in experiment.tracking.sample_labels if not 0 <= label <= experiment.model.classes]
     if wrong and experiment.tracking.samples_every_steps:
         raise InputError(f"tracking.sample_labels must be from 0 to {experiment.model.classes}, not {wrong}.")

@@ -10,6 +10,7 @@ the code steps its optimiser twice per batch in the first stage: here every batc
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -146,19 +147,21 @@ def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
 def accumulated(differentiate: Callable, examples: dict, parts: int):
     """Return gradients and metrics of a batch, computed part after part and averaged.
 
-    Every part gets runs of `STRATA` neighbours, so that it sees easy and hard timesteps alike, and each device keeps
-    its own examples. What differs from the whole batch at once, beside rounding: the budget's penalty is the mean of
-    the parts' penalties, which is the penalty of the whole plus the variance of the parts' ratios.
+    Where 4 divides the examples of a part, it gets runs of `STRATA` neighbours, so that it sees easy and hard timesteps
+    alike, else shorter runs. Each device keeps its own examples. What differs from the whole batch at once, beside
+    rounding: the budget's penalty is the mean of the parts' penalties, which is the penalty of the whole plus the
+    variance of the parts' ratios.
 
     Args:
       differentiate: examples -> (gradients, metrics), both means over the examples.
-      examples: arrays with the leading axis B, a multiple of parts * STRATA.
+      examples: arrays with the leading axis B, a multiple of parts.
       parts: how many.
     """
     if parts == 1:
         return differentiate(examples)
-    # [B] -> [B / (parts STRATA), parts, STRATA] -> [parts, B / parts]
-    split = lambda leaf: leaf.reshape(-1, parts, STRATA, *leaf.shape[1:]).swapaxes(0, 1)
+    run = math.gcd(STRATA, len(examples["t"]) // parts)
+    # [B] -> [B / (parts run), parts, run] -> [parts, B / parts]
+    split = lambda leaf: leaf.reshape(-1, parts, run, *leaf.shape[1:]).swapaxes(0, 1)
     stacked = jax.tree.map(lambda leaf: split(leaf).reshape(parts, -1, *leaf.shape[1:]), examples)
 
     def add(total, part):
