@@ -3,7 +3,11 @@
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import logging
+import os
+import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -16,7 +20,9 @@ from jax.experimental import serialize_executable
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.runtime import aot
 from dydit_jax.runtime.aot import call_of, compile_for, compiled, compiled_ahead
+from dydit_jax.runtime.cache import program_folder as program_folder_of_scripts
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 from dydit_jax.sampling.generate import generate, plan_sampling
 
@@ -84,6 +90,7 @@ import conftest
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.sampling.generate import run_segment
 from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.runtime import aot
 from dydit_jax.runtime.aot import call_of
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh
 
@@ -109,27 +116,107 @@ def test_arrays_and_their_shapes_have_one_name():
     assert len(names) == 1
 
 
-@pytest.mark.parametrize("damage", [b"", b"no program", None])
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(part: float):
+    """Return what flips a bit at this part of a file."""
+
+    def flip(content: bytes) -> bytes:
+        place = int(part * (len(content) - 1))
+        return content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :]
+
+    return flip
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda _: b"", lambda _: b"no program", cut, *(flipped(part) for part in np.linspace(0, 1, 20))]
+)
 def test_a_damaged_file_is_made_again(damage, program_folder, caplog):
     x = np.ones(2, np.float32)
     call = call_of(scaled, (x,), dict(factor=5))
     made(call)
     (path,) = program_folder.iterdir()
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    path.write_bytes(damage(path.read_bytes()))
     compiled.cache_clear()
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(made(call)(x)["scaled"], [5, 5])
-    assert f"Compiled again: {path} cannot be used" in caplog.text
+    assert f"Compiled again: {path} cannot be used (it is damaged)" in caplog.text
     compiled.cache_clear()
     np.testing.assert_array_equal(made(dataclasses.replace(call, lower=forbidden))(x)["scaled"], [5, 5])
+
+
+def test_a_whole_file_under_the_name_of_another_program_is_not_run(program_folder, caplog):
+    x = np.ones(2, np.float32)
+    two, three = (call_of(scaled, (x,), dict(factor=factor)) for factor in (2, 3))
+    made(two)
+    (program_folder / f"{two.name}.program").rename(program_folder / f"{three.name}.program")
+    np.testing.assert_array_equal(made(three)(x)["scaled"], [3, 3])
+    assert "it is damaged" in caplog.text
+
+
+class Planted:
+    """What must not be unpickled."""
+
+    def __reduce__(self):
+        return forbidden, ()
+
+
+@pytest.mark.parametrize("opened", ["the folder", "JAX's folder", "the owner of the folder", "the file"])
+def test_what_others_could_have_put_there_is_never_unpickled(opened, program_folder, caplog, monkeypatch):
+    x = np.ones(2, np.float32)
+    call = call_of(scaled, (x,), dict(factor=11))
+    made(call)
+    assert program_folder.stat().st_mode & 0o777 == 0o700
+    (path,) = program_folder.iterdir()
+    content = pickle.dumps(Planted())
+    path.write_bytes(hashlib.sha256(call.name.encode() + content).digest() + content)
+    compiled.cache_clear()
+    if opened == "the owner of the folder":
+        monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
+    else:
+        place = {"the folder": program_folder, "JAX's folder": program_folder.parent, "the file": path}[opened]
+        place.chmod(place.stat().st_mode | 0o020)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            np.testing.assert_array_equal(made(call)(x)["scaled"], [11, 11])
+            compiled.cache_clear()
+    assert len([record for record in caplog.records if "others can write to" in record.message]) == 1
+    assert "compiled although" not in caplog.text  # what unpickling would have said
+
+
+def test_programs_are_not_read_from_a_bucket(program_folder):
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/programs")
+    x = np.ones(2, np.float32)
+    call = call_of(scaled, (x,), dict(factor=12))
+    assert aot._path_of(call) is None
+    jax.config.update("jax_compilation_cache_dir", str(program_folder.parent))
+    assert aot._path_of(call) == program_folder / f"{call.name}.program"
+
+
+def test_scripts_give_jax_a_folder_of_this_user_alone_or_none(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "new" / "cache"))
+    before = os.umask(0o002)  # of systems where every user has a group
+    try:
+        folder = pathlib.Path(program_folder_of_scripts())
+    finally:
+        os.umask(before)
+    assert folder == tmp_path / "new" / "cache" / "programs" and folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert program_folder_of_scripts() is None
+    assert f"chmod go-w {folder}" in caplog.text
+    folder.chmod(0o700)
+    monkeypatch.setenv("DYDIT_JAX_CACHE", "/proc/cache")  # where nobody can write
+    assert program_folder_of_scripts() is None
+    assert "Compiled programs are not kept" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_file(program_folder, caplog):
     program_folder.write_text("a file where the folder should be")
     x = np.ones(2, np.float32)
     np.testing.assert_array_equal(made(call_of(scaled, (x,), dict(factor=7)))(x)["scaled"], [7, 7])
-    assert "A compiled program is not kept" in caplog.text
+    assert f"Compiled programs are not kept in {program_folder}" in caplog.text
 
 
 def test_what_cannot_be_written_runs_all_the_same(program_folder, monkeypatch):
@@ -139,7 +226,7 @@ def test_what_cannot_be_written_runs_all_the_same(program_folder, monkeypatch):
     monkeypatch.setattr(serialize_executable, "serialize", refuse)
     x = np.ones(2, np.float32)
     np.testing.assert_array_equal(made(call_of(scaled, (x,), dict(factor=9)))(x)["scaled"], [9, 9])
-    assert not list(program_folder.iterdir())
+    assert not program_folder.exists()
 
 
 def test_calls_of_one_name_are_one_program_and_errors_reach_the_caller(program_folder):

@@ -2,8 +2,9 @@
 
 JAX keeps compiled programs too, but finds one only after it was traced and lowered, which takes longer than reading it.
 Here a program is named by all that it is made of - this package's code, versions, devices, settings, shapes - and found
-by that name. The files lie in the folder `ready` of JAX's own cache, and like that cache they are code: whoever can
-write there can run code here.
+by that name. The files lie in the folder `ready` of JAX's own cache, and like that cache they are code. So they are
+read only where this user alone can write (see `cache` for what that means for JAX's own), and only if they still have
+the checksum that they begin with: a program with one wrong bit may crash, or compute something else.
 """
 
 import concurrent.futures
@@ -23,8 +24,11 @@ from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.experimental import serialize_executable
+
+from dydit_jax.errors import InputError
+from dydit_jax.runtime.cache import belongs_to_user, is_private, make_private, warn_once
+from dydit_jax.runtime.files import is_local, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +147,7 @@ def compiled(call: Call) -> "Executable":
     path = _path_of(call)
     if path is not None and path.exists():
         try:
-            return Executable(_read(path, call.devices), worth_keeping=False)
+            return Executable(_read(path, call), worth_keeping=False)
         except Exception as error:  # whatever a damaged file makes of it
             logger.warning("Compiled again: %s cannot be used (%s).", path, " ".join(str(error).split()))
             with contextlib.suppress(OSError):
@@ -162,13 +166,8 @@ def compile_for(platform: str, lowered):
     except jax.errors.JaxRuntimeError as error:
         if "compile option" not in str(error):
             raise
-        _warn_once(f"Compiled without this package's options, which this XLA does not know: {error}")
+        warn_once(f"Compiled without this package's options, which this XLA does not know: {error}")
         return lowered.compile()
-
-
-@functools.cache  # a run compiles many programs
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,33 +198,60 @@ def _note_what_jax_finds(event: str, **_) -> None:
 jax.monitoring.register_event_listener(_note_what_jax_finds)
 
 
-def _read(path: epath.Path, devices: tuple[jax.Device, ...]):
-    program, inputs, outputs = pickle.loads(path.read_bytes())
-    places = dict(backend=devices[0].client, execution_devices=devices)
+def _read(path: pathlib.Path, call: Call):
+    """Load a program from its file.
+
+    Raises:
+      ValueError: a file of somebody else, or one that is not as it was written.
+    """
+    with path.open("rb") as file:
+        if not belongs_to_user(os.fstat(file.fileno())):
+            raise ValueError("others can write to it, or own it")
+        digest, content = file.read(hashlib.sha256().digest_size), file.read()
+    if _digest(call, content) != digest:
+        raise ValueError("it is damaged")
+    program, inputs, outputs = pickle.loads(content)
+    places = dict(backend=call.devices[0].client, execution_devices=call.devices)
     return serialize_executable.deserialize_and_load(program, inputs, outputs, **places)
 
 
 def _keep(call: Call, future: concurrent.futures.Future) -> None:
+    """Write a program to its file, unless it is there or not worth it."""
     path = _path_of(call)
     if future.exception() is not None or not future.result().worth_keeping or path is None or path.exists():
         return
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(pickle.dumps(serialize_executable.serialize(future.result().run)))
-        partial.replace(path)
-    except OSError as error:
-        logger.warning("A compiled program is not kept: %s.", " ".join(str(error).split()))
+        content = pickle.dumps(serialize_executable.serialize(future.result().run))
     except Exception as error:  # some backends, and on a CPU some sorts, cannot be written, and say so in many ways
         logger.debug("A compiled program is not kept: %s", error)
+        return
+    try:
+        make_private(path.parent)
+        with write_atomically(path) as partial:
+            partial.write_bytes(_digest(call, content) + content)
+    except (InputError, OSError) as error:
+        warn_once(f"Compiled programs are not kept in {path.parent} ({error.__cause__ or error}).")
 
 
-def _path_of(call: Call) -> epath.Path | None:
-    """Return where a program is kept, or None where JAX keeps none or several processes share it."""
+def _digest(call: Call, content: bytes) -> bytes:
+    """Return the checksum of a program's file; under another call's name it is wrong as well."""
+    return hashlib.sha256(call.name.encode() + content).digest()
+
+
+def _path_of(call: Call) -> pathlib.Path | None:
+    """Return where a program is kept.
+
+    Returns:
+      None where JAX keeps none, several processes share it, or others could have put it there: a folder of somebody
+      else or that others can write to, and a bucket, of which that is not known.
+    """
     folder = jax.config.jax_compilation_cache_dir
-    if not folder or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1:
+    if not folder or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1 or not is_local(folder):
         return None
-    return epath.Path(folder) / "ready" / f"{call.name}.program"
+    folder = pathlib.Path(folder)
+    if not (is_private(folder) and is_private(folder / "ready")):
+        return None
+    return folder / "ready" / f"{call.name}.program"
 
 
 def _surroundings() -> tuple:

@@ -1,9 +1,69 @@
-"""Where things lie that can be made or fetched again: downloads, converted weights, calibrations, compiled programs."""
+"""Where things lie that can be made or fetched again: downloads, converted weights, calibrations, compiled programs.
 
+Compiled programs are code, ours and those that JAX keeps by itself: whoever can write to their folder can run code as
+the user who reads it. Ours are read only from a folder of this user alone. JAX asks nobody, so the scripts give it
+such a folder or none; a user who names another one in JAX_COMPILATION_CACHE_DIR trusts all who can write there.
+"""
+
+import functools
+import logging
 import os
+import stat
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
     """Return $DYDIT_JAX_CACHE, or ~/.cache/dydit-jax."""
     return Path(os.environ.get("DYDIT_JAX_CACHE") or Path.home() / ".cache" / "dydit-jax")
+
+
+def program_folder() -> str | None:
+    """Return the folder for JAX's compiled programs, or None, with a warning, where it can't be one's own."""
+    folder = cache_folder() / "programs"
+    try:
+        make_private(folder)
+    except OSError as error:
+        warn_once(f"Compiled programs are not kept: {' '.join(str(error).split())}.")
+        return None
+    return str(folder) if is_private(folder) else None
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder, and what is missing above it, for this user alone; what is there stays as it is.
+
+    Raises:
+      OSError: it can't be made.
+    """
+    for missing in [path for path in (*reversed(folder.parents), folder) if not path.exists()]:
+        missing.mkdir(mode=0o700, exist_ok=True)
+
+
+def is_private(folder: Path) -> bool:
+    """Return whether a folder is this user's and closed to what others would write, or not there; warn where not."""
+    try:
+        found = folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError as error:
+        warn_once(f"Compiled programs are neither read nor kept: {' '.join(str(error).split())}.")
+        return False
+    if belongs_to_user(found):
+        return True
+    warn_once(
+        f"Compiled programs are neither read nor kept: others can write to {folder}, or own it. Take it from them "
+        f"(chmod go-w {folder}), or name a folder of your own with JAX_COMPILATION_CACHE_DIR."
+    )
+    return False
+
+
+def belongs_to_user(found: os.stat_result) -> bool:
+    """Return whether a file or folder is this user's, and closed to what others would write."""
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+@functools.cache  # a run asks for many programs
+def warn_once(message: str) -> None:
+    """Log a warning, once in this process."""
+    logger.warning(message)

@@ -10,7 +10,7 @@ import jax
 from absl import app, flags
 
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.runtime.cache import cache_folder
+from dydit_jax.runtime.cache import program_folder
 from dydit_jax.runtime.processes import start_processes
 
 DISTRIBUTED = flags.DEFINE_bool(
@@ -37,9 +37,7 @@ def run(main: Callable[[], None]) -> None:
         # Says on every machine without a TPU that there is none.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
         # A second start finds its programs compiled.
-        jax.config.update(
-            "jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or str(cache_folder() / "programs")
-        )
+        jax.config.update("jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or program_folder())
         try:
             if DISTRIBUTED.value or COORDINATOR.value:
                 start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
