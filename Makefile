@@ -3,14 +3,28 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test nightly lint clean
+NEWEST ?= $(PYTHON)
+# What `pip` brings for another Python is newer. PyTorch is left out, and so are the tests that need it.
+NEWEST_VENV := .venv-newest
+NEWEST_TESTS := $(addprefix tests/test_,imports.py records.py schedules.py samplers.py distances.py routing.py \
+	sources.py losses.py checkpoints.py generate.py sampling.py)
+DEMO := sample.py --checkpoint assets/digits_dydit.safetensors --labels 0,1,2,3,4,5,6,7,8,9 --rows 10 --routing
+
+.PHONY: demo test test-newest nightly lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/python sample.py --checkpoint assets/digits_dydit.safetensors --out out/demo \
-		--labels 0,1,2,3,4,5,6,7,8,9 --rows 10 --routing
+	$(BIN)/python $(DEMO) --out out/demo
 
 test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest
+
+test-newest:
+	rm -rf $(NEWEST_VENV) out/demo-newest
+	$(NEWEST) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/pip install --quiet --editable . pytest pytest-xdist
+	$(NEWEST_VENV)/bin/python -W error::SyntaxWarning -c 'import jax, dydit_jax, sys; print("Python", sys.version, "JAX", jax.__version__)'
+	$(NEWEST_VENV)/bin/python $(DEMO) --out out/demo-newest
+	$(NEWEST_VENV)/bin/python -m pytest $(NEWEST_TESTS)
 
 nightly: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow
@@ -37,4 +51,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(NEWEST_VENV) out
