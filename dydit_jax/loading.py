@@ -21,6 +21,7 @@ from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.models.dit import read_model
 from dydit_jax.records import read_record
+from dydit_jax.runtime.files import hold_lock
 from dydit_jax.trees import unflatten
 
 
@@ -69,5 +70,8 @@ def _resolved(checkpoint) -> epath.Path:
         )
     converted = converted_file(name)
     if not converted.exists():
-        convert(Conversion(source=str(fetch(name)), out=str(converted)))
+        # Processes of one machine that start together need it once.
+        with hold_lock(converted.with_name(converted.name + ".lock"), to=f"to convert {name}"):
+            if not converted.exists():
+                convert(Conversion(source=str(fetch(name)), out=str(converted)))
     return epath.Path(converted)

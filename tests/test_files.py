@@ -1,15 +1,19 @@
 """Files appear whole or not at all, with the mode of any new file; damaged ones are named in one line."""
 
+import errno
+import fcntl
 import json
 import os
 import pathlib
+import signal
+import threading
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from dydit_jax.errors import InputError
-from dydit_jax.runtime.files import read_json, write_atomically, write_json
+from dydit_jax.runtime.files import hold_lock, read_json, write_atomically, write_json
 
 
 @pytest.fixture
@@ -103,3 +107,43 @@ def test_damaged_json_is_one_line_that_names_the_file(content, reason, tmp_path)
     with pytest.raises(InputError, match=f"{path} {reason}.*; draw them again") as raised:
         read_json(path, remedy="draw them again")
     assert "\n" not in str(raised.value)
+
+
+def test_one_process_at_a_time_holds_a_lock(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path, order = tmp_path / "new" / "file.lock", []
+
+    def second():
+        with hold_lock(path, to="to count"):
+            order.append("second")
+
+    with hold_lock(path, to="to count"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while "Another process holds" not in caplog.text:
+            thread.join(timeout=0.01)
+        order.append("first")
+    thread.join(timeout=10)
+    assert order == ["first", "second"]
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    path = tmp_path / "file.lock"
+    child = os.fork()
+    if not child:
+        hold = hold_lock(path, to="to die")
+        hold.__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is held
+
+
+def test_without_locks_all_go_through_with_a_warning(tmp_path, caplog, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with hold_lock(tmp_path / "file.lock", to="to count"):
+        pass
+    assert "There are no locks where" in caplog.text

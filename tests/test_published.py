@@ -1,8 +1,13 @@
 """Published models are fetched once, resumed, checked and converted; without a network the message helps."""
 
+import concurrent.futures
+import dataclasses
 import hashlib
 import http.server
+import io
 import threading
+import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -17,9 +22,10 @@ CONTENT = bytes(range(256)) * 4096
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT, honours ranges, and remembers what was asked."""
+    """Serves `content` under the tag `version`, honours ranges, and remembers what was asked."""
 
-    asked: list = []
+    content, version, asked = CONTENT, '"1"', []
+    cut_after = None  # bytes, once
 
     def do_GET(self):  # noqa: N802 (the base class's name)
         if self.path != "/file.bin":
@@ -27,24 +33,33 @@ class Server(http.server.BaseHTTPRequestHandler):
             return
         asked = self.headers.get("Range")
         Server.asked.append(asked)
-        first = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        if first >= len(CONTENT):
-            self.send_error(416)
+        same = self.headers.get("If-Range") in (None, Server.version)
+        first = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and same else 0
+        size = len(Server.content)
+        if first >= size:
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{size}")
+            self.end_headers()
             return
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - first))
+        self.send_response(206 if first else 200)
+        self.send_header("ETag", Server.version)
+        self.send_header("Content-Length", str(size - first))
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
         self.end_headers()
-        self.wfile.write(CONTENT[first:])
+        last, Server.cut_after = Server.cut_after, None
+        self.wfile.write(Server.content[first:last])
 
     def log_message(self, *_):
         pass
 
 
 @pytest.fixture
-def address():
-    Server.asked.clear()
+def address(monkeypatch):
+    for name, value in dict(content=CONTENT, version='"1"', asked=[], cut_after=None).items():
+        monkeypatch.setattr(Server, name, value)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
@@ -55,21 +70,129 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_download_goes_on_where_it_stopped(address, tmp_path):
+@pytest.fixture
+def broken_off(address, tmp_path):
+    """A download that broke off after 1000 bytes: (address, partial file)."""
     partial = tmp_path / "file.partial"
-    partial.write_bytes(CONTENT[:1000])
-    fetch_address(f"{address}/file.bin", partial)
-    assert partial.read_bytes() == CONTENT and Server.asked == ["bytes=1000-"]
-    fetch_address(f"{address}/file.bin", partial)  # nothing is left
+    Server.cut_after = 1000
+    with pytest.raises(OSError, match=f"broke off after 1000 of {len(CONTENT)} bytes"):
+        fetch_address(f"{address}/file.bin", partial)
+    assert partial.read_bytes() == CONTENT[:1000]
+    return f"{address}/file.bin", partial
+
+
+def test_download_goes_on_where_it_stopped(broken_off):
+    address, partial = broken_off
+    fetch_address(address, partial)
+    assert partial.read_bytes() == CONTENT and Server.asked == [None, "bytes=1000-"]
+    fetch_address(address, partial)  # nothing is left
     assert partial.read_bytes() == CONTENT
 
 
-def test_file_is_fetched_once(address, monkeypatch, cache):
+def test_download_starts_again_where_the_server_has_another_file(broken_off):
+    address, partial = broken_off
+    Server.content, Server.version = CONTENT[::-1], '"2"'
+    fetch_address(address, partial)
+    assert partial.read_bytes() == CONTENT[::-1] and Server.asked == [None, "bytes=1000-"]
+
+
+def test_download_starts_again_where_more_lies_there_than_the_server_has(broken_off):
+    address, partial = broken_off
+    partial.write_bytes(CONTENT + b"of a second writer")
+    fetch_address(address, partial)
+    assert partial.read_bytes() == CONTENT and Server.asked[-1] is None
+
+
+def test_download_starts_again_where_nobody_knows_what_lies_there(address, tmp_path):
+    partial = tmp_path / "file.partial"
+    partial.write_bytes(b"of an earlier version of this program")
+    fetch_address(f"{address}/file.bin", partial)
+    assert partial.read_bytes() == CONTENT and Server.asked == [None]
+
+
+@pytest.fixture
+def thing(address, monkeypatch):
+    """The name of a published file on the server."""
     monkeypatch.setitem(PUBLISHED, "thing", Published("free", "file.bin", address=address))
-    path = fetch("thing")
+    return "thing"
+
+
+def test_file_is_fetched_once(thing, cache):
+    path = fetch(thing)
     assert path.read_bytes() == CONTENT and path.is_relative_to(cache)
-    assert fetch("thing") == path and Server.asked == [None]
-    assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
+    assert fetch(thing) == path and Server.asked == [None]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["file.bin", "file.bin.lock", "file.bin.sha256"]
+    record = (path.parent / "file.bin.sha256").read_text()
+    assert record == f"{hashlib.sha256(CONTENT).hexdigest()}  file.bin\n"
+
+
+def test_processes_that_start_together_fetch_once(thing):
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(fetch, [thing] * 4))  # locks of one process exclude each other, too
+    assert Server.asked == [None] and {path.read_bytes() for path in paths} == {CONTENT}
+
+
+def test_damage_of_the_same_length_is_noticed_and_fetched_again(thing, caplog):
+    path = fetch(thing)
+    path.write_bytes(CONTENT[:5000] + b"?" + CONTENT[5001:])
+    assert fetch(thing).read_bytes() == CONTENT and Server.asked == [None, None]
+    assert f"{path} is damaged" in caplog.text
+
+
+def test_file_put_there_by_hand_is_believed_unless_its_checksum_is_known(thing, monkeypatch, caplog):
+    path = published.downloaded_file(thing)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"by hand")
+    assert fetch(thing).read_bytes() == b"by hand" and not Server.asked
+    known = dataclasses.replace(PUBLISHED[thing], sha256=hashlib.sha256(CONTENT).hexdigest()[:8])
+    monkeypatch.setitem(PUBLISHED, thing, known)
+    assert fetch(thing).read_bytes() == CONTENT and "is damaged" in caplog.text
+
+
+def test_download_damaged_before_it_went_on_is_refused(thing, monkeypatch):
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("data.pkl", CONTENT)
+    Server.content, Server.cut_after = zipped.getvalue(), 5000
+    with pytest.raises(InputError, match="broke off after 5000"):
+        fetch(thing)
+    target = published.downloaded_file(thing)
+    partial = target.with_name("file.bin.partial")
+    partial.write_bytes(partial.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match="damaged on the way: its part data.pkl"):
+        fetch(thing)
+    assert not target.exists() and not partial.exists()
+    assert fetch(thing).read_bytes() == zipped.getvalue()
+
+
+def test_file_of_the_hub_is_compared_with_the_checksum_that_it_tells(monkeypatch):
+    monkeypatch.setitem(PUBLISHED, "thing", Published("free", "folder/file.bin", repository="some/where"))
+
+    def download(repository, file, local_dir):
+        path = local_dir / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(CONTENT)
+        return str(path)
+
+    told = [hashlib.sha256(b"other").hexdigest(), hashlib.sha256(CONTENT).hexdigest()]
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    metadata = lambda url: types.SimpleNamespace(etag=told.pop(0))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", metadata)
+    with pytest.raises(InputError, match="was damaged on the way: SHA-256"):
+        fetch("thing")
+    assert fetch("thing").read_bytes() == CONTENT and not told
+
+
+def test_cache_that_cannot_be_written_is_read_or_named(thing, cache):
+    path = fetch(thing)
+    cache.rename(cache.parent / "kept")
+    cache.write_text("a file where the cache should be")
+    with pytest.raises(InputError, match=r"Can't write .*file.bin.lock .* to fetch thing"):
+        fetch(thing)
+    cache.unlink()
+    (cache.parent / "kept").rename(cache)
+    path.with_name("file.bin.lock").unlink()
+    assert fetch(thing) == path and not path.with_name("file.bin.lock").exists()  # it needs no lock where it is whole
 
 
 def test_missing_file_says_where_to_put_it(address, monkeypatch, cache):

@@ -1,7 +1,10 @@
 """Published weights by name: where they are, under which licence, and fetching them once.
 
-Nothing is fetched unless a name is asked for. Files are kept under $DYDIT_JAX_CACHE (default ~/.cache/dydit-jax); a
-download that breaks off goes on where it stopped, and is checked against the server's SHA-256 where it tells one.
+Nothing is fetched unless a name is asked for. Files are kept under $DYDIT_JAX_CACHE (default ~/.cache/dydit-jax), which
+several machines and users may share. One process at a time fetches a file. A download that breaks off goes on where it
+stopped, if the server still has the same file, and is checked before it takes its name: against the SHA-256 that the
+server or this list tells, or the checksums inside the file. Its own SHA-256 is kept beside it, in the form of
+`sha256sum`, and compared whenever the file is asked for.
 """
 
 import dataclasses
@@ -10,12 +13,14 @@ import logging
 import re
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 from tqdm import tqdm
 
 from dydit_jax.errors import InputError
 from dydit_jax.runtime.cache import cache_folder
+from dydit_jax.runtime.files import hold_lock, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +81,7 @@ def downloaded_file(name: str) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Return the local copy of a published file, fetching it if it is not there.
+    """Return the local copy of a published file, fetching it if it is not there or not what was fetched.
 
     Args:
       name: a key of `PUBLISHED`.
@@ -85,17 +90,29 @@ def fetch(name: str) -> Path:
       InputError: no network, no such file there any more, or a copy that is not what the server has.
     """
     target, entry = downloaded_file(name), PUBLISHED[name]
-    if target.exists():
+    if _is_whole(target, entry):
         return target
-    logger.info("Fetching %s (%s). Licence: %s.", name, entry.file, entry.licence)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with hold_lock(target.with_name(target.name + ".lock"), to=f"to fetch {name}"):
+        if not _is_whole(target, entry):  # the process that held the lock may have fetched it
+            logger.info("Fetching %s (%s). Licence: %s.", name, entry.file, entry.licence)
+            _fetch(name, entry, target)
+    return target
+
+
+def _fetch(name: str, entry: Published, target: Path) -> None:
+    """Fetch a file under another name, check it, note its checksum and give it its name."""
     partial = target.with_name(target.name + ".partial")
     try:
         if entry.repository:
-            _fetch_from_hub(entry, partial)
+            checksum = _fetch_from_hub(entry, partial)
         else:
             fetch_address(f"{entry.address}/{entry.file}", partial)
-            require_checksum(partial, entry.sha256)
+            checksum = entry.sha256
+        found = require_checksum(partial, checksum)
+        with write_atomically(_record_of(target)) as record:
+            record.write_text(f"{found}  {target.name}\n")
+        partial.replace(target)
+        _version_of(partial).unlink(missing_ok=True)
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 (the hub's and the network's errors have no common base)
@@ -104,55 +121,137 @@ def fetch(name: str) -> Path:
             f"{name} can't be fetched ({reason}). Put its file {entry.file} of "
             f"{entry.repository or entry.address} at {target}, or convert it with convert_torch_weights.py."
         ) from error
-    partial.replace(target)
-    return target
 
 
-def _fetch_from_hub(entry: Published, partial: Path) -> None:
-    """Fetch by way of huggingface_hub, which resumes, and check the checksum that it tells of large files."""
+def _record_of(target: Path) -> Path:
+    """Return where the checksum of a fetched file is noted."""
+    return target.with_name(target.name + ".sha256")
+
+
+def _is_whole(target: Path, entry: Published) -> bool:
+    """Return whether a file is there and what was fetched; what a user put there is believed if nothing is known."""
+    if not target.exists():
+        return False
+    record = _record_of(target)
+    known = record.read_text(errors="replace").partition(" ")[0] if record.exists() else entry.sha256
+    if record.exists() or known:
+        found = _sha256(target)
+        if not known or not found.startswith(known):
+            logger.warning("%s is damaged: SHA-256 %s, was %s. Fetching it again.", target, found, known or "lost")
+            return False
+    return True
+
+
+def _fetch_from_hub(entry: Published, partial: Path) -> str | None:
+    """Fetch by way of huggingface_hub, which resumes; return the checksum that it tells of large files."""
     import huggingface_hub
 
     folder = partial.parent / "hub"
     copy = Path(huggingface_hub.hf_hub_download(entry.repository, entry.file, local_dir=folder))
-    url = huggingface_hub.hf_hub_url(entry.repository, entry.file)
-    require_checksum(copy, huggingface_hub.get_hf_file_metadata(url).etag)
+    checksum = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(entry.repository, entry.file)).etag
     copy.replace(partial)
+    return checksum
 
 
-def require_checksum(path: Path, told: str | None) -> None:
-    """Raise unless a file has the SHA-256 that was told, or its beginning; anything else told is no checksum.
+def require_checksum(path: Path, known: str | None) -> str:
+    """Raise unless a file is what its server has, as far as that can be known.
+
+    Args:
+      path: of the file.
+      known: its SHA-256 or the beginning of it; anything else is none, and then the checksums inside the file decide,
+        if it is a zip, as PyTorch's are.
+
+    Returns:
+      The file's SHA-256.
 
     Raises:
       InputError: another checksum; the file is deleted.
     """
-    if not told or not re.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{64}", told):
-        return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(told):
+    found = _sha256(path)
+    if known and re.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{64}", known):
+        reason = "" if found.startswith(known) else f"SHA-256 {found}, should be {known}"
+    else:
+        reason = _damage_of_zip(path)
+    if reason:
         path.unlink()
-        raise InputError(f"{path.name} was damaged on the way: SHA-256 {found}, should be {told}. Try again.")
+        raise InputError(f"{path.name} was damaged on the way: {reason}. Try again.")
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _damage_of_zip(path: Path) -> str:
+    """Return which member of a zip is damaged, or "", also of a file that is no zip."""
+    if not zipfile.is_zipfile(path):
+        return ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        return str(error)
+    return f"its part {damaged} has another checksum" if damaged else ""
 
 
 def fetch_address(address: str, partial: Path) -> None:
-    """Fetch a plain address into a file, going on where an earlier attempt stopped."""
+    """Fetch a plain address into a file, going on where an earlier attempt stopped, if the server's file is the same.
+
+    Raises:
+      OSError: no answer, or an answer that broke off; what has come is kept for the next attempt.
+    """
     done = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(address, headers={"Range": f"bytes={done}-"} if done else {})
+    version = _version_of(partial).read_text() if done and _version_of(partial).exists() else ""
+    # A server that has another file by now ignores the range and sends that one, whole.
+    headers = {"Range": f"bytes={done}-", "If-Range": version} if version else {}
     try:
-        response = urllib.request.urlopen(request, timeout=60)
+        response = urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left beyond what is there
+        if error.code != 416 or not version:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{done}":  # all of it is there
             return
-        raise
+        _restart(address, partial)
+        return
     with response:
-        resumed = response.status == 206
-        total = int(response.headers.get("Content-Length", 0)) + (done if resumed else 0)
-        with (
-            partial.open("ab" if resumed else "wb") as file,
-            tqdm(total=total, initial=done if resumed else 0, unit="B", unit_scale=True, desc=partial.stem) as progress,
-        ):
-            while chunk := response.read(CHUNK_BYTES):
-                file.write(chunk)
-                progress.update(len(chunk))
-    if total and partial.stat().st_size != total:
-        raise OSError(f"the connection broke off after {partial.stat().st_size} of {total} bytes; try again")
+        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
+            _restart(address, partial)
+            return
+        _receive(response, partial, done if response.status == 206 else 0)
+
+
+def _restart(address: str, partial: Path) -> None:
+    """Fetch from the beginning, since what is there is not the beginning of what the server has."""
+    _version_of(partial).unlink()
+    fetch_address(address, partial)
+
+
+def _receive(response, partial: Path, done: int) -> None:
+    """Write what a server sends behind the `done` bytes that are there, and count them."""
+    total = done + int(response.headers.get("Content-Length", 0))
+    if not done:
+        partial.unlink(missing_ok=True)
+        with write_atomically(_version_of(partial)) as version:
+            version.write_text(_version_told(response.headers))
+    with (
+        partial.open("ab") as file,
+        tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=partial.stem) as progress,
+    ):
+        while chunk := response.read(CHUNK_BYTES):
+            file.write(chunk)
+            progress.update(len(chunk))
+    size = partial.stat().st_size
+    if "Content-Length" in response.headers and size != total:
+        raise OSError(f"the connection broke off after {size} of {total} bytes; try again")
+
+
+def _version_of(partial: Path) -> Path:
+    """Return where it is noted which version of a file the server was sending."""
+    return partial.with_name(partial.name + ".version")
+
+
+def _version_told(headers) -> str:
+    """Return the mark by which a server knows a version of its file again, "" if it tells none."""
+    tag = headers.get("ETag", "")
+    return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")

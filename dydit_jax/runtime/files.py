@@ -6,7 +6,10 @@ has, and renames when all is on the disk. What a kill leaves behind ends in `.pa
 """
 
 import contextlib
+import errno
+import fcntl
 import json
+import logging
 import os
 import pathlib
 import stat
@@ -16,6 +19,8 @@ from collections.abc import Iterator
 from etils import epath
 
 from dydit_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def is_local(path) -> bool:
@@ -114,3 +119,43 @@ def read_json(path, *, remedy: str = "restore it from a copy, or remove it and s
         expected = "a list" if kind is list else "a mapping"
         raise InputError(f"{path} holds {type(content).__name__}, not {expected}; {remedy}.")
     return content
+
+
+@contextlib.contextmanager
+def hold_lock(path, *, to: str) -> Iterator[None]:
+    """Let one process at a time through; the others wait.
+
+    The lock is the kernel's, on a file that stays there: it ends with its process, however that ends. Between machines
+    it holds where the shared disk keeps locks: NFS does, Lustre if mounted with `flock`, a mounted bucket does not and
+    locks within one machine. Where there are no locks at all every process goes through, with a warning.
+
+    Args:
+      path: of the file to lock, on this machine's file system.
+      to: what is done under the lock, for the message to those who wait: "to fetch x".
+
+    Raises:
+      InputError: the file can't be made.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"Can't write {path} ({reason}) {to}; name a place that you can write to.") from error
+    with file:
+        _lock(file, path, to)
+        yield
+
+
+def _lock(file, path: pathlib.Path, to: str) -> None:
+    """Lock an open file, as soon as nobody else has it; closing it ends the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("Another process holds %s %s; waiting for it.", path, to)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        logger.warning("There are no locks where %s lies (%s): nothing else should run %s now.", path, error, to)
