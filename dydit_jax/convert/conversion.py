@@ -33,6 +33,8 @@ from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.autoencoder import DOWNSAMPLING, LATENT_CHANNELS
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.routing import LAYOUTS
+from dydit_jax.runtime.seeds import make_key, require_seed
+from dydit_jax.runtime.settings import own_settings
 from dydit_jax.trees import flatten, unflatten
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,7 @@ class Conversion:
 
     def __post_init__(self):
         require_known("weights", self.weights, ("ema", "model"))
+        require_seed("--seed", self.seed)
         for name in ("routers", "add_routers"):
             if getattr(self, name):
                 require_known(name, getattr(self, name), LAYOUTS[1:])
@@ -132,6 +135,7 @@ def _in_words(config: dict) -> str:
     )
 
 
+@own_settings()
 def convert(request: Conversion) -> Report:
     """Convert a PyTorch file.
 
@@ -233,7 +237,7 @@ def _prepared(params: dict, config: DiTConfig, request: Conversion) -> tuple[DiT
 def fresh_routers(config: DiTConfig, seed: int) -> dict:
     """Return newly initialised routers by path; what else the model has is never computed."""
     routers = lambda key: {n: leaf for n, leaf in flatten(Model(config).init(key)).items() if "_router/" in n}
-    return {name: np.asarray(leaf) for name, leaf in jax.jit(routers)(jax.random.key(seed)).items()}
+    return {name: np.asarray(leaf) for name, leaf in jax.jit(routers)(make_key(seed)).items()}
 
 
 def export(source, out, *, overwrite: bool) -> epath.Path:

@@ -18,6 +18,7 @@ from etils import epath
 from dydit_jax.data.images import center_crop, decode_image
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.autoencoder import LATENT_SCALE
+from dydit_jax.runtime.seeds import require_seed
 
 DIGITS_HELD_OUT = 360
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -48,6 +49,7 @@ class DataConfig:
 
     def __post_init__(self):
         require_known("dataset", self.name, SOURCES)
+        require_seed("data.seed", self.seed)
         if self.batch_size < 1 or self.threads < 0 or self.max_bad < 0:
             raise InputError(f"data.batch_size must be at least 1, data.threads and data.max_bad at least 0: {self}.")
 

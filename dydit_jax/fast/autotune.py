@@ -15,6 +15,7 @@ from dydit_jax.fast.plan import Plan
 from dydit_jax.fast.tokens import capacities_of, counted_shares, forms_of, run_on_open_tokens
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.aot import compile_for
+from dydit_jax.runtime.settings import own_settings
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def fastest_form(model: Model, params, plan: Plan, *, images: int, runs: int) ->
         return alone.submit(_race, model, params, plan, images=images, runs=runs).result()
 
 
+@own_settings()
 def _race(model: Model, params, plan: Plan, *, images: int, runs: int) -> str:
     depth, rows = min(TRIAL_LAYERS, model.config.depth), images * runs
     config = dataclasses.replace(model.config, depth=depth, token_capacity=())

@@ -30,6 +30,8 @@ from dydit_jax.errors import InputError
 from dydit_jax.jobs.sample import make_decode_fn
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.routing import Routing
+from dydit_jax.runtime.seeds import require_seed
+from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from dydit_jax.sampling.generate import Samples, generate, plan_sampling, steps_of, to_uint8
 from dydit_jax.sampling.noise import image_keys
@@ -76,6 +78,7 @@ class Analysis:
         for name, low in (("num_examples", 2), ("num_timesteps", 2), ("batch_size", 1)):
             if getattr(self, name) < low:
                 raise InputError(f"--{name} must be at least {low}, not {getattr(self, name)}.")
+        require_seed("--seed", self.seed)
         if not self.checkpoints or not self.out:
             raise InputError("--checkpoints must name one model or several, with commas between them, --out a folder.")
         wrong = [label for label in self.labels if not str(label).strip().isdecimal()]
@@ -83,6 +86,7 @@ class Analysis:
             raise InputError(f"--labels must be numbers with commas between them, not {wrong or 'nothing'}.")
 
 
+@own_settings()
 def analyze(request: Analysis) -> dict:
     """Carry out a request.
 

@@ -23,6 +23,7 @@ from dydit_jax.drawing.report import EVALUATION_FILE, write_report
 from dydit_jax.errors import InputError
 from dydit_jax.metrics.distances import frechet_distance, inception_score, moments, precision_recall
 from dydit_jax.metrics.inception import convert_inception, features
+from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh, map_in_slices
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Statistics:
     logits: np.ndarray | None = None
 
 
+@own_settings()
 def evaluate(request: Evaluation) -> list[dict]:
     """Carry out a request.
 

@@ -31,6 +31,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.latents import encode_moments
 from dydit_jax.loading import load_autoencoder
 from dydit_jax.runtime.processes import is_main, require_same, together
+from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class LatentsRequest:
             raise InputError(f"--out must be a folder on a disk, or a bucket mounted as one, not {self.out}.")
 
 
+@own_settings()
 def prepare_latents(request: LatentsRequest) -> epath.Path:
     """Carry out a request, or what is left of it; with several processes all of them call this.
 
@@ -127,6 +129,7 @@ def _make_chunks(starts: list[int], source, params, request: LatentsRequest, out
             progress.update(len(examples))
 
 
+@own_settings()
 def verify_latents(folder) -> None:
     """Read all of a finished folder and compare it with the checksums that were taken when it was made.
 

@@ -46,6 +46,8 @@ from dydit_jax.models.routing import Routing
 from dydit_jax.records import read_record
 from dydit_jax.runtime.cache import cache_folder
 from dydit_jax.runtime.processes import from_main, is_main, together
+from dydit_jax.runtime.seeds import require_seed
+from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh, replicated
 from dydit_jax.sampling.generate import (
     MODES,
@@ -117,11 +119,13 @@ class Request:
         for name in ("rows", "batch_size", "num_images", "segments"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        require_seed("--seed", self.seed)
         require_known("mode", self.mode, MODES)
         if not self.out:
             raise InputError("--out is empty; name a folder.")
 
 
+@own_settings()
 def sample(request: Request) -> Samples:
     """Carry out a request.
 

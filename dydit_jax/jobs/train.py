@@ -32,6 +32,8 @@ from dydit_jax.jobs.sample import make_decode_fn
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.processes import RESTART_CODE, Notice, is_main, require_same, to_host, together
+from dydit_jax.runtime.seeds import make_key
+from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import batch_sharding, make_mesh, process_rows, require_divisible, shardings
 from dydit_jax.runtime.tracking import Clock, Profile, Watch, best_case, duration, flops_utilisation, make_writers
 from dydit_jax.sampling.generate import generate, to_uint8
@@ -76,7 +78,7 @@ def first_params(model: Model, experiment: Experiment, mesh: Mesh, source: dict)
       mesh: where.
       source: leaves by path, from `starting_leaves`.
     """
-    key = jax.random.fold_in(jax.random.key(experiment.train.seed), INIT_STEP)
+    key = jax.random.fold_in(make_key(experiment.train.seed), INIT_STEP)
     params = flatten(jax.jit(model.init, out_shardings=shardings(mesh, model.abstract_params()))(key))
     placed = {name: jax.device_put(leaf, params[name].sharding) for name, leaf in source.items()}
     return unflatten(params | placed)
@@ -110,6 +112,7 @@ def prepare_workdir(workdir, config: dict) -> epath.Path:
     return workdir
 
 
+@own_settings()
 def train_and_evaluate(config: dict, workdir) -> TrainState:
     """Run an experiment from its newest checkpoint, or from the start, to its last step.
 

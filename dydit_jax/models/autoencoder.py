@@ -193,7 +193,7 @@ def sample_latents(moments: Moments, key):
     """Draw latents, scaled as diffusion models see them, [B,side/8,side/8,4]; key None takes the mean."""
     if key is None:
         return LATENT_SCALE * moments.mean
-    noise = jax.random.normal(key, moments.mean.shape)
+    noise = jax.random.normal(key, moments.mean.shape, jnp.float32)
     return LATENT_SCALE * (moments.mean + jnp.exp(0.5 * moments.log_variance) * noise)
 
 

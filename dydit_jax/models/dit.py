@@ -579,7 +579,7 @@ class Model:
 
     def router_noise(self, key, batch: int) -> Routing:
         """Draw the logistic noise of one training batch from a PRNG key."""
-        draw = lambda key, gates: jax.random.logistic(key, gates.shape)
+        draw = lambda key, gates: jax.random.logistic(key, gates.shape, jnp.float32)
         shapes = jax.eval_shape(lambda: self.open_routing(batch))
         keys = Routing(*jax.random.split(key, 3))
         return jax.tree.map(draw, keys, shapes)

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from dydit_jax.models.layers import NORM_EPSILON
+from dydit_jax.runtime.settings import own_settings
 
 try:
     from jax.experimental.pallas import triton
@@ -148,6 +149,7 @@ def _lowered_once(*static_argnames: str):
         jitted = jax.jit(function, static_argnames=static_argnames)
 
         @functools.cache
+        @own_settings()
         def lowered(structure, shapes, settings):
             arguments = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
             checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]  # it is never stored

@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from dydit_jax.models.layers import single_pass_statistics
 from dydit_jax.models.tokens import running_counts
+from dydit_jax.runtime.settings import own_settings
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def accepts(images: int, tokens: int, width: int, dtype) -> bool:
     compiled = lambda: jax.jit(both).lower(*arguments, shape(images, width)).compile()
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as alone:  # where a mesh of the caller is not known
-            alone.submit(compiled).result()
+            alone.submit(own_settings()(compiled)).result()
     except Exception as error:  # of the version of JAX, of its compiler or of the device, in many ways
         logger.warning("Without kernels for TPUs, which cannot be had here: %s", " ".join(str(error).split())[:200])
         return False

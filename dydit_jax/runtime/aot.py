@@ -29,6 +29,7 @@ from jax.experimental import serialize_executable
 from dydit_jax.errors import InputError
 from dydit_jax.runtime.cache import belongs_to_user, is_private, make_private, warn_once
 from dydit_jax.runtime.files import is_local, write_atomically
+from dydit_jax.runtime.settings import own_settings
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def call_of(function, arguments: tuple, settings: dict) -> Call:
     devices = _devices_of([leaf.sharding for leaf in leaves if leaf.sharding is not None])
     default = jax.config.jax_default_device  # a context of the caller's does not reach the thread that compiles
 
+    @own_settings()
     def lower():
         with jax.default_device(default):
             return function.lower(*shapes, **settings)

@@ -45,6 +45,7 @@ from dydit_jax.models.routing import Routing
 from dydit_jax.runtime.aot import Call, call_of, compiled_ahead, shape_of
 from dydit_jax.runtime.processes import to_host
 from dydit_jax.runtime.seeds import seed_words
+from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import BATCH, batch_sharding, replicated, require_divisible
 from dydit_jax.sampling.noise import first_noise, image_keys, step_noise
 
@@ -266,6 +267,7 @@ def _compiled_begin(sampling: SamplingConfig, shape: tuple[int, ...], mesh: Mesh
     return jax.jit(begin) if mesh is None else jax.jit(begin, out_shardings=batch_sharding(mesh))
 
 
+@own_settings()
 def generate(
     model: Model,
     params,
@@ -515,6 +517,7 @@ def plan_of(model: Model, params, table, *, segments: int | None = None) -> Plan
     return make_plan(heads, groups, model.config.macs, segments=segments)
 
 
+@own_settings()
 def plan_sampling(
     model: Model, params, *, sampling: SamplingConfig, diffusion: DiffusionConfig, segments: int | None = None
 ) -> Plan:

@@ -21,6 +21,7 @@ from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respac
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.dit import DiTConfig, Model, read_model
 from dydit_jax.records import read_record, require_range
+from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.sharding import MeshConfig, make_constrain_fn
 from dydit_jax.runtime.tracking import TrackingConfig
 from dydit_jax.trees import path_name
@@ -101,7 +102,7 @@ class TrainConfig:
         require_range("train.steps", self.steps, low=1)
         require_range("train.accumulate", self.accumulate, low=1)
         require_range("train.max_skips", self.max_skips, low=1)
-        require_range("train.seed", self.seed, low=0)
+        require_seed("train.seed", self.seed)
         require_range("train.ema_decay", self.ema_decay, 0.0, 1.0)
         require_known("precision", self.precision, PRECISIONS)
 

@@ -32,6 +32,7 @@ from dydit_jax.diffusion.losses import (
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
 from dydit_jax.models.cost import routed_ratio
 from dydit_jax.models.dit import Model
+from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.sharding import batch_sharding, replicated, shardings
 from dydit_jax.training.experiment import Experiment, build_learning_rate, build_optimizer
 
@@ -80,7 +81,7 @@ def draw_examples(batch, key, *, model: Model, experiment: Experiment, passes: t
     dropout = dict(null_label=model.config.null_label, probability=experiment.loss.label_dropout)
     return dict(
         start=batch["image"],
-        noise=jax.random.normal(noise_key, batch["image"].shape),
+        noise=jax.random.normal(noise_key, batch["image"].shape, jnp.float32),
         t=stratified_timesteps(time_key, size, experiment.diffusion.train_steps),
         labels=drop_labels(label_key, batch["label"], **dropout),
         router_noise=model.router_noise(router_key, size) if "gated" in passes else None,
@@ -180,7 +181,7 @@ def make_update_fn(model: Model, experiment: Experiment, passes: tuple[str, ...]
     differentiate = jax.grad(functools.partial(objective, **settings), has_aux=True)
 
     def update(state: TrainState, batch) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
+        key = jax.random.fold_in(make_key(experiment.train.seed), state.step)
         examples = draw_examples(batch, key, **settings)
         gradients, metrics = accumulated(
             functools.partial(differentiate, state.params, step=state.step), examples, experiment.train.accumulate
@@ -261,7 +262,8 @@ def patch_losses(params, start, labels, keys, timestep, *, model: Model, diffusi
     """
     config = model.config
     t = jnp.full(len(start), timestep)
-    noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, timestep), start.shape[1:]))(keys)
+    draw = lambda key: jax.random.normal(jax.random.fold_in(key, timestep), start.shape[1:], jnp.float32)
+    noise = jax.vmap(draw)(keys)
     current = diffuse(start, noise, at_steps(coefficients(make_schedule(diffusion)), t))
     output, _ = model.apply(params, current, t, labels, mode=mode)
     error = jnp.square(output[..., : config.channels] - noise)
