@@ -19,6 +19,7 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
+from dydit_jax.data.latent_files import checksums_of
 from dydit_jax.data.sources import DataConfig, batches, open_source
 from dydit_jax.models.dit import DiTConfig
 from dydit_jax.runtime.console import run
@@ -80,7 +81,9 @@ def make_latents(folder: Path) -> str:
     moments = np.lib.format.open_memmap(folder / "moments.npy", "w+", np.float16, (LATENTS.value, *one.shape))
     moments[:] = one
     moments.flush()
-    np.save(folder / "labels.npy", np.arange(LATENTS.value, dtype=np.int32) % 1000)
+    labels = np.arange(LATENTS.value, dtype=np.int32) % 1000
+    np.save(folder / "labels.npy", labels)
+    np.save(folder / "checksums.npy", checksums_of(moments, labels))
     return str(folder)
 
 

@@ -1,6 +1,7 @@
 """Pictures are packed once: exactly, again after a kill, and verifiably; tars become a dataset without TensorFlow."""
 
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -9,7 +10,8 @@ from PIL import Image
 from stand_ins import mean_for_autoencoder
 
 from dydit_jax.data.archives import prepare_pictures
-from dydit_jax.data.sources import DataConfig, examples, open_source
+from dydit_jax.data.latent_files import LatentFiles
+from dydit_jax.data.sources import DataConfig, batches, examples, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.jobs import prepare_latents as preparation
 from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents, verify_latents
@@ -79,11 +81,162 @@ def test_killed_job_goes_on_where_it_was(folder, encoded, tmp_path, monkeypatch)
     assert not (tmp_path / "parts" / "moments.npy").exists()
     with (tmp_path / "parts" / "progress-0.jsonl").open("a") as journal:
         journal.write('{"first": 4, "sha')  # a line that the kill has cut
+    (tmp_path / "parts" / "job.json.0123.partial").write_text("{")  # and a file that it has cut
     encoded.clear()
     prepare_latents(request(folder, tmp_path / "parts"))
     assert sum(encoded) == 2 * (COUNT - 4)
-    for name in ("moments.npy", "labels.npy", "info.json"):
-        assert (tmp_path / "parts" / name).read_bytes() == (whole / name).read_bytes()
+    assert contents(tmp_path / "parts") == contents(whole)
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def half(folder, encoded, tmp_path, monkeypatch):
+    """A job that was killed in its third chunk: (its folder, what a whole one holds)."""
+    whole = contents(prepare_latents(request(folder, tmp_path / "whole")))
+    write = preparation._Arrays.write
+
+    def dies(self, first, *rows):
+        if first == 8:
+            raise KeyboardInterrupt
+        write(self, first, *rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparation._Arrays, "write", dies)
+        prepare_latents(request(folder, tmp_path / "half"))
+    encoded.clear()
+    return tmp_path / "half", whole
+
+
+def end_journal(out, text: str):
+    (out / "progress-0.jsonl").write_text(text)
+
+
+def garble_last_line(out):
+    path = out / "progress-0.jsonl"
+    first, last = path.read_text().splitlines()
+    path.write_bytes(f"{first}\n".encode() + b"\xff\x00{" + last.encode()[4:])
+
+
+def damage_last_chunk(out):
+    moments = np.load(out / "moments.npy.partial", mmap_mode="r+")
+    moments[7, 0, 0, 0, 0] += 1
+    moments.flush()
+
+
+@pytest.mark.parametrize(
+    ("damage", "made_again"),
+    [
+        (lambda out: end_journal(out, ""), 10),
+        (lambda out: end_journal(out, '[]\n{"first": true}\n{"first": 0}\nnull\n' + "[" * 10_000), 10),
+        (lambda out: end_journal(out, '{"first": 3, "sha256": ""}\n'), 10),
+        (garble_last_line, 6),
+        (damage_last_chunk, 6),
+    ],
+    ids=["empty", "strange", "another job's", "garbled", "damaged chunk"],
+)
+def test_what_a_journal_does_not_vouch_for_is_made_again(half, folder, encoded, damage, made_again):
+    out, whole = half
+    damage(out)
+    prepare_latents(request(folder, out))
+    assert sum(encoded) == 2 * made_again and contents(out) == whole
+
+
+@pytest.mark.parametrize("content", [b"", b'{"source": "im', b"[]"])
+def test_damaged_description_is_one_line(half, folder, content):
+    out, _ = half
+    (out / "job.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"job.json .*; remove .*half and start again") as raised:
+        prepare_latents(request(folder, out))
+    assert "\n" not in str(raised.value)
+
+
+def test_full_disk_is_one_line_and_the_job_goes_on_after_it(half, folder, encoded, monkeypatch):
+    out, whole = half
+
+    def full(number):
+        if os.path.sameopenfile(number, moments.fileno()):
+            raise OSError(28, "No space left on device")
+
+    moments = (out / "moments.npy.partial").open("rb")
+    with monkeypatch.context() as patch, moments, pytest.raises(InputError, match="moments.npy.partial .No space left"):
+        patch.setattr(os, "fsync", full)
+        prepare_latents(request(folder, out))
+    encoded.clear()
+    prepare_latents(request(folder, out))
+    assert sum(encoded) == 2 * 2 and contents(out) == whole
+
+
+LATENTS_MODEL = DiTConfig(depth=1, width=32, heads=2, patch=1, side=2, channels=4, classes=2)
+
+
+def opened(out):
+    return open_source(DataConfig(name="latents", path=str(out), batch_size=1), LATENTS_MODEL)
+
+
+@pytest.mark.parametrize("name", ["moments.npy", "labels.npy", "checksums.npy"])
+def test_every_flipped_bit_of_an_example_is_noticed_as_it_is_read(folder, encoded, tmp_path, name):
+    out = prepare_latents(request(folder, tmp_path / "out"))
+    path = out / name
+    whole, offset = path.read_bytes(), np.load(path, mmap_mode="r").offset
+    size = (len(whole) - offset) // COUNT
+    for bit in range(offset * 8, len(whole) * 8, 67):  # odd, so that every place within a byte has its turn
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        damaged = (bit // 8 - offset) // size
+        files = LatentFiles(out)
+        with pytest.raises(InputError, match=f"moments.npy is damaged at example {damaged}:"):
+            files.read(damaged)
+        files.read((damaged + 1) % COUNT)
+    with pytest.raises(InputError, match=f"is damaged at example {damaged}"):
+        verify_latents(out)
+
+
+def test_damage_ends_a_training_with_the_file_named(folder, encoded, tmp_path):
+    out = prepare_latents(request(folder, tmp_path / "out"))
+    moments = np.load(out / "moments.npy", mmap_mode="r+")
+    moments[:, 1] += 1
+    moments.flush()
+    config = DataConfig(name="latents", path=str(out), batch_size=2)
+    with pytest.raises(InputError, match="moments.npy is damaged at example"):
+        next(batches(open_source(config, LATENTS_MODEL), config, start=0))
+
+
+def test_latents_without_checksums_are_read_with_a_word(folder, encoded, tmp_path, caplog):
+    out = prepare_latents(request(folder, tmp_path / "out"))
+    (out / "checksums.npy").unlink()
+    caplog.set_level("INFO")
+    np.testing.assert_array_equal(opened(out)[3]["moments"], np.load(out / "moments.npy")[3])
+    assert "has no checksums.npy: damage to its latents goes unnoticed" in caplog.text
+
+
+def cut_while_open(out):
+    source = opened(out)
+    os.truncate(out / "moments.npy", 1000)
+    return source[COUNT - 1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda out: os.truncate(out / "moments.npy", 1000), "moments.npy is missing, cut short or no .npy file"),
+        (lambda out: (out / "labels.npy").write_bytes(b""), "labels.npy is missing, cut short or no .npy file"),
+        (lambda out: (out / "labels.npy").write_bytes(b"\x93NUMPY\x01\x00\x04\x00{'(\n"), "labels.npy is missing, cut"),
+        (lambda out: np.save(out / "labels.npy", np.zeros(3, np.int32)), r"holds moments .* and 3 labels"),
+        (lambda out: np.save(out / "checksums.npy", np.zeros(3, np.uint32)), "checksums.npy is of other latents"),
+        (lambda out: (out / "info.json").write_text('{"chunks"'), "info.json is damaged or cut short"),
+        (cut_while_open, "moments.npy is cut short before example 9"),
+    ],
+)
+def test_damaged_files_are_one_line(folder, encoded, tmp_path, damage, message):
+    out = prepare_latents(request(folder, tmp_path / "out"))
+    with pytest.raises(InputError, match=message) as raised:
+        damage(out)
+        opened(out)
+    assert "\n" not in str(raised.value)
 
 
 def test_damage_and_other_jobs_are_noticed(folder, encoded, tmp_path):
@@ -93,6 +246,9 @@ def test_damage_and_other_jobs_are_noticed(folder, encoded, tmp_path):
     moments = np.lib.format.open_memmap(out / "moments.npy", "r+")
     moments[5, 0, 0, 0, 0] += 1
     moments.flush()
+    with pytest.raises(InputError, match="damaged at example 5"):
+        verify_latents(out)
+    (out / "checksums.npy").unlink()
     with pytest.raises(InputError, match="damaged: pictures 4 to 7"):
         verify_latents(out)
     with pytest.raises(InputError, match="is not finished"):

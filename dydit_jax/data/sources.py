@@ -7,7 +7,6 @@ function of seed and step, whatever the number of processes: resuming needs the 
 
 import dataclasses
 import hashlib
-import json
 import logging
 import threading
 
@@ -16,13 +15,13 @@ import numpy as np
 from etils import epath
 
 from dydit_jax.data.images import center_crop, decode_image
+from dydit_jax.data.latent_files import LABELS_FILE, LATENTS_FILE, LatentFiles
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.autoencoder import LATENT_SCALE
 from dydit_jax.runtime.seeds import require_seed
 
 DIGITS_HELD_OUT = 360
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-LATENTS_FILE, LABELS_FILE, INFO_FILE = "moments.npy", "labels.npy", "info.json"
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +108,7 @@ class Synthetic:
 class Latents:
     """Moments of an autoencoder, computed once and packed; every epoch draws flip and latent anew.
 
-    <path>/moments.npy   [n,2,side,side,8], of the image and of its mirror image: mean, then log-variance
-    <path>/labels.npy    integers [n]
-    <path>/info.json     what made them; `tools/prepare_latents.py` writes all three
+    `path` is a folder of the files that `latent_files` describes; `tools/prepare_latents.py` makes one.
     """
 
     def __init__(self, config, model):
@@ -123,24 +120,19 @@ class Latents:
                 f"Dataset latents needs data.path, a folder with {LATENTS_FILE} and {LABELS_FILE}, not "
                 f"{config.path!r}. Make one with tools/prepare_latents.py."
             )
-        self.moments = np.load(folder / LATENTS_FILE, mmap_mode="r")
-        self.labels = np.load(folder / LABELS_FILE).astype(np.int32)
-        shape = self.moments.shape
-        if len(shape) != 5 or shape[1] != 2 or shape[0] != len(self.labels):
-            raise InputError(
-                f"{folder} holds moments {shape} and {len(self.labels)} labels; see `Latents` for the form."
-            )
-        _require_shape("latents", (*shape[2:4], shape[4] // 2), max(int(self.labels.max()) + 1, model.classes), model)
-        info = json.loads((folder / INFO_FILE).read_text()) if (folder / INFO_FILE).is_file() else {}
-        self.autoencoder = info.get("autoencoder", "")
-        told = info.get("checksum") or _digest(self.labels.tobytes())
-        self.fingerprint = f"latents {len(self.labels)} {told}"
+        self.files = LatentFiles(folder)
+        _, _, *side, channels = self.files.shape
+        self.labels = self.files.labels.astype(np.int32)
+        _require_shape("latents", (*side, channels // 2), max(int(self.labels.max()) + 1, model.classes), model)
+        self.autoencoder = self.files.info.get("autoencoder", "")
+        checksum = self.files.info.get("checksum") or _digest(self.labels.tobytes())
+        self.fingerprint = f"latents {len(self.labels)} {checksum}"
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        return {"moments": self.moments[index], "label": self.labels[index]}
+        return {"moments": self.files.read(index), "label": self.labels[index]}
 
     @staticmethod
     def draw(example, generator: np.random.Generator):

@@ -1,12 +1,14 @@
 """The job behind `tools/prepare_latents.py`: pictures through the autoencoder once, packed for training.
 
-    <out>/moments.npy   float16 [n,2,side/8,side/8,8]: mean and log-variance of each picture and of its mirror image
-    <out>/labels.npy    int32 [n]
-    <out>/info.json     what made them, and a checksum per chunk
+    <out>/moments.npy    float16 [n,2,side/8,side/8,8]: mean and log-variance of each picture and of its mirror image
+    <out>/labels.npy     int32 [n]
+    <out>/checksums.npy  uint32 [n]: of each picture's moments and label, for those who read them
+    <out>/info.json      what made them, and a checksum per chunk
 
 Training draws flip and latent anew in every epoch, as with pictures. Several processes share the chunks, each with
 the devices of its own machine and a journal of its own, progress-<process>.jsonl. A job that was killed makes only
-the chunks that are in no journal, with any number of processes: a line is written after its chunk is on the disk.
+the chunks that are in no journal, with any number of processes: a line is written after its chunk is on the disk. What
+a kill or damage has left of a line names no chunk, so that its pictures are encoded again.
 """
 
 import concurrent.futures
@@ -26,10 +28,20 @@ from etils import epath
 from tqdm import tqdm
 
 from dydit_jax.checkpoints import checksum
-from dydit_jax.data.sources import INFO_FILE, LABELS_FILE, LATENTS_FILE, DataConfig, open_source
+from dydit_jax.data.latent_files import (
+    CHECKSUMS_FILE,
+    INFO_FILE,
+    LABELS_FILE,
+    LATENTS_FILE,
+    LatentFiles,
+    checksums_of,
+    load_array,
+)
+from dydit_jax.data.sources import DataConfig, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.latents import encode_moments
 from dydit_jax.loading import load_autoencoder
+from dydit_jax.runtime.files import is_free, read_json, write_atomically, write_json
 from dydit_jax.runtime.processes import is_main, require_same, together
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
@@ -37,6 +49,7 @@ from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 logger = logging.getLogger(__name__)
 
 JOB_FILE, JOURNALS = "job.json", "progress-*.jsonl"
+ARRAYS = (LATENTS_FILE, LABELS_FILE, CHECKSUMS_FILE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +152,21 @@ def verify_latents(folder) -> None:
     folder = epath.Path(folder)
     if not (folder / INFO_FILE).is_file():
         raise InputError(f"{folder} has no {INFO_FILE}: it is not finished, or not of this tool.")
-    info = json.loads((folder / INFO_FILE).read_text())
-    moments, labels = (np.load(folder / name, mmap_mode="r") for name in (LATENTS_FILE, LABELS_FILE))
-    for number, expected in enumerate(tqdm(info["chunks"], unit="chunk", desc="verifying")):
-        chunk = slice(number * info["chunk"], (number + 1) * info["chunk"])
-        if _digest(moments[chunk], labels[chunk]) != expected:
-            raise InputError(f"{folder} is damaged: pictures {chunk.start} to {chunk.stop - 1} have other checksums.")
-    logger.info("%s: %d chunks, as they were made.", folder, len(info["chunks"]))
+    files = LatentFiles(folder)
+    chunk, expected = files.info.get("chunk"), files.info.get("chunks")
+    if type(chunk) is not int or chunk < 1 or not isinstance(expected, list):
+        raise InputError(f"{folder / INFO_FILE} holds no checksums of chunks: it is damaged, or not of this tool.")
+    with tqdm(total=len(files), unit="picture", desc="verifying") as progress:
+        for number, first in enumerate(range(0, len(files), chunk)):
+            rows = range(first, min(first + chunk, len(files)))
+            digest = hashlib.sha256()
+            for index in rows:
+                digest.update(files.read(index))
+            digest.update(files.labels[first : rows.stop].tobytes())
+            if expected[number : number + 1] != [digest.hexdigest()]:
+                raise InputError(f"{folder} is damaged: pictures {first} to {rows.stop - 1} have other checksums.")
+            progress.update(len(rows))
+    logger.info("%s: %d chunks, as they were made.", folder, len(expected))
 
 
 # --- The folder of a job under way ---------------------------------------------------------------
@@ -155,47 +176,44 @@ def _prepare_out(out, job: dict) -> None:
     """Make the folder and its empty arrays, or find that they are this job's and what is in the journals is whole."""
     known = next((out / file for file in (INFO_FILE, JOB_FILE) if (out / file).is_file()), None)
     if known is None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not is_free(out):
             raise InputError(f"{out} is not empty and holds no latents; name another --out.")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / JOB_FILE).write_text(json.dumps(job, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"Can't write to {out}: {error}.") from error
+        write_json(out / JOB_FILE, job)
     else:
-        found = json.loads(known.read_text())
+        found = read_json(known, remedy=f"remove {out} and start again")
         changed = [key for key in job if found.get(key) != job[key]]
         if changed:
             raise InputError(f"{out} holds latents made otherwise ({', '.join(changed)} differ); name another --out.")
     if not (out / INFO_FILE).is_file():
         _make_arrays(out, job)
-        _require_whole(out, job["chunk"])
+        _drop_damaged(out, job["chunk"])
 
 
 def _make_arrays(out, job: dict) -> None:
     """Make what is not there of the arrays, of zeros that take no room yet."""
     count, side = job["count"], job["side"] // 8
-    shapes = {LATENTS_FILE: ((count, 2, side, side, 8), np.float16), LABELS_FILE: ((count,), np.int32)}
+    moments = ((count, 2, side, side, 8), np.float16)
+    shapes = dict(zip(ARRAYS, (moments, ((count,), np.int32), ((count,), np.uint32))))
     missing = {name: told for name, told in shapes.items() if not _current(out, name).is_file()}
     if missing and any(out.glob(JOURNALS)):
         raise InputError(f"{out} lacks {', '.join(missing)}; remove the folder and start again.")
     for name, (shape, dtype) in missing.items():
-        np.lib.format.open_memmap(_current(out, name), "w+", dtype=dtype, shape=shape)
+        with write_atomically(_current(out, name)) as partial:
+            np.lib.format.open_memmap(partial, "w+", dtype=dtype, shape=shape)
 
 
-def _require_whole(out, chunk: int) -> None:
-    """Compare the last chunk of every journal with its checksum; what a kill has cut off a journal is dropped."""
-    moments, labels = (np.load(_current(out, name), mmap_mode="r") for name in (LATENTS_FILE, LABELS_FILE))
+def _drop_damaged(out, chunk: int) -> None:
+    """Drop from every journal what a kill has cut off, and its last chunk if that is not as it was written."""
+    moments, labels = (load_array(_current(out, name), mmap_mode="r") for name in (LATENTS_FILE, LABELS_FILE))
     for path in out.glob(JOURNALS):
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        path.write_text("".join(line + "\n" for line in lines))
-        for line in map(json.loads, lines[-1:]):
+        lines = _read_journal(path)
+        for line in lines[-1:]:
             rows = slice(line["first"], line["first"] + chunk)
             if _digest(moments[rows], labels[rows]) != line["sha256"]:
-                raise InputError(
-                    f"{out} is damaged: pictures from {line['first']} on have another checksum; remove the folder and "
-                    "start again."
-                )
+                logger.warning("Pictures from %d on are encoded again: they are not as they were.", line["first"])
+                lines.remove(line)
+        with write_atomically(path) as partial:
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _require_shared(out) -> None:
@@ -204,9 +222,19 @@ def _require_shared(out) -> None:
 
 
 def _read_journals(out) -> dict[int, str]:
-    """Return the checksum of every chunk that is done, by its first picture, ascending."""
-    lines = [json.loads(line) for path in out.glob(JOURNALS) for line in path.read_text().splitlines()]
-    return {line["first"]: line["sha256"] for line in sorted(lines, key=lambda line: line["first"])}
+    """Return the checksum of every chunk that is done, by its first picture."""
+    return {line["first"]: line["sha256"] for path in out.glob(JOURNALS) for line in _read_journal(path)}
+
+
+def _read_journal(path) -> list[dict]:
+    """Return the lines of a journal that are whole."""
+    lines = []
+    for text in path.read_bytes().decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and type(line.get("first")) is int and isinstance(line.get("sha256"), str):
+                lines.append(line)
+    return lines
 
 
 class _Arrays:
@@ -216,9 +244,9 @@ class _Arrays:
     """
 
     def __init__(self, out):
-        self._offsets = [np.load(_current(out, name), mmap_mode="r").offset for name in (LATENTS_FILE, LABELS_FILE)]
+        paths = [pathlib.Path(_current(out, name)) for name in ARRAYS]
+        self._offsets = [load_array(path, mmap_mode="r").offset for path in paths]
         self._stack = contextlib.ExitStack()
-        paths = [pathlib.Path(_current(out, name)) for name in (LATENTS_FILE, LABELS_FILE)]
         self._files = [self._stack.enter_context(path.open("r+b")) for path in paths]
         journal = out / JOURNALS.replace("*", str(jax.process_index()))
         self._journal = self._stack.enter_context(journal.open("a"))
@@ -230,26 +258,37 @@ class _Arrays:
         self._stack.close()
 
     def write(self, first: int, moments: np.ndarray, labels: np.ndarray) -> None:
-        """Write rows from `first` on, and then say so in the journal."""
-        for file, offset, rows in zip(self._files, self._offsets, (moments, labels)):
-            file.seek(offset + first * rows[0].nbytes)
-            file.write(np.ascontiguousarray(rows).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        self._journal.write(json.dumps(dict(first=first, sha256=_digest(moments, labels))) + "\n")
-        self._journal.flush()
+        """Write rows from `first` on, and then say so in the journal.
+
+        Raises:
+          InputError: a disk that is full, or fails.
+        """
+        try:
+            for file, offset, rows in zip(self._files, self._offsets, (moments, labels, checksums_of(moments, labels))):
+                file.seek(offset + first * rows[0].nbytes)
+                file.write(np.ascontiguousarray(rows).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            self._journal.write(json.dumps(dict(first=first, sha256=_digest(moments, labels))) + "\n")
+            self._journal.flush()
+        except OSError as error:
+            raise InputError(
+                f"Can't write {file.name} ({error.strerror}). Make room and repeat the command; it goes on from here."
+            ) from error
 
 
 def _finish(out, job: dict) -> None:
     """Give the arrays their names and describe them; the journals are not needed any more."""
-    chunks = list(_read_journals(out).values())
-    for name in (LATENTS_FILE, LABELS_FILE):
+    done, starts = _read_journals(out), range(0, job["count"], job["chunk"])
+    missing = [first for first in starts if first not in done]
+    if missing:
+        raise InputError(f"{out} lacks the pictures from {missing[0]} on; repeat the command.")
+    for name in ARRAYS:
         _current(out, name).replace(out / name)
-    told = hashlib.sha256("".join(chunks).encode()).hexdigest()
-    partial = out / f"{INFO_FILE}.partial"
-    partial.write_text(json.dumps(dict(job, checksum=told, chunks=chunks), indent=2) + "\n")
-    partial.replace(out / INFO_FILE)
-    for path in out.glob(JOURNALS):
+    chunks = [done[first] for first in starts]
+    checksum_of_all = hashlib.sha256("".join(chunks).encode()).hexdigest()
+    write_json(out / INFO_FILE, dict(job, checksum=checksum_of_all, chunks=chunks))
+    for path in (*out.glob(JOURNALS), *out.glob("*.partial")):  # the latter of jobs that were killed
         path.unlink()
 
 

@@ -81,6 +81,14 @@ def _settle(partial: epath.Path, mode: int | None) -> None:
         os.fsync(file.fileno())
 
 
+def is_free(folder) -> bool:
+    """Return whether a folder can be filled: not there, or nothing in it but what a kill has left of files."""
+    folder = epath.Path(folder)
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(path.suffix == ".partial" for path in folder.iterdir())
+
+
 def write_json(path, content) -> None:
     """Write mappings, lists, strings and numbers as JSON, whole or not at all.
 
