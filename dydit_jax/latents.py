@@ -7,6 +7,7 @@ from dydit_jax.models import autoencoder
 from dydit_jax.runtime.sharding import map_in_slices
 
 IMAGES_PER_DEVICE = 8
+LATENT_FACTOR = 8  # pixels along an image's side for each of its latents'
 
 
 def decode_latents(params, latents, mesh: Mesh) -> np.ndarray:

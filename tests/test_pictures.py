@@ -1,14 +1,36 @@
 """Grids hold the images where they belong; figures have their axes and units."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from dydit_jax.drawing.figures import draw_plan, draw_routing, save_figure
-from dydit_jax.drawing.pictures import draw_grid, save_image
+from dydit_jax.drawing.pictures import draw_grid, save_image, to_uint8
+from dydit_jax.errors import InputError, StopError
 from dydit_jax.fast.plan import Shares, make_plan
 from dydit_jax.models.dit import DiTConfig
 from dydit_jax.models.routing import Routing
 from dydit_jax.sampling.generate import Samples
+
+
+def test_pixels_are_scaled_as_published():
+    images = np.float32([-2.0, -1.0, 0.0, 0.5, 0.9999, 3.0]).reshape(1, 2, 3, 1)
+    assert to_uint8(images).ravel().tolist() == [0, 0, 128, 191, 255, 255]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_images_that_are_not_finite_are_named_and_not_shown(value):
+    images = np.zeros((4, 2, 2, 3), np.float32)
+    images[1, 0, 1, 2] = images[3] = value
+    with pytest.raises(StopError, match="The image 8 .and 1 others of its batch. is not finite"):
+        to_uint8(images, indices=[7, 8, 9, 10])
+    assert to_uint8(images[::2]).shape == (2, 2, 2, 3)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 4), (8, 8, 3), (1, 8, 8, 2)])
+def test_latents_are_no_pictures(shape):
+    with pytest.raises(InputError, match="latents are decoded first"):
+        to_uint8(np.zeros(shape))
 
 
 def test_grid_places_images_row_by_row(tmp_path):

@@ -1,7 +1,9 @@
 """The job behind sample.py: exact numbers of images, resumable, never overwriting another's."""
 
+import io
 import json
 import re
+import types
 
 import jax
 import numpy as np
@@ -12,9 +14,10 @@ from dydit_jax.checkpoints import Weights, save_weights, write_arrays
 from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, StopError
 from dydit_jax.fast.tokens import FORMS
 from dydit_jax.jobs.sample import Request, sample
+from dydit_jax.jobs.sample_folder import prepare_folder
 from dydit_jax.models import autoencoder
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.trees import flatten
@@ -72,6 +75,75 @@ def test_killed_job_makes_only_what_is_missing(checkpoint, tmp_path):
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "another"])
+def test_damaged_image_of_a_finished_job_is_drawn_again(checkpoint, tmp_path, damage, caplog):
+    out, request = tmp_path / "out", dict(checkpoint=checkpoint, labels=["1", "2"], rows=2)
+    sample(Request(out=str(out), **request))
+    path = out / "images/000002.png"
+    whole, grid = path.read_bytes(), (out / "grid.png").read_bytes()
+    if damage == "another":
+        Image.new("L", (9, 8)).save(path)
+    else:
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 1
+        path.write_bytes(dict(empty=b"", cut=whole[: len(whole) // 2], flipped=bytes(flipped))[damage])
+    (out / "grid.png").unlink()
+    (out / "images/000001.png.0123.partial").write_bytes(b"what a kill left")
+    sample(Request(out=str(out), **request))
+    assert "1 images" in caplog.text and "000002.png" in caplog.text
+    assert np.abs(np.asarray(Image.open(path)).astype(int) - np.asarray(Image.open(io.BytesIO(whole)))).max() <= 1
+    assert np.asarray(Image.open(out / "grid.png")).shape == np.asarray(Image.open(io.BytesIO(grid))).shape
+    assert len(list((out / "images").iterdir())) == 4
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 0, "mo', "[]", "\0\0\0\0"])
+def test_damaged_manifest_is_one_clear_line(checkpoint, tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match="manifest.json .*; name another --out") as caught:
+        sample(Request(checkpoint, str(tmp_path), labels=["1"]))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["manifest.json"]
+
+
+def test_images_that_are_not_finite_are_not_written(tiny, tmp_path):
+    model, params = tiny
+    params = jax.tree.map(lambda leaf: np.array(leaf), params)
+    params["label_embed"]["table"][3] = np.nan  # so that one image of three is
+    path, out = tmp_path / "nan.safetensors", tmp_path / "out"
+    sampling = SamplingConfig(sampler="ddim", steps="2", clip=1.0)
+    save_weights(path, Weights(model.config, DiffusionConfig(), sampling, params, {}))
+    with pytest.raises(StopError, match="The image 1 is not finite") as caught:
+        sample(Request(str(path), str(out), labels=["1", "3", "2"]))
+    assert caught.value.code != 0
+    assert [path.name for path in out.rglob("*.*")] == ["manifest.json"]
+    sample(Request(str(path), str(out), labels=["1", "2"]))  # no image is there, so the folder is no other job's
+    assert len(list((out / "images").iterdir())) == 2
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\0\xff", b"1\n2\n" + 5000 * b"9", 13_000_000 * b"1 "])
+def test_file_without_labels_is_refused(checkpoint, tmp_path, content):
+    (tmp_path / "labels").write_bytes(content)
+    with pytest.raises(InputError, match="labels (can't be read as text|must hold numbers|is too long)") as caught:
+        sample(Request(checkpoint, str(tmp_path / "out"), labels_file=str(tmp_path / "labels")))
+    assert len(str(caught.value)) < 400 and not (tmp_path / "out").exists()
+
+
+def test_set_that_the_disk_can_not_hold_is_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=6_000_000))
+    with pytest.raises(InputError, match="0.0 GB left; the images take at least 6.4 GB"):
+        prepare_folder(tmp_path / "out", {}, sample_bytes=6_400_000_000)
+    assert not (tmp_path / "out").exists()
+    prepare_folder(tmp_path / "out", {}, sample_bytes=5_000_000)
+
+
+def test_cache_that_can_not_be_written_does_not_end_a_job(checkpoint, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "file"))
+    sample(Request(checkpoint, str(tmp_path / "out"), num_images=3))
+    assert "The plan is not kept for the next job" in caplog.text
+    assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (3, 8, 8, 1)
+
+
 def test_labels_come_from_a_file(checkpoint, tmp_path):
     (tmp_path / "labels.txt").write_text("3\n1\n4\n")
     sample(Request(checkpoint, str(tmp_path / "out"), labels_file=str(tmp_path / "labels.txt")))
@@ -122,9 +194,14 @@ def test_images_made_otherwise_are_left_alone(checkpoint, tmp_path):
         (dict(labels_file="/nowhere"), "There is no file /nowhere"),
         (dict(labels=["1"], overrides=dict(autoencoder="sd-vae")), "no published model of that name"),
         (dict(labels=["11"]), "from 0 to 9"),
-        (dict(labels=["1"], rows=0), "--rows must be at least 1"),
-        (dict(num_images=0), "--num_images must be at least 1"),
-        (dict(num_images=1, batch_size=0), "--batch_size must be at least 1"),
+        (dict(labels=["1"], rows=0), "--rows must be from 1 to 10000, not 0"),
+        (dict(labels=["1"], rows=10**12), "--rows must be from 1 to 10000, not 10+"),
+        (dict(labels=["1"] * 200, rows=51), "200 labels and 51 rows has more than 10000 images"),
+        (dict(num_images=0), "--num_images must be from 1 to 1000000, not 0"),
+        (dict(num_images=10**7), "--num_images must be from 1 to 1000000, not 10000000"),
+        (dict(num_images=1, batch_size=0), "--batch_size must be from 1"),
+        (dict(num_images=1, batch_size=10**9), "--batch_size must be from 1 to 65536, not 1000000000"),
+        (dict(labels=["9" * 5000]), "numbers from 0 to 9 .*, not 9{20}[.]"),
         (dict(labels=["1"], overrides=dict(sampler="ddmi")), "Unknown sampler 'ddmi'"),
         (dict(labels=["1"], overrides=dict(steps="5000")), "section of 1000"),
         (dict(labels=["1"], precision="half"), "Unknown precision"),

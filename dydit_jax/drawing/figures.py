@@ -11,24 +11,26 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
+from dydit_jax.runtime.files import write_atomically
+
 LINES = (("black", "-"), ("0.5", "-"), ("black", "--"), ("0.5", "--"), ("black", ":"), ("0.5", ":"))
 NOISE_LEFT = "timestep: noise on the left, image on the right"
 
 
 def save_figure(path, figure) -> None:
-    """Write a figure as what the suffix says, .png or .svg, on any kind of path."""
-    path = epath.Path(path)
-    with path.open("wb") as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=110)
+    """Write a figure as what the suffix says, .png or .svg, on any kind of path, whole or not at all."""
+    with write_atomically(path) as partial, partial.open("wb") as file:
+        figure.savefig(file, format=epath.Path(path).suffix[1:], dpi=110)
 
 
 def save_table(path, rows: list[dict]) -> None:
-    """Write rows of equal keys as CSV."""
+    """Write rows of equal keys as CSV, whole or not at all."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    epath.Path(path).write_text(text.getvalue())
+    with write_atomically(path) as partial:
+        partial.write_text(text.getvalue())
 
 
 def _label_steps(axis, timesteps) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from dydit_jax.drawing.pictures import draw_grid, read_image
+from dydit_jax.runtime.files import read_json, write_atomically
 
 REPORT_FILE = "report.html"
 MANIFEST_FILE = "manifest.json"
@@ -62,7 +63,8 @@ def write_report(folder) -> epath.Path:
       The page's path.
     """
     folder = epath.Path(folder)
-    manifest, cost, evaluations = (_read(folder / name) for name in (MANIFEST_FILE, COST_FILE, EVALUATION_FILE))
+    manifest, cost = (_read(folder / name, dict) for name in (MANIFEST_FILE, COST_FILE))
+    evaluations = _read(folder / EVALUATION_FILE, list)
     parts = [_facts(manifest or {}), _cost(cost), _metrics(evaluations or [])]
     pictures = _pictures(folder)
     if "grid.png" not in {path.name for path in pictures} and (folder / "images").is_dir():
@@ -82,12 +84,13 @@ def write_report(folder) -> epath.Path:
         f"<p>Written {time.strftime('%Y-%m-%d %H:%M')}.</p>{''.join(parts)}</body></html>\n"
     )
     path = folder / REPORT_FILE
-    path.write_text(page)
+    with write_atomically(path) as partial:
+        partial.write_text(page)
     return path
 
 
-def _read(path):
-    return json.loads(path.read_text()) if path.is_file() else None
+def _read(path, kind: type):
+    return read_json(path, kind=kind) if path.is_file() else None
 
 
 def _pictures(folder) -> list:

@@ -13,7 +13,6 @@ figure 1): some timesteps are easy, and so are some patches. Examples, noise and
 
 import dataclasses
 import functools
-import json
 import logging
 
 import jax
@@ -25,15 +24,17 @@ from tqdm import tqdm
 from dydit_jax.checkpoints import Weights
 from dydit_jax.data.sources import DataConfig, examples, open_source
 from dydit_jax.drawing import figures
+from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.drawing.report import write_report
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.sample import make_decode_fn
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.routing import Routing
+from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, replicated
-from dydit_jax.sampling.generate import Samples, generate, plan_sampling, steps_of, to_uint8
+from dydit_jax.sampling.generate import Samples, generate, plan_sampling, steps_of
 from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.experiment import build_model
 from dydit_jax.training.update import patch_losses
@@ -106,7 +107,7 @@ def analyze(request: Analysis) -> dict:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; name another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    (out / "analysis.json").write_text(json.dumps(dataclasses.asdict(request), indent=2) + "\n")
+    write_json(out / "analysis.json", dataclasses.asdict(request))
     mesh = make_mesh(MeshConfig())
     train_steps = next(iter(models.values())).diffusion.train_steps
     timesteps = np.unique(np.linspace(0, train_steps - 1, request.num_timesteps).round().astype(int))
@@ -183,10 +184,21 @@ def measure_losses(weights: Weights, batch: dict, timesteps, request: Analysis, 
             arrays = jax.device_put(arrays, batch_sharding(mesh))
             for column, timestep in enumerate(timesteps):
                 found = np.asarray(measure(params, *arrays, jnp.int32(timestep)), np.float64)[:kept]
+                _require_finite(found, name, timestep, first)
                 losses[first : first + kept, column] = found.mean(-1)
                 maps[column] += found.sum(0) / count
                 progress.update(kept)
     return losses, maps
+
+
+def _require_finite(losses, name: str, timestep: int, first: int) -> None:
+    """Raise where a loss of the examples from `first` on, [n,N], is NaN or infinite."""
+    wrong = np.flatnonzero(~np.isfinite(losses).all(1))
+    if wrong.size:
+        raise StopError(
+            f"The loss of {name} on example {first + wrong[0]} at timestep {timestep} is not finite; look at its "
+            "weights, or take --precision=highest."
+        )
 
 
 def _draw_losses(out, timesteps, losses: dict, maps: dict) -> None:
@@ -223,7 +235,7 @@ def _draw_routing(out, weights: Weights, request: Analysis, mesh) -> Samples:
     )
     _save(out / "routing", figures.draw_routing(mean, weights.model.macs), figures.routing_table(mean))
     _save(out / "plan", figures.draw_plan(plan, mean.timesteps), figures.plan_table(plan, mean.timesteps))
-    images = np.concatenate([to_uint8(decode(samples.images)) for samples in each])
+    images = to_uint8(decode(np.concatenate([samples.images for samples in each])), what=f"{out.name}'s image")
     shown, layers = _spread(steps, MAPS_SHOWN), _spread(weights.model.depth, LAYERS_SHOWN)
     chosen = mean.timesteps[shown]
     table = figures.token_table(tokens[:, shown], chosen)

@@ -19,8 +19,8 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import time
-import zipfile
 from collections.abc import Callable
 
 import jax
@@ -32,19 +32,21 @@ from tqdm import tqdm
 from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.drawing import figures
-from dydit_jax.drawing.pictures import draw_grid, image_of, read_image, save_image
-from dydit_jax.drawing.report import COST_FILE, MANIFEST_FILE, write_report
+from dydit_jax.drawing.pictures import draw_grid, read_image, save_image, to_uint8
+from dydit_jax.drawing.report import COST_FILE, write_report
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.autotune import fastest_form
 from dydit_jax.fast.narrow import NarrowedBlocks
 from dydit_jax.fast.plan import CUTTING, Plan
 from dydit_jax.fast.tokens import CHECKED_FORMS, default_form, forms_of
-from dydit_jax.latents import decode_latents
+from dydit_jax.jobs.sample_folder import image_path, missing_images, prepare_folder, write_image, write_set
+from dydit_jax.latents import LATENT_FACTOR, decode_latents
 from dydit_jax.loading import load_autoencoder, load_checkpoint
 from dydit_jax.models.dit import Model
 from dydit_jax.models.routing import Routing
-from dydit_jax.records import read_record
+from dydit_jax.records import read_record, require_range
 from dydit_jax.runtime.cache import cache_folder
+from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.processes import from_main, is_main, together
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
@@ -57,7 +59,6 @@ from dydit_jax.sampling.generate import (
     plan_sampling,
     runs_per_image,
     steps_of,
-    to_uint8,
 )
 from dydit_jax.sampling.noise import uniform_labels
 from dydit_jax.training.experiment import build_model, resolve_precision
@@ -65,6 +66,11 @@ from dydit_jax.training.experiment import build_model, resolve_precision
 logger = logging.getLogger(__name__)
 
 WRITERS = 4
+MOST_IMAGES = 1_000_000  # their names have six digits
+MOST_GRID_IMAGES = 10_000  # of one picture, which is made in memory
+LIMITS = dict(rows=MOST_GRID_IMAGES, batch_size=65_536, num_images=MOST_IMAGES, segments=None)
+LABEL_BYTES = 12  # of a line in a file of labels, at most
+SHOWN_BYTES = 20  # of what stands in the place of a label
 CALIBRATION_IMAGES = 8  # at least
 CALIBRATED_PART, MOST_CALIBRATION_IMAGES = 1 / 64, 32  # of the images of a larger job; the more, the fewer empty places
 CALIBRATED_FROM_BATCHES = 4  # a job of fewer is over before calibration pays
@@ -116,9 +122,14 @@ class Request:
                 "Give one of --labels (a grid), --num_images (a set with uniform labels) and --labels_file (a set with "
                 f"these labels), not {' and '.join(given) or 'none'}."
             )
-        for name in ("rows", "batch_size", "num_images", "segments"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}.")
+        for name, most in LIMITS.items():
+            if getattr(self, name) is not None:
+                require_range(f"--{name}", getattr(self, name), low=1, high=most)
+        if self.labels is not None and len(self.labels) * self.rows > MOST_GRID_IMAGES:
+            raise InputError(
+                f"A grid of {len(self.labels)} labels and {self.rows} rows has more than {MOST_GRID_IMAGES} images; "
+                "lower --rows, or draw a set (--labels_file)."
+            )
         require_seed("--seed", self.seed)
         require_known("mode", self.mode, MODES)
         if not self.out:
@@ -148,8 +159,11 @@ def sample(request: Request) -> Samples:
     mesh = make_mesh(MeshConfig())
     decode = make_decode_fn(weights, mesh)
     manifest = _manifest(request, weights, labels)
-    out = together(lambda: _prepare_out(request, manifest) if is_main() else epath.Path(request.out))
-    missing = [index for index in range(len(labels)) if is_main() and not _image_path(out, index).exists()]
+    shape = _image_shape(weights)
+    size = 0 if request.labels is not None else len(labels) * math.prod(shape)
+    prepare = functools.partial(prepare_folder, request.out, manifest, sample_bytes=size)
+    out = together(lambda: prepare() if is_main() else epath.Path(request.out))
+    missing = missing_images(out, len(labels), shape) if is_main() else []
     missing = from_main(missing, len(labels))  # the others may not see the folder
     logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)
     samples, plan, began = None, None, time.monotonic()
@@ -167,12 +181,12 @@ def _finish(
     """Write everything but the single images. Without `samples` they had all been there."""
     if samples is not None:
         cost = _cost(samples, weights) | drawn
-        (out / COST_FILE).write_text(json.dumps(cost, indent=2) + "\n")
+        write_json(out / COST_FILE, cost)
     if request.labels is not None:
-        pixels = np.stack([read_image(_image_path(out, index)) for index in range(len(labels))])
+        pixels = np.stack([read_image(image_path(out, index)) for index in range(len(labels))])
         save_image(out / "grid.png", draw_grid(pixels, columns=len(request.labels)))
     else:
-        _write_npz(out, labels)
+        write_set(out, labels)
     if (request.draw_routing or request.report) and samples is not None:
         figures.save_figure(out / "routing.png", figures.draw_routing(samples, weights.model.macs))
         figures.save_table(out / "routing.csv", figures.routing_table(samples))
@@ -223,21 +237,36 @@ def _labels(request: Request, classes: int) -> np.ndarray:
         return np.asarray(uniform_labels(request.seed, np.arange(request.num_images), classes), np.int32)
     if request.labels is not None:
         return np.tile(_label_numbers(request.labels, classes, "--labels"), request.rows)
-    path = epath.Path(request.labels_file)
+    return _label_numbers(_read_words(request.labels_file), classes, str(request.labels_file))
+
+
+def _read_words(path) -> list[str]:
+    """Read a file of labels, as far as it can be one."""
+    path = epath.Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path} (--labels_file).")
-    return _label_numbers(path.read_text().split(), classes, str(path))
+    most = MOST_IMAGES * LABEL_BYTES
+    try:
+        with path.open("rb") as file:
+            text = file.read(most + 1).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read as text; --labels_file wants one label per line ({error}).") from error
+    words = text.split()
+    if len(text) > most or len(words) > MOST_IMAGES:
+        raise InputError(f"{path} is too long for labels; at most {MOST_IMAGES} images are drawn at once.")
+    return words
 
 
 def _label_numbers(labels: list, classes: int, where: str) -> np.ndarray:
     """Read labels, of which `classes` itself stands for "no class"."""
-    wrong = [label for label in labels if not str(label).strip().isdecimal() or int(label) > classes]
-    if wrong or not labels:
+    words = [str(label).strip() for label in labels]
+    wrong = [word for word in words if not word.isdecimal() or len(word) > LABEL_BYTES or int(word) > classes]
+    if wrong or not words:
         raise InputError(
             f"{where} must hold numbers from 0 to {classes - 1} ({classes} for no class), not "
-            f"{', '.join(map(str, wrong[:5])) or 'nothing'}."
+            f"{', '.join(ascii(word[:SHOWN_BYTES])[1:-1] for word in wrong[:5]) or 'nothing'}."
         )
-    return np.asarray([int(label) for label in labels], np.int32)
+    return np.asarray([int(word) for word in words], np.int32)
 
 
 def make_decode_fn(weights: Weights, mesh: Mesh) -> Callable:
@@ -248,7 +277,20 @@ def make_decode_fn(weights: Weights, mesh: Mesh) -> Callable:
     return functools.partial(decode_latents, params, mesh=mesh)
 
 
-# --- The folder ----------------------------------------------------------------------------------
+def _image_shape(weights: Weights) -> tuple[int, int, int]:
+    """Return height, width and channels of the pictures."""
+    model = weights.model
+    if not weights.sampling.autoencoder:
+        return model.side, model.side, model.channels
+    return model.side * LATENT_FACTOR, model.side * LATENT_FACTOR, 3
+
+
+def _keep_plan(plan: Plan, path) -> None:
+    """Keep a plan for the next job, which can do without it."""
+    try:
+        plan.save(path)
+    except (OSError, InputError) as error:
+        logger.warning("The plan is not kept for the next job: %s", " ".join(str(error).split()))
 
 
 def _manifest(request: Request, weights: Weights, labels: np.ndarray) -> dict:
@@ -268,54 +310,6 @@ def _manifest(request: Request, weights: Weights, labels: np.ndarray) -> dict:
         device=jax.devices()[0].device_kind,
         versions=package_versions(),
     )
-
-
-def _prepare_out(request: Request, manifest: dict) -> epath.Path:
-    """Make the folder and write the manifest; a folder of the same job is continued, any other is refused."""
-    out = epath.Path(request.out)
-    path = out / MANIFEST_FILE
-    if path.is_file():
-        found = json.loads(path.read_text())
-        wanted = json.loads(json.dumps(manifest))
-        # The path of the weights does not matter where their checksum is known.
-        changed = [key for key in sorted(wanted | found) if key != "checkpoint" and found.get(key) != wanted.get(key)]
-        if changed:
-            raise InputError(f"{out} holds images made otherwise ({', '.join(changed)} differ); name another --out.")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is not empty and has no {MANIFEST_FILE}; name another --out.")
-    try:
-        (out / "images").mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(manifest, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"Can't write to {out}: {error}.") from error
-    return out
-
-
-def _image_path(out, index: int):
-    return out / "images" / f"{index:06d}.png"
-
-
-def _write_image(path, pixels: np.ndarray) -> None:
-    """Write one image under another name first, so that a file with its name is whole."""
-    partial = path.with_name(path.name + ".partial")
-    save_image(partial, image_of(pixels))
-    partial.replace(path)
-
-
-def _write_npz(out, labels: np.ndarray) -> None:
-    """Pack all images, one in memory at a time, in the form that ADM's evaluation reads."""
-    path = out / "samples.npz"
-    partial = path.with_name(path.name + ".partial")
-    shape = (len(labels), *read_image(_image_path(out, 0)).shape)
-    with partial.open("wb") as file, zipfile.ZipFile(file, "w", allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
-            header = dict(descr="|u1", fortran_order=False, shape=shape)
-            np.lib.format.write_array_header_1_0(entry, header)
-            for index in range(len(labels)):
-                entry.write(read_image(_image_path(out, index)).tobytes())
-        with archive.open("labels.npy", "w") as entry:
-            np.lib.format.write_array(entry, labels)
-    partial.replace(path)
 
 
 # --- The drawing ---------------------------------------------------------------------------------
@@ -367,14 +361,14 @@ def _draw(
                 plan = _widened(plan, samples)
             job = samples if job is None else _joined(job, samples, done, len(batch))
             done += len(batch)
-            pixels = to_uint8(decode(samples.images))
+            pixels = to_uint8(decode(samples.images), indices=indices)
             if is_main():
-                written += [writers.submit(_write_image, _image_path(out, i), p) for i, p in zip(batch, pixels)]
+                written += [writers.submit(write_image, image_path(out, i), p) for i, p in zip(batch, pixels)]
         for future in written:
             future.result()
     if plan is not None and is_main():
         kept = plan if segments_are_checked else _widened(plan, job)
-        kept.save(path)
+        _keep_plan(kept, path)
     return job, plan
 
 

@@ -26,7 +26,7 @@ from dydit_jax.checkpoints import (
     save_weights,
 )
 from dydit_jax.data.sources import batches, examples, open_source
-from dydit_jax.drawing.pictures import draw_grid, save_image
+from dydit_jax.drawing.pictures import draw_grid, save_image, to_uint8
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.sample import make_decode_fn
 from dydit_jax.loading import load_checkpoint
@@ -36,7 +36,7 @@ from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import batch_sharding, make_mesh, process_rows, require_divisible, shardings
 from dydit_jax.runtime.tracking import Clock, Profile, Watch, best_case, duration, flops_utilisation, make_writers
-from dydit_jax.sampling.generate import generate, to_uint8
+from dydit_jax.sampling.generate import generate
 from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.experiment import Experiment, build_model, build_optimizer, differences, read_experiment
 from dydit_jax.training.update import TrainState, compile_update, init_state, passes_at, patch_losses
@@ -361,7 +361,7 @@ def _draw_samples(
         mode="complete" if experiment.model.routers == "none" else "gated",
         mesh=mesh if mesh.size > 1 else None,
     )
-    pixels = to_uint8(decode(samples.images))[: len(labels)]
+    pixels = to_uint8(decode(samples.images), what=f"EMA's sample at step {step}, number")[: len(labels)]
     if is_main():
         folder = workdir / SAMPLES_FOLDER
         folder.mkdir(exist_ok=True)

@@ -545,8 +545,3 @@ def _checked_labels(labels, classes: int):
             f"Labels must be from 0 to {classes - 1}, or {classes} for no class; not {sorted(set(wrong.tolist()))}."
         )
     return labels
-
-
-def to_uint8(images) -> np.ndarray:
-    """Turn images in [-1, 1] into uint8 by clip(127.5 x + 128, 0, 255), as the published samples were."""
-    return np.clip(127.5 * np.asarray(images, np.float32) + 128.0, 0, 255).astype(np.uint8)

@@ -1,0 +1,142 @@
+"""The folder of a job of `sample.py`: its manifest, its pictures one by one, and what is made of all of them.
+
+Every file is whole or not there. A manifest says whose pictures they are; a job goes on in a folder of its own only.
+"""
+
+import concurrent.futures
+import functools
+import json
+import logging
+import pathlib
+import shutil
+import zipfile
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from dydit_jax.drawing.pictures import image_of, read_image, save_image
+from dydit_jax.drawing.report import MANIFEST_FILE
+from dydit_jax.errors import InputError
+from dydit_jax.runtime.files import is_local, read_json, write_atomically, write_json
+
+logger = logging.getLogger(__name__)
+
+READERS = 8
+
+
+def prepare_folder(out, manifest: dict, *, sample_bytes: int) -> epath.Path:
+    """Make the folder and write the manifest; a folder of the same job is continued, any other is refused.
+
+    Args:
+      out: the folder.
+      manifest: of the job, see `MANIFEST_FILE`.
+      sample_bytes: what the set takes on the disk at least.
+
+    Raises:
+      InputError: a folder of another job, one that can't be written to, or a disk that is too small.
+    """
+    out = epath.Path(out)
+    path = out / MANIFEST_FILE
+    try:
+        if path.is_file():
+            _require_same_job(path, manifest)
+        elif out.exists() and (not out.is_dir() or any(_files(out))):
+            raise InputError(f"{out} is not empty and has no {MANIFEST_FILE}; name another --out.")
+        _require_room(out, sample_bytes)
+        write_json(path, manifest)
+        (out / "images").mkdir(exist_ok=True)
+        for partial in (*out.glob("*.partial"), *(out / "images").glob("*.partial")):
+            partial.unlink()
+    except OSError as error:
+        raise InputError(f"Can't write to {out}: {error.strerror or error}.") from error
+    return out
+
+
+def _files(out) -> list:
+    """Return what lies in a folder, but for what a kill left there before its manifest was whole."""
+    return [path for path in out.iterdir() if path.suffix != ".partial"]
+
+
+def _require_room(out, sample_bytes: int) -> None:
+    if not is_local(out):
+        return
+    place = next(
+        path for path in (pathlib.Path(out).absolute(), *pathlib.Path(out).absolute().parents) if path.exists()
+    )
+    free = shutil.disk_usage(place).free
+    if free < sample_bytes:
+        raise InputError(
+            f"{out} has {free / 1e9:.1f} GB left; the images take at least {sample_bytes / 1e9:.1f} GB. Make room "
+            "there, name another --out, or draw fewer."
+        )
+
+
+def _require_same_job(path, manifest: dict) -> None:
+    """Raise where pictures are there that another job drew."""
+    found = read_json(path, remedy="name another --out, or remove the folder and start again")
+    manifest = json.loads(json.dumps(manifest))  # as it reads when it comes back
+    # The path of the weights does not matter where their checksum is known.
+    changed = [key for key in sorted(manifest | found) if key != "checkpoint" and found.get(key) != manifest.get(key)]
+    if changed and any((path.parent / "images").glob("*.png")):
+        raise InputError(
+            f"{path.parent} holds images made otherwise ({', '.join(changed)} differ); name another --out."
+        )
+
+
+def image_path(out, index: int) -> epath.Path:
+    """Return where the picture of an image lies."""
+    return out / "images" / f"{index:06d}.png"
+
+
+def missing_images(out, count: int, shape: tuple[int, int, int]) -> list[int]:
+    """Return which images have no picture, or one that is damaged or of another shape, ascending.
+
+    Args:
+      out: the folder.
+      count: of the job's images.
+      shape: of each: height, width, channels.
+    """
+    state = functools.partial(_state, shape=shape)
+    with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
+        states = list(readers.map(state, (image_path(out, index) for index in range(count))))
+    damaged = [index for index, state in enumerate(states) if state == "damaged"]
+    if damaged:
+        shown = ", ".join(image_path(out, index).name for index in damaged[:5])
+        logger.warning("%d images in %s are damaged and drawn again: %s.", len(damaged), out, shown)
+    return [index for index, state in enumerate(states) if state != "whole"]
+
+
+def _state(path, shape: tuple[int, int, int]) -> str:
+    """Return whether a picture is "whole", "damaged" or "missing", by its own checksums."""
+    try:
+        with path.open("rb") as file, Image.open(file, formats=["PNG"]) as picture:
+            found = (picture.height, picture.width, len(picture.getbands()))
+            picture.verify()
+    except FileNotFoundError:
+        return "missing"
+    except Exception:  # whatever a damaged file makes of the reader
+        return "damaged"
+    return "whole" if found == shape else "damaged"
+
+
+def write_image(path, pixels: np.ndarray) -> None:
+    """Write uint8 pixels [side,side,1 or 3] as a picture."""
+    save_image(path, image_of(pixels))
+
+
+def write_set(out, labels: np.ndarray) -> None:
+    """Pack all images, one in memory at a time, into `samples.npz` as ADM's evaluation reads it."""
+    shape = (len(labels), *read_image(image_path(out, 0)).shape)
+    with (
+        write_atomically(out / "samples.npz") as partial,
+        partial.open("wb") as file,
+        zipfile.ZipFile(file, "w", allowZip64=True) as archive,
+    ):
+        with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
+            header = dict(descr="|u1", fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(entry, header)
+            for index in range(len(labels)):
+                entry.write(read_image(image_path(out, index)).tobytes())
+        with archive.open("labels.npy", "w") as entry:
+            np.lib.format.write_array(entry, labels)
