@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, channels_last, relative_error
-from scipy import stats
+from scipy import special, stats
 
 from dydit_jax.convert.tables import export_state_dict
 from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
@@ -101,6 +101,54 @@ def test_bound_at_step_zero_is_accurate_to_float32():
     probability = np.where(start < -0.999, above, np.where(start > 0.999, 1 - below, above - below))
     expected = -np.log(np.maximum(probability, 1e-12)).mean(axis=(1, 2, 3)) / np.log(2)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def bound_in_float64(output, start, current) -> np.ndarray:
+    """State the bound at t = 0 in float64, bits [B,...], by tails that keep their digits however small they are."""
+    schedule = make_schedule(DiffusionConfig())
+    noise, v = np.split(np.float64(output), 2, axis=-1)
+    start, current, share = np.float64(start), np.float64(current), (v + 1) / 2
+    log_variance = share * np.log(schedule.betas[0]) + (1 - share) * schedule.posterior_log_variance[0]
+    predicted = np.sqrt(1 / schedule.alphas_cumprod[0]) * current - np.sqrt(1 / schedule.alphas_cumprod[0] - 1) * noise
+    mean = schedule.posterior_mean_of_start[0] * predicted + schedule.posterior_mean_of_current[0] * current
+    argument = lambda x: 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)  # (1 + tanh(u)) / 2 = expit(2 u)
+    above, below = (argument((start - mean + side / 255) * np.exp(-0.5 * log_variance)) for side in (1, -1))
+    left, right = special.expit(above) - special.expit(below), special.expit(-below) - special.expit(-above)
+    inside = np.where(above < 0, left, right)
+    probability = np.where(start < -0.999, special.expit(above), np.where(start > 0.999, special.expit(-below), inside))
+    return -np.log2(np.maximum(probability, 1e-12))
+
+
+@pytest.fixture(scope="module")
+def single_pixels():
+    """Pixels whose predicted noise is off by up to nine deviations, as images of one: output, start, current."""
+    schedule = make_schedule(DiffusionConfig())
+    off, start, v = np.meshgrid(np.linspace(-9, 9, 181), [-1.0, -0.9, 0.2, 1.0], [-0.9, 0.0, 0.9], indexing="ij")
+    off, start, v = (column.reshape(-1, 1, 1, 1) for column in (off, start, v))
+    noise = np.random.default_rng(0).standard_normal(off.shape)
+    current = np.sqrt(schedule.alphas_cumprod[0]) * start + np.sqrt(1 - schedule.alphas_cumprod[0]) * noise
+    return tuple(np.float32(array) for array in (np.concatenate([noise + off, v], -1), start, current))
+
+
+def test_bound_at_step_zero_is_that_of_float64_however_small_the_probability(single_pixels):
+    output, start, current = single_pixels
+    expected = bound_in_float64(*single_pixels).reshape(-1)
+    # Some at the floor of 1e-12, many below 1e-7, where a difference of float32 probabilities has no digits left.
+    assert (expected == -np.log2(1e-12)).sum() > 50 and (expected > -np.log2(1e-7)).sum() > 500
+    c = at_steps(coefficients(make_schedule(DiffusionConfig())), np.zeros(len(start), int))
+    found = variational_bound(output, start, current, c)
+    # The mean of a single pixel is known to 1e-7, which is 2e-5 of a deviation: 3e-5 bits, whatever the formula.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=4e-5)
+    assert abs(float(found.mean()) / expected.mean() - 1) < 1e-6
+
+
+def test_gradient_of_the_bound_at_step_zero_is_that_of_float64(single_pixels):
+    output, start, current = single_pixels
+    near = lambda shift: bound_in_float64(output + np.array([0, shift]), start, current)
+    expected = ((near(1e-5) - near(-1e-5)) / 2e-5).reshape(-1)
+    c = at_steps(coefficients(make_schedule(DiffusionConfig())), np.zeros(len(start), int))
+    found = jax.grad(lambda output: variational_bound(output, start, current, c).sum())(output)[..., 1].reshape(-1)
+    assert relative_error(found, expected) < 1e-5
 
 
 def test_total_loss_equals_the_original(step, reference):
