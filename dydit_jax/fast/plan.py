@@ -15,6 +15,7 @@ from etils import epath
 
 from dydit_jax.errors import InputError
 from dydit_jax.models.cost import ModelMacs
+from dydit_jax.runtime.files import write_atomically
 
 MAX_SEGMENTS = 16
 STEPS_PER_SEGMENT = 4  # on average; a program that runs less often is not worth compiling
@@ -144,18 +145,18 @@ class Plan:
         return dataclasses.replace(self, shares=shares if self.shares is None else self.shares.with_more(shares))
 
     def save(self, path) -> None:
-        """Write the plan as one .npz, whole or not at all."""
-        path = epath.Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the plan as one .npz, whole or not at all.
+
+        Raises:
+          InputError: a place that can't be written to.
+        """
         arrays = dict(heads=self.heads, groups=self.groups, ends=[segment.stop for segment in self.segments])
         if self.shares is not None:
             arrays |= dataclasses.asdict(self.shares)
         if self.form is not None:
             arrays |= dict(form=self.form)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
+        with write_atomically(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        partial.replace(path)
 
     @classmethod
     def load(cls, path, macs: ModelMacs) -> "Plan":
