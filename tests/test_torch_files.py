@@ -26,7 +26,8 @@ class Bomb:
         return os.system, (f"touch {self.trace}",)
 
 
-def test_tensors_of_every_kind_equal_torchs(tmp_path):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_of_every_kind_equal_torchs(tmp_path, zipped):
     base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     tensors = {
         "plain": base,
@@ -42,7 +43,7 @@ def test_tensors_of_every_kind_equal_torchs(tmp_path):
         "parameter": torch.nn.Parameter(base + 1),
         "shared": base[1],
     }
-    torch.save(tensors, tmp_path / "a.pt")
+    torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     read = read_tensors(tmp_path / "a.pt")
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(

@@ -1,95 +1,134 @@
 """Reading weights that PyTorch wrote, without letting them run code, and writing them back.
 
-A `.pt`, `.pth` or `.bin` file is a pickle, and a pickle can call anything. Zip files, which PyTorch has written since
-2020, are read here by an unpickler that knows a few harmless names and refuses all others; tensors come out as
-read-only views of the file, so that a 10.9 GB training file costs no memory until an array is used. Older files need
-PyTorch itself and its weights-only reader. `.safetensors` files can hold nothing but arrays.
+A `.pt`, `.pth` or `.bin` file lists its tensors in a pickle, which `pickles` reads without running it; their numbers
+lie beside it, as members of a zip file or, before 2020, one after the other. A `.safetensors` file lists them in JSON.
+Tensors come out as read-only views of the file, so that a 10.9 GB training file costs no memory until an array is used.
+What a file says of itself is compared with the bytes that it has before anything is made of it.
 """
 
 import collections
+import dataclasses
+import io
 import json
+import math
 import mmap
-import pickle
 import struct
+import textwrap
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
+from dydit_jax.convert.pickles import MAX_AXES, MAX_LIST_BYTES, Namespace, RefusedError, read_pickle
 from dydit_jax.errors import InputError
+from dydit_jax.runtime.files import write_atomically
 
-STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
     "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-ZIP_LOCAL_HEADER = 30  # bytes before the name of a zip entry
-MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the format's own limit
+ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of the name and of the extra field
+ZIP_SIGNATURE = b"PK\x03\x04"
+ZIP_ENCRYPTED = 1  # bit of a member's flags
+LEGACY_START = [0x1950A86A20F9469CFC6C, 1001]  # what the first two pickles of a file from before 2020 hold
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchFile:
+    """What a PyTorch file holds.
+
+    Attributes:
+      tensors: arrays by name, views of the file.
+      options: of the training that wrote it, plain values by name; empty where it does not say.
+    """
+
+    tensors: dict[str, np.ndarray]
+    options: dict
 
 
 def read_tensors(path, *, weights: str = "ema") -> dict[str, np.ndarray]:
-    """Read the tensors of a PyTorch checkpoint by name.
+    """Read the tensors of a PyTorch checkpoint by name; for the rest see `read_torch_file`."""
+    return read_torch_file(path, weights=weights).tensors
+
+
+def read_torch_file(path, *, weights: str = "ema") -> TorchFile:
+    """Read the tensors of a PyTorch checkpoint by name, and the options of the training that wrote it.
 
     Args:
       path: a `.safetensors`, `.pt`, `.pth` or `.bin` file; its content decides, not its name.
       weights: which part of a training file: "ema" or "model".
 
     Returns:
-      Arrays by name, views of the file where possible. A prefix `module.` on every name is removed.
+      The content; a prefix `module.` on every name is removed.
 
     Raises:
-      InputError: no such file, an unknown or broken format, a pickle that wants to call something, or no tensors.
+      InputError: no such file, an unknown or broken format, something that weights have no need of, or no tensors.
     """
     path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name the file of weights in it.")
-    if not path.is_file():
-        raise InputError(f"There is no file {path}.")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty.")
-    content = _read(path)
+    try:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name the file of weights in it.")
+        if not path.is_file():
+            raise InputError(f"There is no file {path}.")
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} is empty.")
+        content = _read(path)
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror or error}).") from error
     tensors = _tensors_of(content, weights, path)
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors
+    options = content.get("args")
+    return TorchFile(tensors, options.plain_values() if isinstance(options, Namespace) else {})
 
 
-def _read(path: Path) -> Mapping:
+def _read(path: Path):
+    """Read a file in the format that its first bytes show."""
     with path.open("rb") as file:
         start = file.read(9)
-    if start[:4] == b"PK\x03\x04":
-        return _read_zip(path)
-    if start[8:9] == b"{":
-        return _read_safetensors(path)
-    if start[:1] == b"\x80":
-        return _read_legacy(path)
-    raise InputError(f"{path} is neither a .safetensors file nor one that torch.save wrote.")
+    if start[:4] == ZIP_SIGNATURE:
+        read = _read_zip
+    elif start[8:9] == b"{":
+        read = _read_safetensors
+    elif start[:1] == b"\x80":
+        read = _read_legacy
+    else:
+        raise InputError(f"{path} is neither a .safetensors file nor one that torch.save wrote.")
+    try:
+        return read(path)
+    except RefusedError as error:
+        raise InputError(f"{path} is refused: {_short(error)}. Weights need nothing of the kind.") from error
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001 (a broken file can raise anything)
+        raise InputError(f"{path} is broken or cut short: {type(error).__name__}: {_short(error)}.") from error
+
+
+def _short(error: Exception) -> str:
+    """Return what an error says on one line; it may quote a file that has much to say."""
+    return textwrap.shorten(str(error), 300)
 
 
 def _tensors_of(content, weights: str, path: Path) -> dict[str, np.ndarray]:
     """Pick the state dict out of what a file holds."""
-    if isinstance(content, Mapping) and not any(isinstance(value, np.ndarray) for value in content.values()):
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path} holds no tensors by name.")
+    if not any(isinstance(value, np.ndarray) for value in content.values()):
         parts = [key for key in content if isinstance(content[key], Mapping)]
         key = weights if weights in content else "state_dict"
         if key not in content:
@@ -99,104 +138,147 @@ def _tensors_of(content, weights: str, path: Path) -> dict[str, np.ndarray]:
     tensors = {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, np.ndarray)}
     if not tensors:
         raise InputError(f"{path} holds no tensors by name.")
+    for name in tensors:
+        if not name.isprintable():
+            raise InputError(f"{path} is refused: no tensor's name can be {name[:80]!a}.")
     return tensors
 
 
-# --- Zip files -----------------------------------------------------------------------------------
+# --- Pickles with the numbers beside them --------------------------------------------------------
 
 
-class _Inert:
-    """Stands for an `argparse.Namespace`: keeps nothing, does nothing."""
+class _Storages:
+    """The storages of a file by key: each of one dtype, and as long as its numbers are."""
 
-    def __init__(self, *_, **__):
-        pass
+    def __init__(self, bytes_of: Callable[[str, int], np.ndarray]):
+        self._bytes_of, self._loaded = bytes_of, {}
 
-    def __setstate__(self, state):
-        pass
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._loaded[key]
+
+    def load(self, key: str, dtype: np.dtype, count: int) -> np.ndarray:
+        """Return the numbers [count] of a storage as a view of its bytes."""
+        size = count * dtype.itemsize
+        if key not in self._loaded:
+            stored = self._bytes_of(key, size)
+            if stored.size != size:
+                raise RefusedError(f"it has a storage of {stored.size} bytes that should hold {count} numbers")
+            self._loaded[key] = stored.view(dtype)
+        if (self[key].dtype, self[key].size) != (dtype, count):
+            raise RefusedError("it has a storage of two dtypes or sizes")
+        return self[key]
 
 
-def _rebuild_tensor(storage, offset, size, stride, *_):
-    """Make the view that torch._utils._rebuild_tensor_v2 would make, within its storage."""
-    size, stride = tuple(size), tuple(stride)
-    if any(n < 0 for n in size + stride) or offset < 0 or len(size) != len(stride):
-        raise pickle.UnpicklingError("a tensor with negative sizes")
-    if 0 in size:
-        return np.zeros(size, storage.dtype)
-    if offset + sum((n - 1) * step for n, step in zip(size, stride)) >= storage.size:
-        raise pickle.UnpicklingError("a tensor larger than its storage")
-    strides = [step * storage.itemsize for step in stride]
-    return np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
+class _ShortReads(io.FileIO):
+    """A file that refuses to be read in large pieces, as `zipfile` would read a list of millions of members."""
 
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the names that a state dict needs, and no others; calls nothing of the file's choosing."""
-
-    ALLOWED = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-        ("torch", "Size"): tuple,
-        ("argparse", "Namespace"): _Inert,
-        **{("torch", name): dtype for name, dtype in STORAGES.items()},
-    }
-
-    def __init__(self, file, storage_of):
-        super().__init__(file)
-        self._storage_of = storage_of
-
-    def find_class(self, module, name):
-        """Return a harmless stand-in, or refuse."""
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to use {module}.{name}")
-        return self.ALLOWED[module, name]
-
-    def persistent_load(self, reference):
-        """Return the storage that a tensor refers to."""
-        kind, dtype, key, _, count = reference
-        if kind != "storage":
-            raise pickle.UnpicklingError(f"a reference of kind {kind!r}")
-        return self._storage_of(dtype, key, count)
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_LIST_BYTES:
+            raise RefusedError(f"its list of members takes more than {MAX_LIST_BYTES} bytes")
+        return super().read(size)
 
 
 def _read_zip(path: Path):
-    try:
-        with zipfile.ZipFile(path) as archive:
-            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
-            if len(pickles) != 1:
-                raise InputError(f"{path} is a zip file, but not one that torch.save wrote.")
-            prefix = pickles[0].removesuffix("data.pkl")
-            if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
-                raise InputError(f"{path} was written on a big-endian machine, which is not supported.")
-            storages = {}
-
-            def storage_of(dtype, key, count):
-                if key not in storages:
-                    storages[key] = _storage(path, archive.getinfo(f"{prefix}data/{key}"), dtype, count)
-                return storages[key]
-
-            with archive.open(pickles[0]) as file:
-                return _Unpickler(file, storage_of).load()
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is refused: {error}. Weights need nothing of the kind.") from error
-    except Exception as error:  # noqa: BLE001 (a broken pickle can raise anything)
-        raise InputError(f"{path} is broken or cut short: {type(error).__name__}: {error}.") from error
+    """Read what torch.save has written since 2020: a zip file of members that are not compressed."""
+    with _ShortReads(path) as file, zipfile.ZipFile(file) as archive:
+        members = {entry.filename: entry for entry in archive.infolist()}
+        if len(members) < len(archive.infolist()):
+            raise RefusedError("it is a zip file with two members of one name")
+        lists = [name for name in members if name.endswith("/data.pkl") or name == "data.pkl"]
+        if len(lists) != 1:
+            raise InputError(f"{path} is a zip file, but not one that torch.save wrote.")
+        data, prefix = np.memmap(path, np.uint8, "r"), lists[0].removesuffix("data.pkl")
+        byte_order = members.get(f"{prefix}byteorder")
+        if byte_order and _member(data, byte_order)[:8].tobytes() != b"little":
+            raise InputError(f"{path} was written on a big-endian machine, which is not supported.")
+        if _member(data, members[lists[0]]).size > MAX_LIST_BYTES:
+            raise RefusedError(f"its list of tensors takes more than {MAX_LIST_BYTES} bytes")
+        storages = _Storages(lambda key, _: _member(data, members[f"{prefix}data/{key}"]))
+        return read_pickle(io.BytesIO(archive.read(lists[0])), storages.load)
 
 
-def _storage(path: Path, entry: zipfile.ZipInfo, dtype, count: int) -> np.ndarray:
-    """Map the bytes of one uncompressed entry."""
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise pickle.UnpicklingError("a compressed tensor")
-    if entry.file_size != count * np.dtype(dtype).itemsize:
-        raise pickle.UnpicklingError(f"a storage of {entry.file_size} bytes that should hold {count} numbers")
-    if count == 0:
-        return np.zeros(0, dtype)
+def _member(data: np.ndarray, entry: zipfile.ZipInfo) -> np.ndarray:
+    """Return the bytes of one member of a zip file as a view of the file's bytes."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+        raise RefusedError(f"its member {entry.filename!r} is compressed")
+    if entry.flag_bits & ZIP_ENCRYPTED:
+        raise RefusedError(f"its member {entry.filename!r} is encrypted")
+    begin = entry.header_offset + ZIP_LOCAL_HEADER.size
+    signature, *lengths = ZIP_LOCAL_HEADER.unpack(data[max(entry.header_offset, 0) : max(begin, 0)].tobytes())
+    begin += sum(lengths)
+    if signature != ZIP_SIGNATURE or begin + entry.file_size > data.size:
+        raise ValueError(f"its member {entry.filename!r} lies outside the file")
+    return data[begin : begin + entry.file_size]
+
+
+def _read_legacy(path: Path):
+    """Read what torch.save wrote before 2020: five pickles, then the storages one after the other."""
+    data = np.memmap(path, np.uint8, "r")
     with path.open("rb") as file:
-        file.seek(entry.header_offset + ZIP_LOCAL_HEADER - 4)
-        name_length, extra_length = struct.unpack("<HH", file.read(4))
-    offset = entry.header_offset + ZIP_LOCAL_HEADER + name_length + extra_length
-    return np.memmap(path, dtype, "r", offset, (count,))
+        if [read_pickle(file) for _ in LEGACY_START] != LEGACY_START:
+            raise InputError(f"{path} is a pickle, but not one that torch.save wrote.")
+        if not read_pickle(file)["little_endian"]:
+            raise InputError(f"{path} was written on a big-endian machine, which is not supported.")
+        begin = file.tell()
+        # Where the storages are shows behind the pickle that needs them. It is read twice: first with any bytes as the
+        # storages, for their sizes.
+        sized = _Storages(lambda _, size: data[:size])
+        read_pickle(file, sized.load)
+        keys, places = read_pickle(file), {}
+        position = file.tell()
+        for key in keys:
+            if type(key) is not str:
+                raise ValueError(f"a {type(key).__name__} as the name of a storage")
+            numbers, position = sized[key], position + 8
+            if int.from_bytes(data[position - 8 : position].tobytes(), "little") != numbers.size:
+                raise ValueError(f"a storage of another size than {numbers.size} numbers")
+            places[key] = data[position : position + numbers.nbytes]
+            position += numbers.nbytes
+        file.seek(begin)
+        return read_pickle(file, _Storages(lambda key, _: places[key]).load)
+
+
+# --- Other files ---------------------------------------------------------------------------------
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Map the arrays of a `.safetensors` file, which lie one behind the other."""
+    data = np.memmap(path, np.uint8, "r")
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > data.size - 8:
+        raise ValueError("its header is longer than the file")
+    if length > MAX_LIST_BYTES:
+        raise RefusedError(f"its list of tensors takes more than {MAX_LIST_BYTES} bytes")
+    header = json.loads(data[8 : 8 + length].tobytes().decode(), object_pairs_hook=_unrepeated)
+    header.pop("__metadata__", None)
+    data, tensors, end = data[8 + length :], {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        if first != end or last > data.size:
+            raise ValueError(f"{name!r} does not begin where the tensor before it ends, or lies outside the file")
+        tensors[name], end = _safetensor(name, data[first:last], entry["dtype"], entry["shape"]), last
+    if end != data.size:
+        raise ValueError(f"it has {data.size - end} bytes that belong to no tensor")
+    return {name: tensors[name] for name in header}
+
+
+def _safetensor(name: str, stored: np.ndarray, dtype: str, shape: list[int]) -> np.ndarray:
+    """Return the bytes of a tensor in its dtype and shape."""
+    if dtype not in SAFETENSORS_DTYPES:
+        raise RefusedError(f"{name!r} has the dtype {dtype!r}; known: {', '.join(SAFETENSORS_DTYPES)}")
+    if len(shape) > MAX_AXES or any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"{name!r} can't have the shape {shape}")
+    dtype = np.dtype(SAFETENSORS_DTYPES[dtype])
+    if math.prod(shape) * dtype.itemsize != stored.size:
+        raise ValueError(f"{name!r} has {stored.size} bytes, its shape {shape} needs another number")
+    return stored.view(dtype).reshape(shape)
+
+
+def _unrepeated(pairs: list[tuple]) -> dict:
+    """Make a dict of a JSON object, where no key may come twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("its header names a tensor twice")
+    return dict(pairs)
 
 
 def release_pages(array) -> None:
@@ -207,63 +289,6 @@ def release_pages(array) -> None:
         array.madvise(mmap.MADV_DONTNEED)
 
 
-# --- Other files ---------------------------------------------------------------------------------
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Map the arrays of a `.safetensors` file, bfloat16 included."""
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(MAX_SAFETENSORS_HEADER, path.stat().st_size):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        data = np.memmap(path, np.uint8, "r")[8 + length :]
-        tensors = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            first, last = entry["data_offsets"]
-            if not 0 <= first <= last <= data.size:
-                raise ValueError(f"{name} lies outside the file")
-            tensors[name] = data[first:last].view(SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        return tensors
-    except (ValueError, KeyError, TypeError, struct.error) as error:
-        raise InputError(f"{path} is broken or cut short: {error}.") from error
-
-
-def _read_legacy(path: Path):
-    """Read what torch.save wrote before 2020, with PyTorch's own weights-only reader."""
-    try:
-        import argparse
-
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{path} has PyTorch's old format; reading it needs: pip install 'dydit-jax[torch]'."
-        ) from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Named explicitly: an environment variable can turn the default into a reader that runs code.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 (a broken pickle can raise anything)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is refused or broken: {reason}") from error
-    return _to_numpy(content, torch)
-
-
-def _to_numpy(content, torch):
-    """Turn the tensors of nested dicts into arrays."""
-    if isinstance(content, Mapping):
-        return {key: _to_numpy(value, torch) for key, value in content.items()}
-    if not isinstance(content, torch.Tensor):
-        return content
-    tensor = content.detach()
-    return (
-        tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
-    )
-
-
 def write_tensors(path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name, as `.safetensors` or, where PyTorch is installed, as torch.save does.
 
@@ -272,21 +297,21 @@ def write_tensors(path, tensors: Mapping[str, np.ndarray]) -> None:
       tensors: float32 arrays.
 
     Raises:
-      InputError: another ending, or PyTorch is needed and not there.
+      InputError: another ending, PyTorch is needed and not there, or a place that can't be written to.
     """
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
     if path.suffix == ".safetensors":
         import safetensors.numpy
 
-        safetensors.numpy.save_file(dict(tensors), partial)
+        save = lambda partial: safetensors.numpy.save_file(dict(tensors), partial)
     elif path.suffix in (".pt", ".pth", ".bin"):
         try:
             import torch
         except ImportError as error:
             raise InputError(f"Writing {path.suffix} needs PyTorch: pip install 'dydit-jax[torch]'.") from error
         state = collections.OrderedDict((name, torch.from_numpy(np.array(array))) for name, array in tensors.items())
-        torch.save(state, partial)
+        save = lambda partial: torch.save(state, partial)
     else:
         raise InputError(f"Can't tell the format of {path}; end it in .safetensors, .pt, .pth or .bin.")
-    partial.replace(path)
+    with write_atomically(path) as partial:
+        save(partial)
