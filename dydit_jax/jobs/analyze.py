@@ -35,6 +35,7 @@ from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from dydit_jax.sampling.generate import Samples, generate, plan_sampling, steps_of
+from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.experiment import build_model
 from dydit_jax.training.update import patch_losses
@@ -103,6 +104,9 @@ def analyze(request: Analysis) -> dict:
     if max(map(int, request.labels)) >= classes:
         told = ", ".join(map(str, request.labels))
         raise InputError(f"--labels must be numbers from 0 to {classes - 1}, not {told}.")
+    for weights in models.values():
+        if weights.model.routers != "none":  # the others are not sampled
+            require_no_class(weights.about.get("config", {}), weights.sampling)
     out = epath.Path(request.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; name another --out.")

@@ -60,6 +60,7 @@ from dydit_jax.sampling.generate import (
     runs_per_image,
     steps_of,
 )
+from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.sampling.noise import uniform_labels
 from dydit_jax.training.experiment import build_model, resolve_precision
 
@@ -156,6 +157,7 @@ def sample(request: Request) -> Samples:
     if request.segments is not None and request.segments > steps:
         raise InputError(f"--segments must be at most the {steps} steps of the run, not {request.segments}.")
     labels = _labels(request, weights.model.classes)
+    require_no_class(weights.about.get("config", {}), weights.sampling, labels=labels, classes=weights.model.classes)
     mesh = make_mesh(MeshConfig())
     decode = make_decode_fn(weights, mesh)
     manifest = _manifest(request, weights, labels)

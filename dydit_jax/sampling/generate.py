@@ -47,6 +47,7 @@ from dydit_jax.runtime.processes import to_host
 from dydit_jax.runtime.seeds import seed_words
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import BATCH, batch_sharding, replicated, require_divisible
+from dydit_jax.sampling.guidance import require_label_table
 from dydit_jax.sampling.noise import first_noise, image_keys, step_noise
 
 MODES = (*APPLY_MODES, "fast")
@@ -308,6 +309,7 @@ def generate(
     require_known("mode", mode, MODES)
     model = dataclasses.replace(model, constrain=unconstrained)  # each device computes its own images
     config, labels = model.config, _checked_labels(labels, model.config.classes)
+    require_label_table(params, config)
     table = steps_of(sampling, diffusion)
     indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
     if mesh is not None:

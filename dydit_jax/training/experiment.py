@@ -24,6 +24,7 @@ from dydit_jax.records import read_record, require_range
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.sharding import MeshConfig, make_constrain_fn
 from dydit_jax.runtime.tracking import TrackingConfig
+from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.trees import path_name
 
 PRECISIONS = ("auto", "bfloat16", "float32", "highest")
@@ -158,6 +159,7 @@ def read_experiment(config: Mapping) -> Experiment:
     }
     experiment = Experiment(**records)
     respace(make_schedule(experiment.diffusion), experiment.sampling.steps)
+    require_no_class(config, experiment.sampling)
     parts, size = experiment.train.accumulate, experiment.data.batch_size
     if size % parts:
         raise InputError(f"data.batch_size must be a multiple of {parts}, train.accumulate, not {size}.")

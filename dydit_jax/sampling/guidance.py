@@ -1,0 +1,55 @@
+"""What guidance needs of a model: a row for "no class" in its table, and a training that reached it."""
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+
+from dydit_jax.diffusion.losses import LossConfig
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.errors import InputError
+from dydit_jax.models.dit import DiTConfig
+
+logger = logging.getLogger(__name__)
+
+
+def require_no_class(config: Mapping, sampling: SamplingConfig, *, labels=(), classes: int | None = None) -> None:
+    """Raise where guidance or a label asks for "no class" of a model whose training never showed it.
+
+    A training that started from other weights may have it from them: that is not known here, and a warning.
+
+    Args:
+      config: that the model was trained with, as plain dicts; {} where it is not known.
+      sampling: the run's.
+      labels: of the images.
+      classes: of the model; this number as a label stands for "no class".
+
+    Raises:
+      InputError: a label dropout of 0, or, under guidance, one of 1, which leaves no class to guide to.
+    """
+    dropout = (config.get("loss") or {}).get("label_dropout", LossConfig.label_dropout)
+    guided, unlabelled = sampling.guidance != 1.0, classes in np.asarray(labels).tolist()
+    if not (guided and dropout in (0.0, 1.0)) and not (unlabelled and dropout == 0.0):
+        return
+    asked = f"Guidance of {sampling.guidance}" if guided else f"The label {classes}"
+    unseen = "no class" if dropout == 0.0 else "any class"
+    message = f"{asked} needs a model that has seen {unseen}; this one was trained with loss.label_dropout {dropout}."
+    before = (config.get("train") or {}).get("init_from")
+    if not before:
+        raise InputError(
+            f"{message} Set sampling.guidance to 1 and give labels of classes, or train with a dropout of about 0.1."
+        )
+    logger.warning("%s Whether %s had, from which it started, is not known.", message, before)
+
+
+def require_label_table(params, config: DiTConfig) -> None:
+    """Raise unless the table of labels has a row for each class and one for "no class": JAX would take the last one.
+
+    Raises:
+      InputError: more rows, or fewer.
+    """
+    rows = params["label_embed"]["table"].shape[0]
+    if rows != config.classes + 1:
+        raise InputError(
+            f"The table of labels has {rows} rows; {config.classes} classes and no class need {config.classes + 1}."
+        )

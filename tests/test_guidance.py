@@ -1,0 +1,94 @@
+"""Guidance is refused where "no class" was never trained, or has no row."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import DYNAMIC, changed
+
+from dydit_jax.checkpoints import Weights, save_weights
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.errors import InputError
+from dydit_jax.jobs.analyze import Analysis, analyze
+from dydit_jax.jobs.sample import Request, sample
+from dydit_jax.sampling.generate import generate
+from dydit_jax.sampling.guidance import require_no_class
+from dydit_jax.training.experiment import read_experiment
+
+PLAIN, GUIDED = SamplingConfig(), SamplingConfig(guidance=1.5)
+
+
+def trained(dropout: float, **train) -> dict:
+    return dict(loss=dict(label_dropout=dropout), train=train)
+
+
+@pytest.mark.parametrize(
+    "config, sampling, labels",
+    [
+        ({}, GUIDED, [10]),
+        (dict(loss=None), GUIDED, [3]),
+        (trained(0.1), GUIDED, [10]),
+        (trained(0.0), PLAIN, [3]),
+        (trained(1.0), PLAIN, [10]),
+    ],
+)
+def test_what_was_trained_may_be_asked(config, sampling, labels):
+    require_no_class(config, sampling, labels=labels, classes=10)
+
+
+@pytest.mark.parametrize(
+    "dropout, sampling, labels, message",
+    [
+        (0.0, GUIDED, [3], "Guidance of 1.5 needs a model that has seen no class; .* loss.label_dropout 0.0"),
+        (0, GUIDED, [], "Guidance of 1.5 needs a model that has seen no class"),
+        (0.0, SamplingConfig(guidance=0.0), [3], "Guidance of 0.0"),
+        (1.0, GUIDED, [3], "a model that has seen any class; .* loss.label_dropout 1.0"),
+        (0.0, PLAIN, [3, 10], "The label 10 needs a model that has seen no class"),
+    ],
+)
+def test_what_was_never_trained_is_refused(dropout, sampling, labels, message):
+    with pytest.raises(InputError, match=message) as error:
+        require_no_class(trained(dropout, init_from=""), sampling, labels=np.asarray(labels, np.int32), classes=10)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_a_training_started_from_may_have_it(caplog):
+    require_no_class(trained(0.0, init_from="dit-xl2-256"), GUIDED, labels=[3], classes=10)
+    assert "Whether dit-xl2-256 had, from which it started, is not known." in caplog.text
+
+
+def test_a_training_without_label_dropout_is_refused_guided_samples():
+    config = changed(DYNAMIC, loss=dict(label_dropout=0.0))
+    read_experiment(changed(config, sampling=dict(guidance=1.0)))
+    with pytest.raises(InputError, match="Guidance of 2.0 needs"):
+        read_experiment(changed(config, sampling=dict(guidance=2.0)))
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path) -> str:
+    """A model trained without label dropout whose own sampling is guided."""
+    model, params = tiny
+    sampling = SamplingConfig(sampler="ddim", steps="2", guidance=2.0)
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, Weights(model.config, DiffusionConfig(), sampling, params, dict(config=trained(0.0))))
+    return str(path)
+
+
+def test_the_jobs_refuse_before_they_write(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="Guidance of 2.0"):
+        sample(Request(checkpoint, str(out), labels=["1"]))
+    with pytest.raises(InputError, match="The label 10"):
+        sample(Request(checkpoint, str(out), labels=["10"], overrides=dict(guidance=1.0)))
+    with pytest.raises(InputError, match="Guidance of 2.0"):
+        analyze(Analysis((checkpoint,), str(out), data="digits", num_examples=2, num_timesteps=2))
+    assert not out.exists()
+
+
+def test_a_table_without_a_row_for_no_class_is_refused(tiny):
+    model, params = tiny
+    short = dict(params, label_embed=dict(table=params["label_embed"]["table"][:-1]))
+    sampling = dataclasses.replace(GUIDED, steps="2")
+    with pytest.raises(InputError, match="has 10 rows; 10 classes and no class need 11"):
+        generate(model, short, [1], sampling=sampling, diffusion=DiffusionConfig())
