@@ -80,3 +80,43 @@ def test_latents_that_do_not_fit_are_refused(packed, tmp_path):
     np.save(tmp_path / "labels.npy", np.arange(39))
     with pytest.raises(InputError, match="39 labels"):
         take(0, 1, name="latents", path=packed)
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([*range(9), -1], "labels.npy has label -1; labels are whole numbers from 0 to 9"),
+        ([*range(9), 10], "labels.npy has label 10; labels are whole numbers from 0 to 9"),
+        ([*range(9), 1.7], "labels.npy has label 1.7; labels are whole numbers from 0 to 9"),
+        ([*range(9), np.nan], "labels.npy has label nan; labels are whole numbers from 0 to 9"),
+        ([str(label) for label in range(10)], "has 40 labels of type <U1; whole numbers are needed"),
+    ],
+)
+def test_labels_outside_the_range_are_refused(packed, tmp_path, labels, message):
+    np.save(tmp_path / "labels.npy", np.array(labels * 4))
+    with pytest.raises(InputError, match=message):
+        take(0, 1, name="latents", path=packed)
+
+
+@pytest.mark.parametrize("name", ["labels.npy", "moments.npy"])
+def test_latents_that_are_no_arrays_are_refused(packed, tmp_path, name):
+    whole = (tmp_path / name).read_bytes()
+    for wrong in (b"", b"1\n2\n3\n", b"\x00\xff" * 99, whole[: len(whole) - 1]):
+        (tmp_path / name).write_bytes(wrong)
+        with pytest.raises(InputError, match=rf"{name} is missing, cut short or no \.npy file of numbers"):
+            take(0, 1, name="latents", path=packed)
+
+
+@pytest.mark.parametrize(
+    "name, value, allowed",
+    [
+        ("batch_size", 10**9, "from 1 to 1048576, not 1000000000"),
+        ("batch_size", 0, "from 1 to 1048576, not 0"),
+        ("threads", 10**5, "from 0 to 1024, not 100000"),
+        ("threads", -1, "from 0 to 1024, not -1"),
+        ("max_bad", -1, "at least 0, not -1"),
+    ],
+)
+def test_absurd_settings_are_refused_at_once(name, value, allowed):
+    with pytest.raises(InputError, match=rf"data\.{name} must be {allowed}"):
+        DataConfig(**{"name": "digits", "batch_size": 1, name: value})

@@ -6,20 +6,24 @@ Images come as uint8 [n,height,width,3], a few at a time: 50,000 images of 256 p
 import dataclasses
 import hashlib
 import math
+import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
-from dydit_jax.data.images import center_crop, decode_image
-from dydit_jax.data.sources import open_prepared
+from dydit_jax.data.folders import list_pictures
+from dydit_jax.data.images import MAX_PIXELS, center_crop, decode_image, read_picture
+from dydit_jax.data.sources import open_prepared, read_example
 from dydit_jax.errors import InputError
 
 IMAGES_ENTRY = "arr_0"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DATASET_PREFIX = "tfds:"
+# What the standard library raises for archives that are damaged, encrypted or packed in a way of their own.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +92,14 @@ def npz_shapes(path) -> dict[str, tuple]:
             found = {}
             for entry in archive.namelist():
                 with archive.open(entry) as array:
-                    found[entry.removesuffix(".npy")] = _read_header(array)
+                    shape, dtype = _read_header(array)
+                    length = archive.getinfo(entry).file_size - array.tell()
+                    if not dtype.hasobject and length != math.prod(shape) * dtype.itemsize:
+                        raise ValueError(f"{entry} is not as long as its shape {list(shape)} says")
+                found[entry.removesuffix(".npy")] = shape, dtype
             return found
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise InputError(f"{path} is not an .npz file of arrays: {error}.") from error
+    except ZIP_ERRORS as error:
+        raise InputError(f"{path} is not an .npz file of arrays, or damaged: {error}.") from error
 
 
 def _read_header(file) -> tuple[tuple[int, ...], np.dtype]:
@@ -113,11 +121,19 @@ def _open_npz(path) -> ImageSet:
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not shape[0]:
         raise InputError(f"{IMAGES_ENTRY} of {path} must be uint8 [n,height,width,3], not {dtype} {list(shape)}.")
 
+    if math.prod(shape[1:3]) > MAX_PIXELS:
+        raise InputError(f"{path} has images of {shape[2]} x {shape[1]} pixels; at most {MAX_PIXELS} are read.")
+
     def images():
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(f"{IMAGES_ENTRY}.npy") as array:
-            _read_header(array)
-            for _ in range(shape[0]):
-                yield np.frombuffer(array.read(math.prod(shape[1:])), np.uint8).reshape(shape[1:])
+        done, entry = 0, f"{IMAGES_ENTRY}.npy"
+        try:
+            with path.open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(entry) as array:
+                _read_header(array)
+                while done < shape[0]:
+                    yield np.frombuffer(array.read(math.prod(shape[1:])), np.uint8).reshape(shape[1:])
+                    done += 1
+        except ZIP_ERRORS as error:
+            raise InputError(f"{path} is damaged, at image {done} or before: {error}.") from error
 
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
@@ -125,14 +141,11 @@ def _open_npz(path) -> ImageSet:
 
 
 def _open_folder(path, side: int) -> ImageSet:
-    folder = path / "images" if (path / "images").is_dir() else path
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise InputError(f"{folder} has no pictures ({', '.join(SUFFIXES)}).")
+    files = list_pictures(path / "images" if (path / "images").is_dir() else path)
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    read = lambda file: _sized(decode_image(file.read_bytes(), str(file)), side)
+        digest.update(os.fsencode(file.name) + hashlib.sha256(read_picture(file)).digest())
+    read = lambda file: _sized(decode_image(read_picture(file), str(file)), side)
     return ImageSet(str(path), len(files), digest.hexdigest(), lambda: map(read, files))
 
 
@@ -141,7 +154,8 @@ def _open_dataset(name: str, side: int) -> ImageSet:
 
     def images():
         for index in range(len(source)):
-            yield _sized(decode_image(source[index]["image"], f"Example {index} of {name}"), side)
+            told = f"Example {index} of {name}"
+            yield _sized(decode_image(read_example(source, index, told)["image"], told), side)
 
     return ImageSet(name, len(source), "", images)
 

@@ -8,20 +8,22 @@ function of seed and step, whatever the number of processes: resuming needs the 
 import dataclasses
 import hashlib
 import logging
+import os
 import threading
 
 import grain
 import numpy as np
 from etils import epath
 
-from dydit_jax.data.images import center_crop, decode_image
+from dydit_jax.data.folders import list_class_folders
+from dydit_jax.data.images import center_crop, decode_image, read_picture
 from dydit_jax.data.latent_files import LABELS_FILE, LATENTS_FILE, LatentFiles
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.autoencoder import LATENT_SCALE
 from dydit_jax.runtime.seeds import require_seed
 
 DIGITS_HELD_OUT = 360
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_BATCH_SIZE, MAX_THREADS = 2**20, 1024  # far beyond what anyone uses; a slip of the keyboard takes all memory
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +35,9 @@ class DataConfig:
     Attributes:
       name: a key of `SOURCES`.
       path: of a dataset that lies in files, "" for the others; see the sources for what it names.
-      batch_size: B over all devices and processes.
+      batch_size: B over all devices and processes, at most `MAX_BATCH_SIZE`.
       seed: of the order.
-      threads: that read ahead, per process; 0 reads when asked.
+      threads: that read ahead, per process, at most `MAX_THREADS`; 0 reads when asked.
       max_bad: unreadable pictures that are replaced by their neighbours before the run stops.
     """
 
@@ -49,8 +51,12 @@ class DataConfig:
     def __post_init__(self):
         require_known("dataset", self.name, SOURCES)
         require_seed("data.seed", self.seed)
-        if self.batch_size < 1 or self.threads < 0 or self.max_bad < 0:
-            raise InputError(f"data.batch_size must be at least 1, data.threads and data.max_bad at least 0: {self}.")
+        if not 1 <= self.batch_size <= MAX_BATCH_SIZE:
+            raise InputError(f"data.batch_size must be from 1 to {MAX_BATCH_SIZE}, not {self.batch_size}.")
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise InputError(f"data.threads must be from 0 to {MAX_THREADS}, not {self.threads}.")
+        if self.max_bad < 0:
+            raise InputError(f"data.max_bad must be at least 0, not {self.max_bad}.")
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -122,8 +128,9 @@ class Latents:
             )
         self.files = LatentFiles(folder)
         _, _, *side, channels = self.files.shape
+        _require_shape("latents", (*side, channels // 2), model.classes, model)
+        _require_labels(folder / LABELS_FILE, self.files.labels, model.classes)
         self.labels = self.files.labels.astype(np.int32)
-        _require_shape("latents", (*side, channels // 2), max(int(self.labels.max()) + 1, model.classes), model)
         self.autoencoder = self.files.info.get("autoencoder", "")
         checksum = self.files.info.get("checksum") or _digest(self.labels.tobytes())
         self.fingerprint = f"latents {len(self.labels)} {checksum}"
@@ -153,11 +160,16 @@ class _Pictures:
     def __getitem__(self, index):
         """Return the picture uint8 [side,side,3]; in place of an unreadable one the next that can be read."""
         for offset in range(len(self)):
+            place = (index + offset) % len(self)
+            name = self._name(place)
             try:
-                content, label, name = self._content((index + offset) % len(self))
-                return {"pixels": center_crop(decode_image(content, name), self.side), "label": np.int32(label)}
+                content, label = self._read(place)
+                pixels = center_crop(decode_image(content, name), self.side)
             except InputError as error:
                 self._count(name, error)
+                continue
+            _require_labels(name, label, self.classes)
+            return {"pixels": pixels, "label": np.int32(label)}
         raise InputError("No picture of the dataset can be read.")
 
     def _count(self, name: str, error: InputError) -> None:
@@ -190,16 +202,19 @@ class Images(_Pictures):
                 f"Dataset images needs data.path, a folder with one sub-folder per class, not {config.path!r}."
             )
         self.files, self.labels = list_class_folders(folder)
-        _require_shape("images", (model.side, model.side, 3), int(self.labels.max()) + 1, model)
+        self.classes = int(self.labels.max()) + 1
+        _require_shape("images", (model.side, model.side, 3), self.classes, model)
         names = "\n".join(f"{file.parent.name}/{file.name}" for file in self.files)
-        self.fingerprint = f"images {len(self.files)} {_digest(names.encode())}"
+        self.fingerprint = f"images {len(self.files)} {_digest(os.fsencode(names))}"
 
     def __len__(self):
         return len(self.files)
 
-    def _content(self, index):
-        file = self.files[index]
-        return file.read_bytes(), self.labels[index], str(file)
+    def _name(self, index):
+        return str(self.files[index])
+
+    def _read(self, index):
+        return read_picture(self.files[index]), self.labels[index]
 
 
 class Prepared(_Pictures):
@@ -211,15 +226,22 @@ class Prepared(_Pictures):
     def __init__(self, config, model):
         super().__init__(config, model)
         info, self._source = open_prepared(config.path)
-        _require_shape("tfds", (model.side, model.side, 3), info.features["label"].num_classes, model)
+        names = info.features.keys()
+        if not {"image", "label"} <= set(names) or not hasattr(info.features["label"], "num_classes"):
+            raise InputError(f"{config.path!r} is no set of images with classes: it has {', '.join(names)}.")
+        self.classes = info.features["label"].num_classes
+        _require_shape("tfds", (model.side, model.side, 3), self.classes, model)
         self.fingerprint = f"tfds {info.full_name} {config.path.rpartition('/')[2]} {len(self._source)}"
 
     def __len__(self):
         return len(self._source)
 
-    def _content(self, index):
-        example = self._source[index]
-        return example["image"], example["label"], f"example {index} of {self.fingerprint}"
+    def _name(self, index):
+        return f"Example {index} of {self.fingerprint}"
+
+    def _read(self, index):
+        example = read_example(self._source, index, self._name(index))
+        return example["image"], example["label"]
 
 
 def open_prepared(path: str):
@@ -248,29 +270,21 @@ def open_prepared(path: str):
         ) from error
 
 
-def list_class_folders(folder) -> tuple[list, np.ndarray]:
-    """Return the pictures of a folder of class folders and their labels, both in alphabetical order.
+def read_example(source, index: int, name: str) -> dict:
+    """Return an example of a prepared dataset.
+
+    Args:
+      source: from `open_prepared`.
+      index: the example's.
+      name: for the message.
 
     Raises:
-      InputError: no class folders, an empty one, or folders inside them.
+      InputError: damaged, or its file is gone; the files hold checksums.
     """
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
-    if not classes:
-        raise InputError(f"{folder} has no sub-folders; it needs one per class.")
-    files, labels = [], []
-    for label, place in enumerate(classes):
-        inside = sorted(place.iterdir())
-        nested = [path.name for path in inside if path.suffix.lower() not in SUFFIXES and path.is_dir()]
-        if nested:
-            raise InputError(
-                f"Class folder {place} has folders inside ({', '.join(nested[:3])}); name the level above them."
-            )
-        pictures = [path for path in inside if path.suffix.lower() in SUFFIXES]
-        if not pictures:
-            raise InputError(f"Class folder {place} has no pictures ({', '.join(SUFFIXES)}); fill it or remove it.")
-        files += pictures
-        labels += [label] * len(pictures)
-    return files, np.asarray(labels, np.int32)
+    try:
+        return source[index]
+    except Exception as error:  # noqa: BLE001 (RuntimeError for damage; what else strangers' files may raise is open)
+        raise InputError(f"{name} is not a readable picture: {' '.join(str(error).split())[:200]}.") from error
 
 
 SOURCES = {"digits": Digits, "images": Images, "latents": Latents, "synthetic": Synthetic, "tfds": Prepared}
@@ -300,6 +314,19 @@ def _require_shape(name: str, shape: tuple[int, ...], classes: int, model) -> No
         raise InputError(
             f"Dataset {name} has images {shape} and {classes} classes; the model is made for {wanted} and "
             f"{model.classes}. Set model.side, model.channels and model.classes."
+        )
+
+
+def _require_labels(where, labels, classes: int) -> None:
+    """Raise unless labels, one or an array, are whole numbers from 0 to classes - 1."""
+    labels = np.atleast_1d(labels)
+    if not labels.size or labels.dtype.kind not in "iuf":
+        raise InputError(f"{where} has {labels.size} labels of type {labels.dtype}; whole numbers are needed.")
+    wrong = labels[(labels < 0) | (labels >= classes) | (labels != np.floor(labels))]
+    if wrong.size:
+        raise InputError(
+            f"{where} has label {wrong[0]}; labels are whole numbers from 0 to {classes - 1}. Mend the data, or set "
+            "model.classes."
         )
 
 

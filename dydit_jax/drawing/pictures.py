@@ -52,7 +52,7 @@ def save_image(path, image: Image.Image) -> None:
 
 def read_image(path) -> np.ndarray:
     """Read a picture, from any kind of path, as uint8 [height,width,channels]."""
-    with epath.Path(path).open("rb") as file, Image.open(file) as picture:
+    with epath.Path(path).open("rb") as file, Image.open(file, formats=("PNG",)) as picture:
         pixels = np.asarray(picture)
     return pixels.reshape(*pixels.shape[:2], -1)
 

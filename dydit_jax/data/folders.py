@@ -1,0 +1,113 @@
+"""Which files of a folder are pictures, for training, evaluation and preparation alike.
+
+Pictures are known by their suffix. What systems and tools leave in folders is no picture and no class; whatever else
+is passed over is counted and named in the log, so that nothing vanishes without a word.
+"""
+
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+
+from dydit_jax.data.images import SUFFIXES
+from dydit_jax.errors import InputError
+
+# Beside all names that begin with a dot, such as .ipynb_checkpoints, .DS_Store and the ._x of macOS.
+LEFT_BY_SYSTEMS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
+LEFT_BY_SYSTEMS += ("thumbs.db", "desktop.ini")
+
+logger = logging.getLogger(__name__)
+
+
+def is_left_by_system(name: str) -> bool:
+    """Return whether a file or folder of this name is one that no one means to be data."""
+    return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
+
+
+def is_picture(name: str) -> bool:
+    """Return whether a file of this name is taken for a picture."""
+    return name.lower().endswith(SUFFIXES) and not is_left_by_system(name)
+
+
+def list_class_folders(folder) -> tuple[list, np.ndarray]:
+    """Return the pictures of a folder of class folders and their labels, both in alphabetical order.
+
+    Raises:
+      InputError: no class folders, an empty one, folders inside them, or one that can't be listed.
+    """
+    inside = _list_folder(folder)
+    classes = [path for path in inside if _is_data_folder(path)]
+    if not classes:
+        raise InputError(f"{folder} has no sub-folders; it needs one per class.")
+    names = {path.name for path in classes}
+    files, labels, ignored = [], [], [path.name for path in inside if path.name not in names]
+    for label, place in enumerate(classes):
+        pictures, others = _pictures_and_others(place)
+        nested = [path.name for path in others if _is_data_folder(path)]
+        if nested:
+            raise InputError(
+                f"Class folder {place} has folders inside ({', '.join(nested[:3])}); name the level above them."
+            )
+        if not pictures:
+            raise InputError(f"Class folder {place} has no pictures ({', '.join(SUFFIXES)}); fill it or remove it.")
+        files += pictures
+        labels += [label] * len(pictures)
+        ignored += [f"{place.name}/{path.name}" for path in others]
+    log_ignored(folder, ignored)
+    return files, np.asarray(labels, np.int32)
+
+
+def list_pictures(folder) -> list:
+    """Return the pictures of a folder without classes, in alphabetical order.
+
+    Raises:
+      InputError: none, pictures beside folders of pictures, or a folder that can't be listed.
+    """
+    files, others = _pictures_and_others(folder)
+    filled = [place.name for place in others if _is_data_folder(place) and _pictures_and_others(place)[0]]
+    if filled:
+        told = f"{len(filled)} folders of pictures ({', '.join(filled[:3])})"
+        raise InputError(
+            f"{folder} has {told} and {len(files)} pictures beside them; name a folder that holds the set alone."
+        )
+    if not files:
+        raise InputError(f"{folder} has no pictures ({', '.join(SUFFIXES)}).")
+    log_ignored(folder, [path.name for path in others])
+    return files
+
+
+def log_ignored(where, names: Iterable[str]) -> None:
+    """Say what was passed over: a warning for what could be data, a note for what systems leave."""
+    names = list(names)
+    left = [name for name in names if is_left_by_system(name.rsplit("/", 1)[-1])]
+    unknown = [name for name in names if not is_left_by_system(name.rsplit("/", 1)[-1])]
+    if left:
+        logger.info("%s: %d entries of the system's are ignored (%s).", where, len(left), _some(left))
+    if unknown:
+        logger.warning(
+            "%s: %d entries are ignored, which are no pictures by their place or suffix (%s).",
+            where,
+            len(unknown),
+            _some(unknown),
+        )
+
+
+def _pictures_and_others(folder) -> tuple[list, list]:
+    inside = _list_folder(folder)
+    return [path for path in inside if is_picture(path.name)], [path for path in inside if not is_picture(path.name)]
+
+
+def _is_data_folder(path) -> bool:
+    return not is_left_by_system(path.name) and path.is_dir()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _list_folder(folder) -> list:
+    """Return what lies in a folder, in alphabetical order."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder} can't be listed: {error.strerror or error}.") from error
