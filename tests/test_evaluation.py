@@ -11,8 +11,8 @@ from conftest import fidelity_network
 from PIL import Image
 
 from dydit_jax.convert.torch_files import write_tensors
-from dydit_jax.data.archives import prepare_pictures
 from dydit_jax.data.image_sets import open_images
+from dydit_jax.data.packing import prepare_pictures
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.evaluate import MOMENTS, Evaluation, evaluate, image_statistics, load_inception
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh

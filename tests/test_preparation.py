@@ -1,15 +1,13 @@
-"""Pictures are packed once: exactly, again after a kill, and verifiably; tars become a dataset without TensorFlow."""
+"""Pictures are packed once: exactly, again after a kill, and verifiably."""
 
 import io
 import os
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 from stand_ins import mean_for_autoencoder
 
-from dydit_jax.data.archives import prepare_pictures
 from dydit_jax.data.latent_files import LatentFiles
 from dydit_jax.data.sources import DataConfig, batches, examples, open_source
 from dydit_jax.errors import InputError
@@ -268,56 +266,3 @@ def test_damage_and_other_jobs_are_noticed(folder, encoded, tmp_path):
     )
     with pytest.raises(InputError, match="are of vae, but sampling.autoencoder is another"):
         train_and_evaluate(config, tmp_path / "run")
-
-
-# --- Tars ----------------------------------------------------------------------------------------
-
-
-def tar_of(path, members: dict[str, bytes]):
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return path
-
-
-@pytest.mark.parametrize("form", ["folders", "tars", "tar of tars"])
-def test_pictures_become_a_dataset_that_trains(folder, tmp_path, form, caplog):
-    source = folder
-    (folder / "class1" / "9.png").write_bytes(b"broken")
-    if form != "folders":
-        source = tmp_path / "tars"
-        source.mkdir()
-        for place in folder.iterdir():
-            tar_of(source / f"{place.name}.tar", {file.name: file.read_bytes() for file in place.iterdir()})
-    if form == "tar of tars":
-        source = tar_of(tmp_path / "all.tar", {file.name: file.read_bytes() for file in source.iterdir()})
-    path = prepare_pictures(str(source), str(tmp_path / "out"))
-    assert "class1/9.png is not a readable picture" in caplog.text
-    model = DiTConfig(depth=1, width=32, heads=2, patch=2, side=16, channels=3, classes=2)
-    found = open_source(DataConfig(name="tfds", path=path, batch_size=1), model)
-    assert len(found) == COUNT - 1 and found.fingerprint == f"tfds class_pictures/1.0.0 train {COUNT - 1}"
-    folder_source = open_source(DataConfig(name="images", path=str(folder), batch_size=1), model)
-    key = lambda example: (int(example["label"]), example["pixels"].tobytes())
-    # The last picture of the folder is broken and stands for the first one again.
-    assert {key(found[i]) for i in range(COUNT - 1)} == {key(folder_source[i]) for i in range(COUNT)}
-
-
-def test_wrong_sources_are_refused(folder, tmp_path):
-    out = str(tmp_path / "out")
-    with pytest.raises(InputError, match="There is no file or folder"):
-        prepare_pictures(str(tmp_path / "nowhere"), out)
-    (tmp_path / "text.tar").write_text("no tar")
-    with pytest.raises(InputError, match="is not a tar archive"):
-        prepare_pictures(str(tmp_path / "text.tar"), out)
-    with pytest.raises(InputError, match="holds no .tar per class"):
-        prepare_pictures(str(tar_of(tmp_path / "flat.tar", {"a.png": picture(0)})), out)
-    with pytest.raises(InputError, match="is not empty"):
-        prepare_pictures(str(folder), str(folder))
-    (folder / "class0" / "0.png").write_bytes(b"")
-    with pytest.raises(InputError, match="1 pictures can't be read"):
-        prepare_pictures(str(folder), out, max_bad=0)
-    model = DiTConfig(depth=1, width=32, heads=2, patch=2, side=16, channels=3, classes=2)
-    with pytest.raises(InputError, match="can't be opened as <folder or name>/<split>"):
-        open_source(DataConfig(name="tfds", path=f"{folder}/train", batch_size=1), model)

@@ -1,140 +1,220 @@
-"""Class folders or tars of pictures -> one prepared dataset of array_record files, without TensorFlow.
+"""Pictures with labels in class folders or tars, one after another, always in the same order.
 
-What comes out is an ordinary tensorflow_datasets dataset: `tfds.builder_from_directory` reads it, and so does
-`data.name=tfds`.
+Archives may come from strangers. Nothing is extracted: members are read where they lie, and only ordinary files of a
+picture's size are. Links, devices, FIFOs and sparse members count as unreadable pictures. An archive that is damaged
+or cut is an error, not the end of the pictures.
 """
 
-import io
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
 import logging
+import pathlib
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import tensorflow_datasets as tfds
 from etils import epath
-from tqdm import tqdm
 
-from dydit_jax.data.images import decode_image
-from dydit_jax.data.sources import SUFFIXES, list_class_folders
+from dydit_jax.data.folders import is_left_by_system, is_picture, list_class_folders, log_ignored
+from dydit_jax.data.images import MAX_BYTES, SUFFIXES, read_picture
 from dydit_jax.errors import InputError
+
+READ_AT_ONCE = 2**20  # bytes after the end of a tar
 
 logger = logging.getLogger(__name__)
 
 
-class ClassPictures(tfds.core.GeneratorBasedBuilder):
-    """Pictures as they were, byte for byte, with label and file name."""
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture that can be read until the iterator that gave it goes on.
 
-    VERSION = tfds.core.Version("1.0.0")
+    Attributes:
+      name: <class>/<file>, no two alike.
+      label: of its class.
+      read: returns the bytes of its file; raises an InputError if they can't be had.
+    """
 
-    def __init__(self, pictures, classes, **settings):
-        """Take an iterable of (key, bytes, label) and the names of the classes."""
-        self._pictures, self._classes = pictures, classes
-        super().__init__(file_format="array_record", **settings)
-
-    def _info(self):
-        features = tfds.features.FeaturesDict(
-            dict(
-                image=tfds.features.Image(),
-                label=tfds.features.ClassLabel(names=self._classes),
-                file_name=tfds.features.Text(),
-            )
-        )
-        return tfds.core.DatasetInfo(builder=self, features=features)
-
-    def _split_generators(self, _):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        for key, content, label in self._pictures:
-            yield key, dict(image=io.BytesIO(content), label=label, file_name=key)
+    name: str
+    label: int
+    read: Callable[[], bytes]
 
 
-def prepare_pictures(source: str, out: str, *, max_bad: int = 100) -> str:
-    """Write a prepared dataset.
+@dataclasses.dataclass(frozen=True)
+class PictureSource:
+    """Pictures that can be gone through from the start, more than once.
+
+    Attributes:
+      classes: their names; a label is the position in here.
+      fingerprint: checksum of the names of all pictures; of tars, of their names and lengths.
+      count: of pictures; None for tars, which have to be read to know.
+      pictures: makes an iterator.
+    """
+
+    classes: list[str]
+    fingerprint: str
+    count: int | None
+    pictures: Callable[[], Iterator[Picture]]
+
+
+def open_pictures(source: str) -> PictureSource:
+    """Open class folders or tars.
 
     Args:
       source: a folder of class folders, a folder of one tar per class, or one tar of such tars
         (ILSVRC2012_img_train.tar). Classes are numbered in alphabetical order.
-      out: folder for the dataset; must be new or empty.
-      max_bad: unreadable pictures that are left out, each named, before the preparation stops.
-
-    Returns:
-      What `data.path` should be.
 
     Raises:
-      InputError: nothing of the kind, too many unreadable pictures, or a folder that is not empty.
+      InputError: nothing of the kind, or damaged. While the pictures are gone through: a tar that is damaged or has
+        no pictures.
     """
-    folder = epath.Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{out} is not empty; name another --out.")
-    classes, pictures = open_pictures(source)
-    builder = ClassPictures(_readable(pictures, max_bad), classes, data_dir=str(folder))
-    builder.download_and_prepare()
-    path = f"{builder.data_dir}/train"
-    logger.info(
-        "%d pictures of %d classes; use data.name=tfds, data.path=%s",
-        builder.info.splits.total_num_examples,
-        len(classes),
-        path,
-    )
-    return path
-
-
-def open_pictures(source: str) -> tuple[list[str], Iterator[tuple[str, bytes, int]]]:
-    """Return the names of the classes and an iterator over (key, bytes, label); see `prepare_pictures`."""
     path = epath.Path(source)
     if path.is_file():
-        if not tarfile.is_tarfile(path):
-            raise InputError(f"{source} is not a tar archive.")
-        with tarfile.open(path) as outer:
-            members = sorted(name for name in outer.getnames() if name.endswith(".tar"))
-        if not members:
-            raise InputError(f"{source} holds no .tar per class.")
-        return [_class_name(name) for name in members], _in_tar_of_tars(path, members)
+        return _open_tar_of_tars(path)
     if not path.is_dir():
         raise InputError(f"There is no file or folder {source}.")
-    tars = sorted(path.glob("*.tar"))
-    if tars:
-        return [_class_name(tar.name) for tar in tars], _in_tars(tars)
+    tars = sorted(tar for tar in path.glob("*.tar") if not is_left_by_system(tar.name))
+    return _open_tars(path, tars) if tars else _open_class_folders(path)
+
+
+def _open_class_folders(path) -> PictureSource:
     files, labels = list_class_folders(path)
-    read = ((f"{file.parent.name}/{file.name}", file.read_bytes(), int(label)) for file, label in zip(files, labels))
-    return sorted({file.parent.name for file in files}), tqdm(read, total=len(files), unit="picture", desc="preparing")
+    names = [_printable(f"{file.parent.name}/{file.name}") for file in files]
+
+    def pictures():
+        for name, label, file in zip(names, labels, files):
+            yield Picture(name, int(label), functools.partial(read_picture, file))
+
+    classes = list(dict.fromkeys(_printable(file.parent.name) for file in files))
+    return PictureSource(classes, _fingerprint(names), len(files), pictures)
+
+
+def _open_tars(path, tars: list) -> PictureSource:
+    wrong = [tar.name for tar in tars if not tar.is_file()]
+    if wrong:
+        raise InputError(f"{path / wrong[0]} is no ordinary file; remove it, or put its tar in its place.")
+    names = {tar.name for tar in tars}
+    log_ignored(path, sorted(place.name for place in path.iterdir() if place.name not in names))
+    classes = [_class_name(tar.name) for tar in tars]
+
+    def pictures():
+        for label, tar in enumerate(tars):
+            with tar.open("rb") as file:
+                yield from _pictures_of_class(file, tar, classes[label], label)
+
+    return PictureSource(classes, _fingerprint([(tar.name, tar.stat().length) for tar in tars]), None, pictures)
+
+
+def _open_tar_of_tars(path) -> PictureSource:
+    tars, others = [], []
+    with path.open("rb") as file:
+        for _, member in _walk(file, path):
+            is_tar = member.name.endswith(".tar") and not is_left_by_system(pathlib.PurePosixPath(member.name).name)
+            if is_tar and (reason := _unusual(member)):
+                raise InputError(f"{_printable(member.name)} in {path} is {reason}; it must be an ordinary tar.")
+            (tars if is_tar else others).append(member)
+    if not tars:
+        raise InputError(f"{path} holds no .tar per class.")
+    tars.sort(key=lambda member: member.name)
+    classes = [_class_name(member.name) for member in tars]
+    twice = [name for name, count in collections.Counter(classes).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} holds {twice[0]}.tar more than once; make an archive with one tar per class.")
+    log_ignored(path, [_printable(member.name) for member in others if not member.isdir()])
+
+    def pictures():
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for label, member in enumerate(tars):
+                where = f"{classes[label]}.tar in {path}"
+                yield from _pictures_of_class(archive.extractfile(member), where, classes[label], label)
+
+    return PictureSource(classes, _fingerprint([(member.name, member.size) for member in tars]), None, pictures)
+
+
+def _pictures_of_class(file, where, class_name: str, label: int) -> Iterator[Picture]:
+    """Go through the pictures of one tar, of which all belong to one class."""
+    seen, ignored = collections.Counter(), []
+    for archive, member in _walk(file, where):
+        path = pathlib.PurePosixPath(member.name)
+        left = any(is_left_by_system(part) for part in path.parts if part != "..")
+        if member.isdir() or left or not is_picture(path.name):
+            ignored += [] if member.isdir() else [_printable(member.name)]
+            continue
+        name = _printable(f"{class_name}/{path.name}")
+        seen[name] += 1
+        distinct = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        yield Picture(distinct, label, functools.partial(_read_member, archive, member, distinct))
+    log_ignored(where, ignored)
+    twice = [name for name, count in seen.items() if count > 1]
+    if twice:
+        logger.warning("%s: %d names occur more than once (%s); all are kept, as #2, ...", where, len(twice), twice[0])
+    if not seen:
+        raise InputError(f"{where} has no pictures ({', '.join(SUFFIXES)}); fill it or remove it.")
+
+
+def _walk(file, where) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Go through the members of an uncompressed tar.
+
+    The standard library takes a damaged header for the end of an archive and follows lengths below zero in a circle.
+    """
+    last = "its beginning"
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            while (member := archive.next()) is not None:
+                if member.size < 0:
+                    raise tarfile.ReadError("a length below zero")
+                yield archive, member
+                last = _printable(member.name)
+            _require_end(file, archive.offset, where)
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 (damaged headers end in errors of many kinds)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{where} is not a tar archive without compression, or it is damaged after {last}: {reason}."
+        ) from error
+
+
+def _require_end(file, offset: int, where) -> None:
+    """Raise unless nothing but zeros follows the last member."""
+    file.seek(offset)
+    part = file.read(READ_AT_ONCE)
+    if not part:
+        logger.warning("%s has no closing blocks; it may have been cut.", where)
+    while part:
+        if part.strip(b"\0"):
+            raise tarfile.ReadError(f"no header at byte {offset}, but the archive goes on")
+        part = file.read(READ_AT_ONCE)
+
+
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> bytes:
+    reason = _unusual(member) or (f"{member.size} bytes, more than {MAX_BYTES}" if member.size > MAX_BYTES else "")
+    if reason:
+        raise InputError(f"{name} is not a readable picture: {reason}.")
+    try:
+        return archive.extractfile(member).read()
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"{name} is not a readable picture: {error}.") from error
+
+
+def _unusual(member: tarfile.TarInfo) -> str:
+    """Return what a member is if it is no ordinary file, else ""."""
+    if member.issym() or member.islnk():
+        return "a link"
+    if member.issparse():
+        return "a sparse file"
+    return "" if member.isreg() else "a device, a FIFO or of an unknown kind"
 
 
 def _class_name(name: str) -> str:
-    return name.rsplit("/", 1)[-1].removesuffix(".tar")
+    return _printable(name.rsplit("/", 1)[-1].removesuffix(".tar"))
 
 
-def _in_tars(tars: list):
-    for label, path in enumerate(tqdm(tars, unit="class", desc="preparing")):
-        with tarfile.open(path) as archive:
-            yield from _members(archive, _class_name(path.name), label)
+def _printable(name: str) -> str:
+    """Return a name with what can't be printed, or isn't Unicode, escaped: it goes into logs and a list of lines."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)
 
 
-def _in_tar_of_tars(path, members: list[str]):
-    with tarfile.open(path) as outer:
-        for label, name in enumerate(tqdm(members, unit="class", desc="preparing")):
-            with tarfile.open(fileobj=outer.extractfile(name)) as archive:
-                yield from _members(archive, _class_name(name), label)
-
-
-def _members(archive: tarfile.TarFile, name: str, label: int):
-    for member in archive:
-        if member.isfile() and member.name.lower().endswith(SUFFIXES):
-            yield f"{name}/{member.name.rsplit('/', 1)[-1]}", archive.extractfile(member).read(), label
-
-
-def _readable(pictures, max_bad: int):
-    """Leave out what can't be decoded, up to a limit."""
-    bad = 0
-    for key, content, label in pictures:
-        try:
-            decode_image(content, key)
-        except InputError as error:
-            bad += 1
-            logger.warning("%s It is left out; %d so far.", error, bad)
-            if bad > max_bad:
-                raise InputError(
-                    f"{bad} pictures can't be read, the last of them {key}; --max_bad allows {max_bad}."
-                ) from error
-            continue
-        yield key, content, label
+def _fingerprint(content: list) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
