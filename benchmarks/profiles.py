@@ -14,14 +14,16 @@ import numpy as np
 from dydit_jax.models.dit import Model
 from dydit_jax.models.layers import time_features
 
-SWINGS = 0.5  # of every unit's logit over the whole schedule: about one in two units changes once
+SWINGS = 0.5  # of every unit's logit over the whole run: about one in two units changes once
 DEVIATION = 0.02  # of the kernels that start at zero
 CALIBRATION_ROUNDS = 12
 CALIBRATION_TIMESTEPS = (900, 500, 100)
 LOGIT_RANGE = 8.0  # searched on both sides of zero for the token routers' biases
 
 
-def profiled_params(model: Model, timesteps, shares: tuple[float, float, float], *, seed: int = 0) -> dict:
+def profiled_params(
+    model: Model, timesteps, shares: tuple[float, float, float], *, seed: int = 0, swings: float = SWINGS
+) -> dict:
     """Make the weights.
 
     Args:
@@ -29,6 +31,7 @@ def profiled_params(model: Model, timesteps, shares: tuple[float, float, float],
       timesteps: of the run to be measured [S].
       shares: of heads, groups and tokens that are on, averaged over the run.
       seed: of all random numbers.
+      swings: of every unit's logit over the run; less for a run that stands for a part of a longer one.
 
     Returns:
       A parameter tree.
@@ -42,7 +45,7 @@ def profiled_params(model: Model, timesteps, shares: tuple[float, float, float],
     embedding = _embedding(params["time_embed"], timesteps)
     generator = np.random.default_rng(seed)
     for name, share in zip(("head_router", "group_router"), shares):
-        logits = swinging_logits(generator, len(timesteps), (model.config.depth, model.config.heads), share)
+        logits = swinging_logits(generator, len(timesteps), (model.config.depth, model.config.heads), share, swings)
         kernel = np.linalg.lstsq(embedding, logits.reshape(len(timesteps), -1), rcond=None)[0]  # [D,L*H]
         kernel = kernel.reshape(-1, model.config.depth, model.config.heads).transpose(1, 0, 2)
         params[name] = dict(kernel=jnp.asarray(kernel, jnp.float32), bias=jnp.zeros(logits.shape[1:]))
@@ -56,10 +59,10 @@ def _embedding(part: dict, timesteps) -> np.ndarray:
     return hidden / (1 + np.exp(-hidden)) @ part["kernel_out"] + part["bias_out"]
 
 
-def swinging_logits(generator, steps: int, units: tuple[int, int], share: float) -> np.ndarray:
+def swinging_logits(generator, steps: int, units: tuple[int, int], share: float, swings: float = SWINGS) -> np.ndarray:
     """Return [S,L,H] cosines of random phase, shifted so that `share` of them is above zero."""
     phase = generator.uniform(0, 1, units)
-    wave = np.cos(2 * np.pi * (SWINGS * np.linspace(0, 1, steps)[:, None, None] + phase))
+    wave = np.cos(2 * np.pi * (swings * np.linspace(0, 1, steps)[:, None, None] + phase))
     level = generator.normal(0, 1, units)  # some units hardly ever change
     logits = wave + level
     return logits - np.quantile(logits, 1 - share)

@@ -1,0 +1,214 @@
+"""All that `gpu.py` asks of the package: a model to sample, a training step, a checkpoint."""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from profiles import SWINGS, profiled_params
+
+from dydit_jax.checkpoints import WEIGHTS_FILE, Weights, save_weights, write_arrays
+from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.fast.narrow import NarrowedBlocks
+from dydit_jax.fast.tokens import default_form, forms_of
+from dydit_jax.models import autoencoder
+from dydit_jax.models.dit import DiTConfig, Model, published_config
+from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, shardings
+from dydit_jax.runtime.tracking import FLOPS_PER_MAC, flops_utilisation
+from dydit_jax.sampling.generate import generate, plan_sampling, runs_per_image, steps_of
+from dydit_jax.training.experiment import build_model, build_optimizer, read_experiment, resolve_precision
+from dydit_jax.training.update import compile_update, init_state
+from dydit_jax.trees import flatten
+
+__all__ = ["DiTConfig", "Drawn", "Job", "Subject", "Training", "published_config", "write_checkpoint"]
+
+PROFILE = (0.65, 0.65, 0.65)  # of heads, groups and tokens that are on
+LONG_STEPS = 250  # a shorter run changes its heads and groups at the pace of one of so many
+GUIDANCE = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A sampling run to be measured.
+
+    Attributes:
+      config: the model, with routers of the layout "free".
+      precision: as `sample.py` has it.
+      batch: images at once.
+      steps: of DDPM.
+      segments: that `fast` cuts them into.
+    """
+
+    config: DiTConfig
+    precision: str
+    batch: int
+    steps: int
+    segments: int
+
+    @property
+    def swings(self) -> float:
+        """Of every unit's logit over the run."""
+        return SWINGS * self.steps / LONG_STEPS
+
+    @property
+    def settings(self) -> dict:
+        """Of a call of `generate`."""
+        # Clipping keeps the images of a random network in the range of real ones.
+        sampling = SamplingConfig(sampler="ddpm", steps=str(self.steps), guidance=GUIDANCE, clip=1.0)
+        return dict(sampling=sampling, diffusion=DiffusionConfig())
+
+    @property
+    def rows(self) -> int:
+        """Images in the network, guidance included."""
+        return self.batch * runs_per_image(self.settings["sampling"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A batch of images.
+
+    Attributes:
+      images: [B,side,side,C].
+      tokens: mean gates [S,L,N].
+      macs: of an image and a pass, mean over the run.
+      over: how often more tokens were on than the largest capacity.
+      shares: what calibrates a plan.
+    """
+
+    images: np.ndarray
+    tokens: np.ndarray
+    macs: float
+    over: int
+    shares: object
+
+
+class Subject:
+    """A model with weights of the profile, and plans to run it by.
+
+    Attributes:
+      job: what it was made for.
+      plan: of `fast`; not calibrated before `calibrate`.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        self._model = Model(job.config, *resolve_precision(job.precision))
+        timesteps = steps_of(**job.settings).timestep
+        # In float32 whatever the precision is: in all of them the same weights.
+        self._params = profiled_params(Model(job.config), timesteps, PROFILE, swings=job.swings)
+        self.plan = plan_sampling(self._model, self._params, segments=job.segments, **job.settings)
+        # Of `fast` and of the others: as in a job, which cuts its weights apart once for all batches.
+        make_blocks = functools.partial(NarrowedBlocks, dtype=self._model.dtype, platform=self._model.platform)
+        self._blocks = {mode: make_blocks(self._params["blocks"]) for mode in ("fast", "whole")}
+
+    @property
+    def about(self) -> dict:
+        """What the plan is, in words and numbers."""
+        return dict(
+            precision=self._model.dtype.name,
+            batch=self.job.batch,
+            steps=self.job.steps,
+            segments=len(self.plan.segments),
+            plan=self.plan.in_words(),
+            padding=self.plan.padding,
+            way=self.way,
+        )
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Ways to run the tokens that are on, of which this device can take any."""
+        return forms_of(self._model, self.job.rows)
+
+    @property
+    def way(self) -> str:
+        """The one that is taken."""
+        return self.plan.form or default_form(self._model)
+
+    def take(self, way: str) -> None:
+        """Take one of `ways` from now on."""
+        self.plan = dataclasses.replace(self.plan, form=way)
+
+    def calibrate(self, drawn: Drawn) -> None:
+        """Let `fast` choose capacities by what other images had on."""
+        self.plan = self.plan.calibrated(drawn.shares)
+
+    def draw(self, mode: str, first: int = 0) -> Drawn:
+        """Draw a batch of images whose indices begin with `first`; returns when they are on the host."""
+        indices = first + np.arange(self.job.batch)
+        fast = dict(plan=self.plan) if mode == "fast" else {}
+        blocks = self._blocks["fast" if mode == "fast" else "whole"]
+        labels = indices % self.job.config.classes
+        settings = dict(self.job.settings, indices=indices, mode=mode, blocks=blocks, **fast)
+        samples = generate(self._model, self._params, labels, **settings)
+        tokens = np.asarray(samples.routing.tokens)
+        return Drawn(samples.images, tokens, float(samples.macs.mean()), int(samples.over.sum()), samples.shares)
+
+
+class Training:
+    """A training step on one device, compiled, with a state and a batch.
+
+    Attributes:
+      macs: of a step's forward passes, as far as they are part of the model: nothing that is computed again.
+      compile_seconds: that the step took.
+      compiled: it, a `jax.stages.Compiled`.
+    """
+
+    def __init__(self, config: DiTConfig, precision: str, batch: int, passes: tuple[str, ...]):
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        sections = dict(
+            model=dataclasses.asdict(config),
+            data=dict(name="synthetic", batch_size=batch),
+            optimizer=dict(learning_rate=1e-4),
+            train=dict(steps=1),
+        )
+        experiment = read_experiment(sections)
+        model = build_model(config, precision=precision, mesh=mesh)
+        make_state = lambda: init_state(model.init(jax.random.key(0)), build_optimizer(experiment.optimizer))
+        abstract = jax.eval_shape(make_state)
+        began = time.perf_counter()
+        self.compiled = compile_update(model, experiment, passes, mesh, abstract)
+        self.compile_seconds = time.perf_counter() - began
+        self._state = jax.jit(make_state, out_shardings=shardings(mesh, abstract))()
+        image = jax.random.normal(jax.random.key(1), (batch, config.side, config.side, config.channels))
+        label = jnp.arange(batch, dtype=jnp.int32) % config.classes
+        self._batch = jax.device_put(dict(image=image, label=label), batch_sharding(mesh))
+        self._dtype = model.dtype
+        routers = config.macs.routers if "gated" in passes else 0
+        self.macs = batch * (len(passes) * config.macs.complete + routers)
+
+    def run(self, steps: int) -> float:
+        """Take steps and wait for the last; return the loss."""
+        for _ in range(steps):
+            self._state, metrics = self.compiled(self._state, self._batch)
+        return float(jax.block_until_ready(metrics)["loss/total"])
+
+    def utilisation(self, seconds: float) -> dict:
+        """Return what share of the device's peak a step of so many seconds has, and the peak; nothing if unknown."""
+        share = flops_utilisation(self.macs / seconds, self._dtype)
+        if share is None:
+            return {}
+        return dict(utilisation=share, peak_tflops=FLOPS_PER_MAC * self.macs / seconds / share / 1e12)
+
+
+def write_checkpoint(folder, job: Job, *, decoder: str | None) -> None:
+    """Write the weights of a job into a folder that `sample.py` takes as a checkpoint.
+
+    Args:
+      folder: where to.
+      job: whose weights and sampling.
+      decoder: "random" also writes an autoencoder with random weights, which its latents are decoded by.
+    """
+    settings, folder = job.settings, epath.Path(folder)
+    if decoder:
+        path = folder / "autoencoder.safetensors"
+        leaves = flatten(jax.jit(autoencoder.init)(jax.random.key(0)))
+        write_arrays(path, jax.device_get(leaves), dict(format=AUTOENCODER_FORMAT))
+        settings |= dict(sampling=dataclasses.replace(settings["sampling"], autoencoder=str(path)))
+    timesteps = steps_of(**settings).timestep
+    params = jax.device_get(profiled_params(Model(job.config), timesteps, PROFILE, swings=job.swings))
+    save_weights(folder / WEIGHTS_FILE, Weights(job.config, params=params, about={}, **settings))
