@@ -5,7 +5,6 @@ error of the noise alone, AdamW and an average of the weights. PyTorch, and diff
 for: without them a row says so.
 """
 
-import contextlib
 import dataclasses
 import statistics
 import time
@@ -44,11 +43,12 @@ def time_peer(session, name: str, row: dict, peer: Peer) -> bool:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and peer.backend != "eager":  # which is of a dry run
         raise InputError(f"PyTorch {torch.__version__} finds no GPU here; install a build for this CUDA.")
-    with contextlib.suppress(AttributeError):
+    torch.compiler.reset()  # or a second shape would be compiled as one of many
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     what, how = name.split(", ")
     network = _network(peer.config).to(device)
-    compiled = torch.compile(network, backend=peer.backend) if how == "compiled" else network
+    compiled = torch.compile(network, backend=peer.backend, dynamic=False) if how == "compiled" else network
     batch = peer.batch if what == "sampling" else peer.training_batch
     make_step = _sampling_step if what == "sampling" else _training_step
     step = make_step(torch, network, compiled, peer, batch, device)
