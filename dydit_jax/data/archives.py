@@ -20,6 +20,7 @@ from etils import epath
 from dydit_jax.data.folders import is_left_by_system, is_picture, list_class_folders, log_ignored
 from dydit_jax.data.images import MAX_BYTES, SUFFIXES, read_picture
 from dydit_jax.errors import InputError
+from dydit_jax.runtime.files import is_local
 
 READ_AT_ONCE = 2**20  # bytes after the end of a tar
 
@@ -91,7 +92,7 @@ def _open_class_folders(path) -> PictureSource:
 
 
 def _open_tars(path, tars: list) -> PictureSource:
-    wrong = [tar.name for tar in tars if not tar.is_file()]
+    wrong = [tar.name for tar in tars if is_local(tar) and not pathlib.Path(tar).is_file()]
     if wrong:
         raise InputError(f"{path / wrong[0]} is no ordinary file; remove it, or put its tar in its place.")
     names = {tar.name for tar in tars}
@@ -110,7 +111,7 @@ def _open_tar_of_tars(path) -> PictureSource:
     tars, others = [], []
     with path.open("rb") as file:
         for _, member in _walk(file, path):
-            is_tar = member.name.endswith(".tar") and not is_left_by_system(pathlib.PurePosixPath(member.name).name)
+            is_tar = member.name.endswith(".tar") and not is_left_by_system(member.name)
             if is_tar and (reason := _unusual(member)):
                 raise InputError(f"{_printable(member.name)} in {path} is {reason}; it must be an ordinary tar.")
             (tars if is_tar else others).append(member)
@@ -136,12 +137,10 @@ def _pictures_of_class(file, where, class_name: str, label: int) -> Iterator[Pic
     """Go through the pictures of one tar, of which all belong to one class."""
     seen, ignored = collections.Counter(), []
     for archive, member in _walk(file, where):
-        path = pathlib.PurePosixPath(member.name)
-        left = any(is_left_by_system(part) for part in path.parts if part != "..")
-        if member.isdir() or left or not is_picture(path.name):
+        if member.isdir() or not is_picture(member.name):
             ignored += [] if member.isdir() else [_printable(member.name)]
             continue
-        name = _printable(f"{class_name}/{path.name}")
+        name = _printable(f"{class_name}/{member.name.rsplit('/', 1)[-1]}")
         seen[name] += 1
         distinct = name if seen[name] == 1 else f"{name}#{seen[name]}"
         yield Picture(distinct, label, functools.partial(_read_member, archive, member, distinct))

@@ -20,12 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 def is_left_by_system(name: str) -> bool:
-    """Return whether a file or folder of this name is one that no one means to be data."""
-    return name.startswith(".") or name.lower() in LEFT_BY_SYSTEMS
+    """Return whether a file or folder of this name, or relative path, is one that no one means to be data."""
+    parts = [part for part in name.split("/") if part not in (".", "..")]
+    return any(part.startswith(".") or part.lower() in LEFT_BY_SYSTEMS for part in parts)
 
 
 def is_picture(name: str) -> bool:
-    """Return whether a file of this name is taken for a picture."""
+    """Return whether a file of this name, or relative path, is taken for a picture."""
     return name.lower().endswith(SUFFIXES) and not is_left_by_system(name)
 
 
@@ -79,8 +80,8 @@ def list_pictures(folder) -> list:
 def log_ignored(where, names: Iterable[str]) -> None:
     """Say what was passed over: a warning for what could be data, a note for what systems leave."""
     names = list(names)
-    left = [name for name in names if is_left_by_system(name.rsplit("/", 1)[-1])]
-    unknown = [name for name in names if not is_left_by_system(name.rsplit("/", 1)[-1])]
+    left = [name for name in names if is_left_by_system(name)]
+    unknown = [name for name in names if not is_left_by_system(name)]
     if left:
         logger.info("%s: %d entries of the system's are ignored (%s).", where, len(left), _some(left))
     if unknown:
