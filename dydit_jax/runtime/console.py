@@ -1,8 +1,11 @@
 """What the command-line programs share: log lines for people, one line for a user's mistake."""
 
 import logging
+import pathlib
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 
 import absl.logging
@@ -12,6 +15,14 @@ from absl import app, flags
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.runtime.cache import program_folder
 from dydit_jax.runtime.processes import start_processes
+
+INTERRUPTED_CODE = 130  # as shells have it: 128 and SIGINT's number
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in the text of JAX's error, which has no kind of its own
+# What takes more memory the larger it is, by the flag that a program has.
+MEMORY_FLAGS = dict(
+    batch_size="--batch_size", chunk="--chunk", config="--config.data.batch_size, or raise --config.train.accumulate"
+)
+SHOWN = 200  # letters of a library's message
 
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -27,7 +38,8 @@ def run(main: Callable[[], None]) -> None:
     """Parse flags and run a program.
 
     Its own log goes to standard error, one line per event; libraries are heard from warnings on. An `InputError` ends
-    the program with its message on one line and exit code 2, a `StopError` with its own code.
+    the program with its message on one line and exit code 2, a `StopError` with its own code, and so do memory that
+    runs out, an error of the system (1) and Ctrl-C (130).
     """
 
     def guarded(_):
@@ -42,9 +54,12 @@ def run(main: Callable[[], None]) -> None:
             if DISTRIBUTED.value or COORDINATOR.value:
                 start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
             main()
-        except (InputError, StopError) as error:
-            sys.stderr.write(f"{sys.argv[0]}: {error}\n")
-            sys.exit(error.code if isinstance(error, StopError) else 2)
+        except (Exception, KeyboardInterrupt) as error:
+            ending = _ending(error)
+            if ending is None:
+                raise
+            sys.stderr.write(f"{sys.argv[0]}: {ending[0]}\n")
+            sys.exit(ending[1])
 
     app.run(guarded, flags_parser=_parse_flags)
 
@@ -53,23 +68,74 @@ def read_config(flag) -> dict:
     """Return the content of a config-file flag as plain dicts.
 
     Raises:
-      InputError: a file that is missing or does not run.
+      InputError: a file that is missing or holds no configuration.
     """
     try:
         return flag.value.to_dict()
     except OSError as error:
         raise InputError(f"--{flag.name}: {' '.join(str(error).split())}") from error
+    except AttributeError as error:
+        told = f"get_config must return an ml_collections.ConfigDict, not {flag.value!r:.80}"
+        raise InputError(f"--{flag.name}: {told}.") from error
+
+
+def _ending(error: BaseException) -> tuple[str, int] | None:
+    """Return the line and the exit code that a program ends with, or None where only a traceback helps."""
+    message = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, StopError):
+        return str(error), error.code
+    if isinstance(error, KeyboardInterrupt):
+        return "Stopped by Ctrl-C.", INTERRUPTED_CODE
+    if isinstance(error, MemoryError) or (isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY in message):
+        names = [name for flag, name in MEMORY_FLAGS.items() if flag in flags.FLAGS]
+        return f"Out of memory; lower {' or '.join(names) or 'what is computed at once'} ({message[:SHOWN]}).", 1
+    if isinstance(error, OSError):
+        return f"{message.rstrip('.') or type(error).__name__}.", 1
+    return None
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
-    """Parse flags; config flags raise several kinds of error for a mistyped key or value."""
+    """Parse flags; a config file is run meanwhile, so that any error may come out."""
     try:
-        return flags.FLAGS(arguments)
-    except (AttributeError, KeyError) as error:
-        key = re.search(r"\w+", str(error)).group()
-        near = re.search(r'mean \\?"(\w+)', str(error))
-        message = f"Unknown config key {key!r}." + (f" Did you mean {near.group(1)!r}?" if near else "")
-    except (flags.Error, TypeError, ValueError) as error:
-        message = " ".join(str(error).split())
+        left = flags.FLAGS(arguments)
+        if not left[1:]:
+            return left
+        message = f"Unknown argument {left[1]!r}; values follow their flag: --labels=0,1,2."
+    except Exception as error:
+        message = _flag_mistake(error)
+        if message is None:
+            raise
     sys.stderr.write(f"{arguments[0]}: {message}\n")
     sys.exit(2)
+
+
+def _flag_mistake(error: Exception) -> str | None:
+    """Say in one line what is wrong with the flags or the config file; None where it is neither."""
+    message, place = " ".join(str(error).split()), _config_line(error)
+    if isinstance(error, SyntaxError):
+        return f"{place or 'The file of --config'} is no Python: {error.msg}."
+    if "get_config" in message:
+        return f"The file of --config has no function get_config ({message})."
+    near = re.search(r'mean \\?"(\w+)', message)
+    if isinstance(error, (AttributeError, KeyError)) and (near or not place):
+        key = re.search(r"\w+", message).group()
+        hint = f" Did you mean {near.group(1)!r}?" if near else ""
+        return f"Unknown config key {key!r}.{hint}" + (f" ({place})" if place else "")
+    if place:
+        return f"{place}: {type(error).__name__}: {message}"
+    return message if isinstance(error, (flags.Error, TypeError, ValueError)) else None
+
+
+def _config_line(error: Exception) -> str:
+    """Return file and line of a config that an error came out of; "" where it is of a library or of this package."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}" if error.filename else ""
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    known = [*libraries, pathlib.Path(__file__).parents[1]]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = pathlib.Path(frame.filename)
+        if path.is_file() and not any(path.is_relative_to(folder) for folder in known):
+            return f"{frame.filename}, line {frame.lineno}"
+    return ""

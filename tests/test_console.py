@@ -1,0 +1,115 @@
+"""How programs end: a mistake or a lack of memory is one line that says what to do, with a code that is not 0."""
+
+import pathlib
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import app, flags
+from conftest import ROOT
+from ml_collections import config_flags
+
+from dydit_jax.errors import InputError, StopError
+from dydit_jax.runtime import console
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Return a function that runs a program with flags of its own, as typed."""
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the last test's file
+    known = flags.FlagValues()
+    monkeypatch.setattr(console.flags, "FLAGS", known)
+    monkeypatch.setattr(console.logging, "basicConfig", lambda **_: None)
+    for name in ("DISTRIBUTED", "COORDINATOR"):
+        monkeypatch.setattr(console, name, types.SimpleNamespace(value=None))
+    # What absl does around it can be done only once in a process.
+    monkeypatch.setattr(app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
+    config = config_flags.DEFINE_config_file("config", None, "", flag_values=known)
+    flags.DEFINE_integer("batch_size", 1, "", flag_values=known)
+
+    def run(*arguments, main=lambda config: console.read_config(config)) -> int:
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        with pytest.raises(SystemExit) as end:
+            console.run(lambda: main(config))
+        return end.value.code
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("def get_config(:", r"config.py, line 1 is no Python: invalid syntax."),
+        ("\n  import os\n", r"config.py, line 2 is no Python: unexpected indent."),
+        ("\n\nimport nosuch", r"config.py, line 3: ModuleNotFoundError: No module named 'nosuch'"),
+        ("def get_config():\n    return 1 / 0", r"config.py, line 2: ZeroDivisionError: division by zero"),
+        ("x = 1", "has no function get_config"),
+        ("def get_config():\n    return 3", "get_config must return an ml_collections.ConfigDict, not 3."),
+        ("\0", "The file of --config is no Python"),
+        (None, "config.py"),
+    ],
+)
+def test_config_that_does_not_run_is_named_with_its_line(program, tmp_path, capsys, text, message):
+    path = tmp_path / "config.py"
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_text(text)
+    assert program(f"--config={path}") == 2
+    said = capsys.readouterr().err
+    assert message in said and said.startswith("program: ") and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("2", "3"), "Unknown argument '2'"),
+        (("--batch_size=many",), "many"),
+        (("--batch_size=1e3",), "1e3"),
+        (("--bath_size=1",), "Did you mean: batch_size"),
+        (
+            ("--config=configs/digits_dit.py", "--config.train.stepz=1"),
+            "Unknown config key 'stepz'. Did you mean 'steps'?",
+        ),
+        (("--config=configs/digits_dit.py", "--config.train.steps=many"), "many"),
+    ],
+)
+def test_wrong_flags_are_one_line(program, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
+    assert program(*arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "action, message",
+    [
+        (lambda: jnp.zeros(2**46), "Out of memory; lower --batch_size or --config.data.batch_size"),
+        (lambda: np.zeros(2**50), "Out of memory; lower --batch_size or --config.data.batch_size"),
+        (lambda: pathlib.Path("/" + "x" * 300).read_bytes(), "File name too long"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(program, capsys, action, message):
+    assert program(main=lambda config: action()) == 1
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+def _raise(error: BaseException):
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error, code",
+    [(InputError("no"), 2), (StopError("no"), 1), (StopError("no", 75), 75), (KeyboardInterrupt(), 130)],
+)
+def test_errors_of_ours_end_with_their_code(program, capsys, error, code):
+    assert program(main=lambda config: _raise(error)) == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_bug_keeps_its_traceback(program):
+    with pytest.raises(ZeroDivisionError):
+        program(main=lambda config: 1 / 0)
