@@ -140,6 +140,7 @@ def find_environment() -> dict:
         machine=f"{platform.machine()}, {os.cpu_count()} CPUs",
         commit=COMMIT.value or _output("git", "-C", str(HERE), "describe", "--always", "--abbrev=12", "--dirty"),
         versions=dict(python=platform.python_version(), **{name: _version(name) for name in PACKAGES}),
+        xla_flags=os.environ.get("XLA_FLAGS"),
         dry=DRY.value,
     )
 

@@ -18,7 +18,7 @@ from dydit_jax.runtime.files import read_json, write_json
 
 FINISHED, INCOMPLETE, FAILED = "finished", "incomplete", "failed"  # states of a part
 UNDER_WAY, NO_TIME = "under way", "no time was left"
-SAME = ("device", "commit", "versions", "dry")  # of a run and of the one that it continues
+SAME = ("device", "commit", "versions", "xla_flags", "dry")  # of a run and of the one that it continues
 LEAST_SECONDS = 10  # less than this is not worth starting a process for
 LONGEST_REASON = 300
 MEMORY_WORDS = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")

@@ -2,11 +2,12 @@
 
 A profile is Chrome's trace format: events with a thread, a start and a duration in microseconds. On a GPU what runs are
 the events of its streams; on a CPU, for trying this out, those that name an instruction of a program. A program's own
-text says of every instruction what it reads and writes, and by which functions it was made: a kernel bears the name of
-its instruction, or is told by its own.
+text says of every instruction what it reads and writes, and by which function it was made. A kernel of XLA's own has
+its instruction's name; one of a library, or of Triton, names it only where it is launched by itself: XLA launches many
+together, as a CUDA graph, and then such a kernel is classed by its own name.
 
 Bytes are those of operands and results as wholes: more than is moved where a kernel reads a part of an operand, and
-where something stays in the cache. A kernel that is no instruction, as some of a library's, has none.
+where something stays in the cache. A kernel whose instruction is not known has none.
 """
 
 import contextlib
@@ -39,10 +40,13 @@ CLASSES = (
     ("attention", r"attend|attention"),
     ("norms and residuals", r"norm\b|layer_norm|_adding_|modulat|rsqrt|residual|block"),
     ("activations", r"gelu|silu|tanh|erf|mlp"),
-    ("noise and sampler", r"threefry|random|normal|noise|sampler|guided"),
+    ("noise and sampler", r"threefry|random|normal|noise|sampler|guided|ddpm|ddim"),
+    ("copies of layout", r"copy|transpose|reshape"),
+    ("graphs of kernels", r"graph"),
 )
 OTHER = "other"
-CONTROL = re.compile(r"^(while|call|conditional|tuple|async)\b")  # last as long as what they contain
+CONTROL = ("while", "call", "conditional", "tuple", "get-tuple-element", "parameter")  # move nothing themselves
+CONTROL_EVENT = re.compile(r"^(while|call|cond)")  # of a CPU; as long as what they contain
 BYTES_OF = dict(pred=1, s4=0.5, u4=0.5, s8=1, u8=1, s16=2, u16=2, bf16=2, f16=2, s32=4, u32=4, f32=4)
 BYTES_OF |= dict(s64=8, u64=8, f64=8, c64=8, c128=16)
 PACKAGE = "dydit_jax"
@@ -143,7 +147,10 @@ def find_trace(folder) -> pathlib.Path:
 
 
 def read_kernels(path) -> list[dict]:
-    """Return the events of a trace that occupied a device, each with name, ts, dur and the instruction `op` or ""."""
+    """Return the events of a trace that occupied a device.
+
+    Each with name, ts and dur; and with the instruction `op` and the operation `path`, which may be "".
+    """
     with gzip.open(path) as file:
         events = json.load(file)["traceEvents"]
     labels = {
@@ -153,16 +160,19 @@ def read_kernels(path) -> list[dict]:
     }
     on_gpu = any("/device:GPU" in name for (kind, *_), name in labels.items() if kind == "process_name")
 
-    def counts(event) -> bool:
+    def runs(event) -> bool:
         if on_gpu:  # streams alone: other lines of a device repeat what they have
             process = labels.get(("process_name", event["pid"], None), "")
             thread = labels.get(("thread_name", event["pid"], event["tid"]), "")
             return "/device:GPU" in process and thread.startswith("Stream")
-        return "hlo_op" in event.get("args", {})
+        return not CONTROL_EVENT.match(event.get("args", {}).get("hlo_op", "while"))
 
-    kernels = [event for event in events if event.get("ph") == "X" and counts(event)]
-    kernels = [dict(name=k["name"], ts=k["ts"], dur=k["dur"], op=k.get("args", {}).get("hlo_op", "")) for k in kernels]
-    return [kernel for kernel in kernels if not CONTROL.match(kernel["op"] or kernel["name"])]
+    def kernel(event) -> dict:
+        arguments = event.get("args", {})
+        found = dict(name=event["name"], ts=event["ts"], dur=event["dur"])
+        return found | dict(op=arguments.get("hlo_op", ""), path=arguments.get("name", ""))
+
+    return [kernel(event) for event in events if event.get("ph") == "X" and runs(event)]
 
 
 def class_of(names: str) -> str:
@@ -185,9 +195,9 @@ def summed(kernels: list[dict], instructions: dict[str, Instruction], steps: int
     by_class, by_kernel = defaultdict(lambda: [0.0, 0, 0.0]), defaultdict(lambda: [0.0, 0, 0.0])
     for kernel in kernels:
         known = instructions.get(_plain(kernel["op"])) or instructions.get(_plain(kernel["name"]))
-        names = " ".join((kernel["name"], kernel["op"], known.names if known else ""))
-        label = class_of(names)
-        for sums in (by_class[label], by_kernel[kernel["name"], known.names if known else "", label]):
+        made_by = known.names if known else kernel["path"]
+        label = class_of(" ".join((kernel["name"], kernel["op"], made_by)))
+        for sums in (by_class[label], by_kernel[kernel["name"], made_by, label]):
             sums[0] += kernel["dur"]
             sums[1] += 1
             sums[2] += known.bytes if known else 0.0
@@ -249,9 +259,11 @@ def read_instructions(text: str) -> dict[str, Instruction]:
         match = INSTRUCTION.match(line)
         if not match:
             continue
-        name, made, _, rest = match.groups()
+        name, made, kind, rest = match.groups()
         operands, _, settings = rest.partition(")")
         sizes[name] = _size_of(made)
+        if kind in CONTROL:
+            continue
         size = sizes[name] + sum(sizes.get(operand, 0.0) for operand in re.findall(r"%([\w.-]+)", operands))
         operation, frame, source = (re.search(pattern, settings) for pattern in (OPERATION, FRAME, SOURCE))
         names = [operation and operation[1], frame and functions.get(frame[1]), source and source[1]]

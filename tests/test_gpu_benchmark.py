@@ -222,6 +222,7 @@ ENTRY %main.5 (x.1: f32[256,256]) -> f32[256,256] {
   %x.1 = f32[256,1024]{1,0} parameter(0), metadata={op_name="x"}
   %loop_fusion.3 = bf16[256,1024]{1,0} fusion(%x.1), kind=kLoop, metadata={op_name="jit(f)/var" stack_frame_id=3}
   %gemm.7 = (bf16[256,512]{1,0}, s8[1024]{0}) custom-call(%loop_fusion.3), metadata={op_name="dot" stack_frame_id=2}
+  %call.4 = bf16[256,512]{1,0} call(%loop_fusion.3), to_apply=%command_buffer
   ROOT %wrapped_add = f32[] add(%x.1, %x.1)
 }
 """
@@ -249,9 +250,8 @@ def test_a_trace_is_summed_by_class(benchmark, tmp_path):
         event("nvjet_hsh_128x64", 100, 100, hlo_op="gemm.7"),  # the router's, which its function tells
         event("loop_fusion_3", 300, 50),  # a norm; its own name is that of the instruction
         event("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", 400, 150, hlo_op="custom-call.2"),
-        event("_packing_kernel", 550, 50),
+        event("_packing_kernel", 550, 50, hlo_op="call.4"),  # which launches several together
         event("MemcpyD2H", 590, 20),  # beside it
-        event("while.5", 0, 600, hlo_op="while.5"),
         event("gemm.9", 0, 100, tid=2, hlo_op="gemm.9"),  # the same again, on a line that is no stream
         event("cuLaunchKernel", 0, 5, pid=2),
     ]
@@ -276,6 +276,7 @@ def test_a_trace_is_summed_by_class(benchmark, tmp_path):
     size = 256 * 1024
     assert found["classes"]["norms and residuals"]["gib"] * 2**31 == pytest.approx(6 * size)
     assert found["classes"]["routing"]["gib"] * 2**31 == pytest.approx(3 * size + 1024)
+    assert found["classes"]["packing and unpacking"]["gib"] == 0
     dearest = found["kernels"][0]
     assert (dearest["kernel"][:5], dearest["class"]) == ("cudnn", "attention")
 
