@@ -33,6 +33,7 @@ from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.autoencoder import DOWNSAMPLING, LATENT_CHANNELS
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.routing import LAYOUTS
+from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.seeds import make_key, require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.trees import flatten, unflatten
@@ -180,7 +181,7 @@ def convert(request: Conversion) -> Report:
         seconds=round(time.monotonic() - began, 1),
     )
     report_path = target.with_name(REPORT_FILE if target.name == WEIGHTS_FILE else target.name + ".report.json")
-    report_path.write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+    write_json(report_path, dataclasses.asdict(report))
     logger.info("%s", report.in_words())
     return report
 

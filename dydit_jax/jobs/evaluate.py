@@ -23,6 +23,7 @@ from dydit_jax.drawing.report import EVALUATION_FILE, write_report
 from dydit_jax.errors import InputError
 from dydit_jax.metrics.distances import frechet_distance, inception_score, moments, precision_recall
 from dydit_jax.metrics.inception import convert_inception, features
+from dydit_jax.runtime.files import write_atomically, write_json
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh, map_in_slices
 
@@ -124,13 +125,11 @@ def evaluate(request: Evaluation) -> list[dict]:
         )
     logger.info("%s", _table(records))
     if request.out:
-        path = epath.Path(request.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(records, indent=2) + "\n")
-        logger.info("Wrote %s", path)
+        write_json(request.out, records)
+        logger.info("Wrote %s", request.out)
     if request.report:
         for path, record in zip(request.samples, records):
-            (epath.Path(path) / EVALUATION_FILE).write_text(json.dumps([record], indent=2) + "\n")
+            write_json(epath.Path(path) / EVALUATION_FILE, [record])
             logger.info("Wrote %s", write_report(path))
     return records
 
@@ -213,15 +212,11 @@ def _reference_statistics(path: str, network: str, measure, side: int) -> Statis
 
 def save_statistics(path, statistics: Statistics, network: str) -> None:
     """Write what later evaluations need of a reference, whole or not at all."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays = dict(statistics.moments, network=network, told=json.dumps(statistics.told))
     if statistics.pool is not None:
         arrays["pool"] = statistics.pool
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with write_atomically(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
-    partial.replace(path)
     logger.info("Wrote %s", path)
 
 
