@@ -18,7 +18,7 @@ from PIL import Image
 from dydit_jax.drawing.pictures import image_of, read_image, save_image
 from dydit_jax.drawing.report import MANIFEST_FILE
 from dydit_jax.errors import InputError
-from dydit_jax.runtime.files import is_local, read_json, write_atomically, write_json
+from dydit_jax.runtime.files import is_free, is_local, read_json, write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def prepare_folder(out, manifest: dict, *, sample_bytes: int) -> epath.Path:
     try:
         if path.is_file():
             _require_same_job(path, manifest)
-        elif out.exists() and (not out.is_dir() or any(_files(out))):
+        elif not is_free(out):
             raise InputError(f"{out} is not empty and has no {MANIFEST_FILE}; name another --out.")
         _require_room(out, sample_bytes)
         write_json(path, manifest)
@@ -51,11 +51,6 @@ def prepare_folder(out, manifest: dict, *, sample_bytes: int) -> epath.Path:
     except OSError as error:
         raise InputError(f"Can't write to {out}: {error.strerror or error}.") from error
     return out
-
-
-def _files(out) -> list:
-    """Return what lies in a folder, but for what a kill left there before its manifest was whole."""
-    return [path for path in out.iterdir() if path.suffix != ".partial"]
 
 
 def _require_room(out, sample_bytes: int) -> None:
