@@ -15,6 +15,7 @@ from dydit_jax.runtime.console import run
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A .safetensors file, a folder with one, a training's work directory, or a published name."
 )
+FROM_STEP = flags.DEFINE_integer("from_step", None, "Step of a work directory's checkpoint; the newest by default.")
 OUT = flags.DEFINE_string("out", None, "Folder for the images; must be new or empty.")
 LABELS = flags.DEFINE_list("labels", None, "Labels of a grid, one column each: 0,1,2.")
 ROWS = flags.DEFINE_integer("rows", 1, "Rows of the grid: images of each label.")
@@ -52,6 +53,7 @@ def main():
     sample(
         Request(
             checkpoint=CHECKPOINT.value,
+            from_step=FROM_STEP.value,
             out=OUT.value,
             labels=LABELS.value,
             rows=ROWS.value,

@@ -16,11 +16,14 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment, e.g. configs/digits_dit.py.", lock_config=True
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: configuration, metrics, checkpoints.")
+FROM_STEP = flags.DEFINE_integer(
+    "from_step", None, "Go back to the checkpoint of this step; later ones are set aside, nothing is deleted."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
-    train_and_evaluate(read_config(CONFIG), WORKDIR.value)
+    train_and_evaluate(read_config(CONFIG), WORKDIR.value, FROM_STEP.value)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ class InputError(ValueError):
     """What came, what is allowed, what to do; raised before anything is compiled or written."""
 
 
+class DamageError(InputError):
+    """A file that is not as it was written; whether there is another is the caller's to say."""
+
+
 def require_known(kind: str, name, known) -> None:
     """Raise unless `name` is one of `known`; the message lists them all.
 

@@ -1,18 +1,18 @@
 """From whatever a user calls a checkpoint to weights: a file, a folder, a run's work directory or a published name."""
 
 import dataclasses
-import json
 
 from etils import epath
 
 from dydit_jax.checkpoints import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     Weights,
     is_run,
     load_run_weights,
     load_weights,
     read_arrays,
+    read_run_config,
+    split_step,
 )
 from dydit_jax.convert.conversion import AUTOENCODER_FORMAT, Conversion, convert, output_file
 from dydit_jax.convert.published import PUBLISHED, converted_file, fetch
@@ -25,23 +25,29 @@ from dydit_jax.runtime.files import hold_lock
 from dydit_jax.trees import unflatten
 
 
-def load_checkpoint(checkpoint) -> Weights:
+def load_checkpoint(checkpoint, from_step: int | None = None) -> Weights:
     """Load weights for sampling, or to start a training from.
 
     Args:
       checkpoint: a `.safetensors` file of ours, a folder with one, a training's work directory (its newest step, EMA
-        weights), or the name of a published model, which is fetched and converted once.
+        weights; nothing is changed in it), one of its checkpoints (`<workdir>/checkpoints/<step>`), or the name of a
+        published model, which is fetched and converted once.
+      from_step: another step than the newest, of a work directory.
 
     Raises:
-      InputError: none of these.
+      InputError: none of these, or a damaged one.
     """
+    if from_step is None:
+        checkpoint, from_step = split_step(checkpoint)
     path = _resolved(checkpoint)
     if not is_run(path):
+        if from_step is not None:
+            raise InputError(f"--from_step={from_step} needs a training's work directory; {path} is none.")
         return load_weights(output_file(path) if path.is_dir() else path)
-    config = json.loads((path / CONFIG_FILE).read_text())
+    config = read_run_config(path)
     read = lambda cls, name: read_record(cls, config.get(name, {}), name)
     model, diffusion = read_model(config["model"]), read(DiffusionConfig, "diffusion")
-    weights = load_run_weights(path, model, diffusion, read(SamplingConfig, "sampling"))
+    weights = load_run_weights(path, model, diffusion, read(SamplingConfig, "sampling"), from_step)
     return dataclasses.replace(weights, about=dict(weights.about, config=config))
 
 

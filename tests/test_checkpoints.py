@@ -1,18 +1,27 @@
-"""Weights come back as they went, and files that are not ours are refused in one line."""
+"""Weights come back as they went; files that are not ours, and damaged ones, are refused in one line."""
 
-import json
-import resource
+import os
+import stat
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
+from conftest import ROOT
 
-from dydit_jax.checkpoints import CheckpointConfig, Run, Weights, checksum, load_weights, save_weights
+from dydit_jax.checkpoints import (
+    FORMAT,
+    Weights,
+    checksum,
+    format_of,
+    load_weights,
+    read_arrays,
+    save_weights,
+    write_arrays,
+)
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.errors import InputError, StopError
+from dydit_jax.errors import InputError
 
 
 @pytest.fixture
@@ -37,15 +46,6 @@ def test_checksum_sees_values_and_names(weights):
     assert checksum(changed) != checksum(weights.params)
 
 
-def test_checkpoints_of_a_run_lie_where_its_path_says(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ocp, "CheckpointManager", lambda path, options: given.append(str(path)))
-    for workdir in ("gs://bucket/run", "runs/run", "/runs/run"):
-        Run(workdir, CheckpointConfig())
-    assert given == ["gs://bucket/run/checkpoints", f"{tmp_path}/runs/run/checkpoints", "/runs/run/checkpoints"]
-
-
 def test_foreign_and_broken_files_are_refused(tmp_path, weights):
     path = tmp_path / "w.safetensors"
     save_weights(path, weights)
@@ -62,53 +62,77 @@ def test_foreign_and_broken_files_are_refused(tmp_path, weights):
 def test_file_of_another_shape_is_refused(tmp_path, weights):
     path = tmp_path / "w.safetensors"
     save_weights(path, weights)
-    header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
-    leaves = safetensors.numpy.load(path.read_bytes())
+    leaves, metadata = read_arrays(path, FORMAT)
     leaves["label_embed/table"] = leaves["label_embed/table"][:-1]
-    path.write_bytes(safetensors.numpy.save(leaves, header["__metadata__"]))
+    write_arrays(path, leaves, metadata)
     with pytest.raises(InputError, match="does not hold the model that it describes.*label_embed/table"):
         load_weights(path)
 
 
-def test_run_keeps_the_newest_and_restores_bit_for_bit(tmp_path):
-    tree = {"a": {"b": jax.numpy.arange(6.0)}}
-    with Run(tmp_path, CheckpointConfig(every_steps=2, keep=2)) as run:
-        for step in range(1, 8):
-            run.save(step, dict(params=jax.tree.map(lambda leaf, s=step: leaf + s, tree)), {"n": step})
-        assert run.save(9, dict(params=tree), {"n": 9}, force=True)
-    with Run(tmp_path, CheckpointConfig()) as run:
-        assert run.latest_step == 9
-        restored = run.restore(6, dict(params=jax.eval_shape(lambda: tree)))
-        np.testing.assert_array_equal(restored["params"]["a"]["b"], np.arange(6.0) + 6)
-        assert restored["about"] == {"n": 6}
-    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == [6, 9]
+# --- Every byte counts ---------------------------------------------------------------------------
+
+SMALL = dict(
+    f=np.arange(3, dtype=np.float32),
+    h=np.arange(4, dtype=np.float16).reshape(2, 2),
+    i=np.arange(2),
+    none=np.zeros((0, 3), np.int32),
+    one=np.float64(7),
+    yes=np.asarray([True, False]),
+)
+METADATA = dict(format="test 1", about='quotes " and braces {}')
 
 
-def test_run_of_another_shape_is_refused(tmp_path):
-    with Run(tmp_path, CheckpointConfig(every_steps=1)) as run:
-        run.save(1, dict(params={"a": jax.numpy.zeros(3)}), {})
-    with Run(tmp_path, CheckpointConfig()) as run, pytest.raises(InputError, match="does not fit this model"):
-        run.restore(
-            1, dict(params={"a": jax.ShapeDtypeStruct((3,), "float32"), "b": jax.ShapeDtypeStruct((1,), "float32")})
-        )
+def test_arrays_of_every_type_come_back_and_the_library_reads_them(tmp_path):
+    write_arrays(tmp_path / "w", SMALL, METADATA)
+    ours, metadata = read_arrays(tmp_path / "w", "test 1")
+    assert metadata == METADATA
+    for found in (ours, safetensors.numpy.load_file(tmp_path / "w")):
+        assert found.keys() == SMALL.keys()
+        for name, array in SMALL.items():
+            np.testing.assert_array_equal(found[name], array, strict=True)
 
 
-def test_full_disk_names_the_last_whole_checkpoint(tmp_path):
-    tree = dict(leaf=np.random.default_rng(0).standard_normal(100_000))
-    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with (
-        pytest.raises(StopError, match="could not be written .*newest whole one is of step 1"),
-        Run(tmp_path, CheckpointConfig(every_steps=1)) as run,
-    ):
-        run.save(1, dict(params=tree), {})
-        run.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, kept[1]))  # writing more fails, as on a full disk
-        try:
-            run.save(2, dict(params=tree), {})
-            run.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, kept)
-    with Run(tmp_path, CheckpointConfig(every_steps=1)) as run:
-        assert run.latest_step == 1
-        np.testing.assert_array_equal(run.restore(1, dict(params=tree))["params"]["leaf"], tree["leaf"])
+def test_any_changed_byte_is_noticed_and_its_place_named(tmp_path):
+    path = tmp_path / "w"
+    write_arrays(path, SMALL, METADATA)
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    widths = sorted(((-np.asarray(a).dtype.itemsize, name, np.asarray(a).nbytes) for name, a in SMALL.items()))
+    owner = [name for _, name, size in widths for _ in range(size)]
+    assert len(owner) == len(whole) - start
+    # 0x29 makes a tab of a space, which JSON does not mind: the header's last bytes.
+    changes = [(place, (1, 0x80)[place % 2]) for place in range(len(whole))]
+    for place, change in [*changes, *((place, 0x29) for place in range(start - 8, start))]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :])
+        part = "header|not a readable" if place < start else f"its tensor {owner[place - start]} is not as it was"
+        with pytest.raises(InputError, match=part) as caught:
+            read_arrays(path, "test 1")
+        assert str(path) in str(caught.value)
+    for cut in (whole[:-1], whole + b"\0"):
+        path.write_bytes(cut)
+        with pytest.raises(InputError, match="not a readable"):
+            read_arrays(path, "test 1")
+
+
+def test_files_from_before_checksums_are_read(tmp_path):
+    path = tmp_path / "w"
+    path.write_bytes(safetensors.numpy.save({"a": np.arange(3)}, dict(format="test 1")))
+    np.testing.assert_array_equal(read_arrays(path, "test 1")[0]["a"], np.arange(3))
+    assert format_of(ROOT / "assets" / "digits_dydit.safetensors") == FORMAT
+    load_weights(ROOT / "assets" / "digits_dydit.safetensors")
+
+
+def test_equal_content_gives_equal_bytes_in_any_order(tmp_path):
+    for number in range(4):
+        names, keys = np.random.default_rng(number).permutation([*"abcd"]), [*METADATA.items()]
+        write_arrays(tmp_path / str(number), dict.fromkeys(names, np.ones(3)), dict(keys[:: (-1) ** number]))
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
+def test_umask_decides_who_may_read_weights(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_arrays(tmp_path / "w", SMALL, METADATA)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "w").stat().st_mode) == 0o640

@@ -5,9 +5,11 @@ Batches and random draws depend on seed and step alone: a run that stops and goe
 whatever the number of devices or processes before and after.
 """
 
+import contextlib
 import functools
 import json
 import logging
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from dydit_jax.checkpoints import (
     has_checkpoint,
     is_run,
     package_versions,
+    read_run_config,
     save_weights,
 )
 from dydit_jax.data.sources import batches, examples, open_source
@@ -31,6 +34,8 @@ from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.sample import make_decode_fn
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model
+from dydit_jax.runtime.files import write_json
+from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
 from dydit_jax.runtime.processes import RESTART_CODE, Notice, is_main, require_same, to_host, together
 from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.settings import own_settings
@@ -87,38 +92,45 @@ def first_params(model: Model, experiment: Experiment, mesh: Mesh, source: dict)
 # --- The loop ------------------------------------------------------------------------------------
 
 
-def prepare_workdir(workdir, config: dict) -> epath.Path:
-    """Make sure that a work directory is this run's: empty, or of a run with the same configuration.
+@contextlib.contextmanager
+def claimed_workdir(workdir, config: dict) -> Iterator[FolderLock]:
+    """Hold a work directory that is this run's: empty, or of a run with the same configuration.
 
     Raises:
-      InputError: not given, not writable, not empty, or another configuration's; nothing is changed then.
+      InputError: not given, not writable, not empty, another configuration's, or one that another training works in;
+        nothing is changed then.
     """
     if not workdir:
         raise InputError("--workdir is empty; name the folder that this run may write to.")
     workdir = epath.Path(workdir)
     if is_run(workdir):
-        found = differences(json.loads((workdir / CONFIG_FILE).read_text()), config)
+        found = differences(read_run_config(workdir), config)
         if found:
             raise InputError(f"{workdir} holds a run with another configuration: {'; '.join(found)}.")
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    elif workdir.exists() and (not workdir.is_dir() or not all(map(_is_left_behind, workdir.iterdir()))):
         raise InputError(f"{workdir} is neither empty nor a run's work directory; name another one.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        partial = workdir / f"{CONFIG_FILE}.partial"  # a run that is killed here must find its directory its own
-        partial.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        partial.replace(workdir / CONFIG_FILE)
     except OSError as error:
         raise InputError(f"Can't write to {workdir}: {error}.") from error
-    return workdir
+    with FolderLock(workdir) as lock:
+        write_json(workdir / CONFIG_FILE, config)
+        yield lock
+
+
+def _is_left_behind(path: epath.Path) -> bool:
+    """Return whether a file is of a run that was killed before it had written its configuration."""
+    return path.name == LOCK_FILE or path.name.endswith(".partial")
 
 
 @own_settings()
-def train_and_evaluate(config: dict, workdir) -> TrainState:
-    """Run an experiment from its newest checkpoint, or from the start, to its last step.
+def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> TrainState:
+    """Run an experiment from its newest whole checkpoint, or from the start, to its last step.
 
     Args:
       config: a config file's content as plain dicts.
       workdir: where configuration, metrics and checkpoints go; a run found there is continued.
+      from_step: go back to the checkpoint of this step; later ones are set aside.
 
     Returns:
       The last state. Its EMA also lies in the work directory as one `.safetensors` file.
@@ -136,21 +148,24 @@ def train_and_evaluate(config: dict, workdir) -> TrainState:
     require_same("dataset", data.fingerprint)
     model = build_model(experiment.model, precision=experiment.train.precision, mesh=mesh, remat=experiment.train.remat)
     continued = has_checkpoint(workdir)
-    require_same("content of the work directory", str(continued))
+    require_same("content of the work directory", str((continued, from_step)))
+    if from_step is not None and not continued:
+        raise InputError(f"--from_step={from_step}: {workdir} has no checkpoint yet.")
     source = {} if continued else together(lambda: starting_leaves(model, experiment))
-    together(lambda: prepare_workdir(workdir, config) if is_main() else None)
-    together(lambda: _require_shared(workdir))
-    workdir = epath.Path(workdir)
-    with jax.set_mesh(mesh), Run(workdir, experiment.checkpoint) as run:
-        state = _restored_or_first(run, model, experiment, mesh, source, data.fingerprint)
-        _describe(state, workdir, model, mesh)
-        state = _run_steps(state, run, workdir, model, experiment, mesh, data)
-        ema = to_host(state.ema)
-    about = dict(config=config, step=int(state.step), versions=package_versions())
-    if is_main():
-        weights = Weights(experiment.model, experiment.diffusion, experiment.sampling, ema, about)
-        save_weights(workdir / WEIGHTS_FILE, weights)
-        logger.info("Wrote the EMA weights to %s.", workdir / WEIGHTS_FILE)
+    with contextlib.ExitStack() as claim:
+        lock = together(lambda: claim.enter_context(claimed_workdir(workdir, config)) if is_main() else None)
+        together(lambda: _require_shared(workdir))
+        workdir = epath.Path(workdir)
+        with jax.set_mesh(mesh), Run(workdir, experiment.checkpoint, lock=lock, from_step=from_step) as run:
+            state = _restored_or_first(run, model, experiment, mesh, source, data.fingerprint)
+            _describe(state, workdir, model, mesh)
+            state = _run_steps(state, run, workdir, model, experiment, mesh, data)
+            ema = to_host(state.ema)
+        about = dict(config=config, step=int(state.step), versions=package_versions())
+        if is_main():
+            weights = Weights(experiment.model, experiment.diffusion, experiment.sampling, ema, about)
+            save_weights(workdir / WEIGHTS_FILE, weights)
+            logger.info("Wrote the EMA weights to %s.", workdir / WEIGHTS_FILE)
     return state
 
 
@@ -204,21 +219,23 @@ def _describe(state: TrainState, workdir, model: Model, mesh: Mesh) -> None:
 
 
 def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mesh, source: dict, data: str):
-    """Return the newest checkpoint's state, or that of step 0, in their shards."""
+    """Return the state of the checkpoint to go on from, or that of step 0, in their shards."""
     optimizer = build_optimizer(experiment.optimizer)
     make_state = functools.partial(init_state, optimizer=optimizer)
     abstract = jax.eval_shape(make_state, model.abstract_params())
     layout = shardings(mesh, abstract)
-    if run.latest_step is None:
-        return jax.jit(make_state, out_shardings=layout)(first_params(model, experiment, mesh, source))
     shaped = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout)
-    restored = run.restore(run.latest_step, _items(shaped))
+    found = run.resume(_items(shaped))
+    if found is None:
+        return jax.jit(make_state, out_shardings=layout)(first_params(model, experiment, mesh, source))
+    step, restored = found
     if restored["about"]["data"] != data:
         raise InputError(
-            f"The dataset is not the one that the run of step {run.latest_step} was trained on "
+            f"The dataset is not the one that the run of step {step} was trained on "
             f"({data} here, {restored['about']['data']} there); give it back, or start another run from these weights."
         )
-    logger.info("Continuing from step %d.", run.latest_step)
+    run.set_aside(after=step)
+    logger.info("Continuing from step %d.", step)
     return TrainState(params=restored["params"], ema=restored["ema"], **restored["rest"])
 
 

@@ -1,0 +1,123 @@
+"""Two programs do not work in one folder; one that was killed does not keep the next from it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, STATIC
+
+from dydit_jax.checkpoints import CheckpointConfig, Run
+from dydit_jax.errors import InputError, StopError
+from dydit_jax.jobs.train import train_and_evaluate
+from dydit_jax.runtime import locks
+from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
+
+HOLDS = """
+import sys, time
+from dydit_jax.runtime.locks import FolderLock
+with FolderLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Seconds of waiting as tenths of seconds."""
+    for name, seconds in (("RENEW", 0.1), ("WATCH", 0.6), ("POLL", 0.02), ("ENDING", 0.1)):
+        monkeypatch.setattr(locks, f"{name}_SECONDS", seconds)
+
+
+@pytest.fixture
+def without_kernel_lock(monkeypatch):
+    """As in a bucket, or on a disk without flock."""
+    monkeypatch.setattr(locks, "_kernel_lock", lambda path: None)
+
+
+def write_lock(folder, **changes) -> None:
+    """Leave the file of another owner."""
+    owner = dict(host="elsewhere", pid=1, machine="elsewhere/2", began=3, renewed=4.0) | changes
+    (folder / LOCK_FILE).write_text(json.dumps(owner))
+
+
+def test_lock_is_there_while_it_is_held_and_says_whose(tmp_path):
+    with FolderLock(tmp_path) as lock:
+        first = json.loads((tmp_path / LOCK_FILE).read_text())
+        assert first["pid"] == os.getpid()
+        lock.require_held()
+        time.sleep(0.3)
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["renewed"] > first["renewed"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_second_lock_of_a_folder_is_refused(tmp_path):
+    with FolderLock(tmp_path):
+        with pytest.raises(InputError, match=rf"is in use by process {os.getpid()} on "), FolderLock(tmp_path):
+            pass
+        assert (tmp_path / LOCK_FILE).exists()
+    with FolderLock(tmp_path):
+        pass
+
+
+def test_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "WATCH_SECONDS", 1e9)  # nothing is watched
+    command = [sys.executable, "-c", HOLDS, tmp_path]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"in use by process {other.pid} "), FolderLock(tmp_path):
+            pass
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    left = (tmp_path / LOCK_FILE).read_text()
+    for kernel_lock in (locks._kernel_lock, lambda path: None):
+        monkeypatch.setattr(locks, "_kernel_lock", kernel_lock)
+        (tmp_path / LOCK_FILE).write_text(left)
+        with FolderLock(tmp_path):
+            assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_lock_of_another_machine_is_watched_and_respected_while_it_lives(tmp_path, without_kernel_lock, monkeypatch):
+    with FolderLock(tmp_path):
+        with monkeypatch.context() as patch:
+            patch.setattr(locks, "_machine", lambda: "another/machine")
+            with pytest.raises(InputError, match="is in use by"), FolderLock(tmp_path):
+                pass
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["machine"] == locks._machine()
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}"])
+def test_lock_of_another_machine_that_gives_no_sign_of_life_is_taken_over(tmp_path, caplog, content):
+    write_lock(tmp_path)
+    if content is not None:
+        (tmp_path / LOCK_FILE).write_text(content)
+    began = time.monotonic()
+    with FolderLock(tmp_path):
+        assert time.monotonic() - began >= 0.6
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    assert "taken over" in caplog.text
+
+
+def test_owner_that_was_taken_over_does_not_save(tmp_path):
+    with FolderLock(tmp_path) as lock, Run(tmp_path, CheckpointConfig(every_steps=1), lock=lock) as run:
+        write_lock(tmp_path)
+        with pytest.raises(StopError, match="taken over by process 1 on elsewhere"):
+            run.save(1, dict(params=dict(a=1.0)), {})
+        assert run.latest_step is None
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["host"] == "elsewhere"  # left to its owner
+
+
+def test_second_training_in_a_work_directory_is_refused(tmp_path):
+    with FolderLock(tmp_path), pytest.raises(InputError, match="is in use by process"):
+        train_and_evaluate(STATIC, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_work_directory_of_a_run_killed_at_its_first_moment_is_its_own(tmp_path):
+    write_lock(tmp_path, machine=locks._machine(), pid=2**30)
+    (tmp_path / "config.json.0123.partial").write_text("{")
+    with pytest.raises(InputError, match="classes"):  # comes as far as the data
+        train_and_evaluate(dict(STATIC, model=dict(STATIC["model"], channels=3)), tmp_path)
