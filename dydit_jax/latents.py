@@ -1,5 +1,6 @@
 """Images to latents and back on a mesh: in slices, because the autoencoder works at full resolution."""
 
+import chex
 import numpy as np
 from jax.sharding import Mesh
 
@@ -7,11 +8,13 @@ from dydit_jax.models import autoencoder
 from dydit_jax.runtime.sharding import map_in_slices
 
 IMAGES_PER_DEVICE = 8
+LATENT_CHANNELS = 4
 LATENT_FACTOR = 8  # pixels along an image's side for each of its latents'
 
 
 def decode_latents(params, latents, mesh: Mesh) -> np.ndarray:
     """Decode scaled latents [n,side/8,side/8,4] into images [n,side,side,3], about [-1, 1]."""
+    chex.assert_shape(latents, (None, None, None, LATENT_CHANNELS))
     return _in_slices(autoencoder.decode, params, np.asarray(latents), mesh)
 
 
@@ -29,6 +32,7 @@ def encode_images(params, images, mesh: Mesh, key=None) -> np.ndarray:
 
 def encode_moments(params, images, mesh: Mesh):
     """Encode images [n,side,side,3] in [-1, 1] into the moments of their latents, [n,side/8,side/8,4] each."""
+    chex.assert_shape(images, (None, None, None, 3))
     return _in_slices(autoencoder.encode, params, np.asarray(images, np.float32), mesh)
 
 

@@ -15,7 +15,7 @@ from dydit_jax.checkpoints import Weights, save_weights
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.drawing.report import write_report
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.models.dit import Model
 from dydit_jax.sampling.noise import image_keys
@@ -88,6 +88,17 @@ def test_losses_do_not_depend_on_the_batch(checkpoints, tmp_path):
     np.testing.assert_allclose(*each, rtol=1e-5)
 
 
+def test_losses_that_are_not_finite_are_named(checkpoints, tmp_path, tiny):
+    model, params = tiny
+    params = jax.tree.map(np.array, params)
+    params["label_embed"]["table"][:] = np.nan
+    sampling, about = SamplingConfig(), dict(config=dict(data=dict(name="digits")))
+    save_weights(tmp_path / "nan.safetensors", Weights(model.config, DiffusionConfig(), sampling, params, about))
+    with pytest.raises(StopError, match="loss of nan on example 0 at timestep 0 is not finite"):
+        analyze(request(tmp_path, "nan", out=str(tmp_path / "out")))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["analysis.json"]
+
+
 def test_wrong_requests_are_refused(checkpoints, tmp_path, tiny):
     full = tmp_path / "full"
     full.mkdir()
@@ -101,6 +112,9 @@ def test_wrong_requests_are_refused(checkpoints, tmp_path, tiny):
         ("is not empty", lambda: request(checkpoints, "static", out=str(full))),
         ("names a model twice", lambda: request(checkpoints, "static", "static", out=out)),
         ("--num_examples", lambda: request(checkpoints, "static", out=out, num_examples=1)),
+        ("--num_timesteps", lambda: request(checkpoints, "static", out=out, num_timesteps=10**12)),
+        ("--batch_size", lambda: request(checkpoints, "static", out=out, batch_size=10**9)),
+        ("--labels", lambda: request(checkpoints, "static", out=out, labels=("9" * 5000,))),
         ("--labels", lambda: request(checkpoints, "static", out=out, labels=("cat",))),
         ("can't be compared", lambda: Analysis((str(checkpoints / "static.safetensors"), str(other)), out)),
         ("does not say what it was trained on", lambda: Analysis((str(other),), out)),

@@ -27,6 +27,16 @@ def test_rank_deficient_covariances_work():
     assert distance == pytest.approx(frechet_distance(*moments(many), *moments(few)), rel=1e-8)
 
 
+def test_sets_of_other_features_are_not_compared():
+    few, many = np.ones((10, 16), np.float32), np.ones((10, 32), np.float32)
+    with pytest.raises(AssertionError, match="shape"):
+        precision_recall(few, many)
+    with pytest.raises(AssertionError, match="shape"):
+        frechet_distance(*moments(few), *moments(many))
+    with pytest.raises(AssertionError, match="rank"):
+        moments(few[0])
+
+
 def test_distance_of_known_gaussians():
     assert frechet_distance([0, 0], np.diag([1, 4]), [3, 4], np.diag([4, 4])) == pytest.approx(25 + 1)
 

@@ -14,7 +14,14 @@ from dydit_jax.convert.torch_files import write_tensors
 from dydit_jax.data.image_sets import open_images
 from dydit_jax.data.packing import prepare_pictures
 from dydit_jax.errors import InputError
-from dydit_jax.jobs.evaluate import MOMENTS, Evaluation, evaluate, image_statistics, load_inception
+from dydit_jax.jobs.evaluate import (
+    MOMENTS,
+    Evaluation,
+    _reference_statistics,
+    evaluate,
+    image_statistics,
+    load_inception,
+)
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 
 
@@ -126,12 +133,35 @@ def test_wrong_requests_are_refused(files):
         Evaluation(())
     with pytest.raises(InputError, match="--batch_size"):
         Evaluation(("a",), batch_size=0)
+    with pytest.raises(InputError, match="--batch_size must be from 1 to 65536, not 1000000000"):
+        Evaluation(("a",), batch_size=10**9)
+    with pytest.raises(InputError, match="--side must be from 0 to 4096, not 1000000000"):
+        Evaluation(("a",), side=10**9)
     with pytest.raises(InputError, match="name one"):
         Evaluation(("a",), save_statistics="b")
     with pytest.raises(InputError, match="--report needs folders"):
         Evaluation((str(files / "a.npz"),), report=True)
     with pytest.raises(InputError, match="There is no file nowhere"):
         evaluate(Evaluation((str(files / "a.npz"),), inception="nowhere"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not finite", "other moments", "no JSON"])
+def test_damaged_statistics_are_refused(files, tmp_path, damage):
+    arrays = dict(mu=np.zeros(2048), sigma=np.zeros((2048, 2048)), mu_s=np.zeros(2023), sigma_s=np.zeros((2023, 2023)))
+    if damage == "not finite":
+        arrays["mu"][5] = np.nan
+    elif damage == "other moments":
+        arrays["mu_s"] = np.zeros(7)
+    elif damage == "no JSON":
+        arrays["told"] = '{"name": '
+    path = tmp_path / "statistics.npz"
+    np.savez_compressed(path, **arrays)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= damage == "flipped"
+    path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    with pytest.raises(InputError, match="statistics.npz (is not an .npz|holds)") as caught:
+        _reference_statistics(str(path), "network", None, 0)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.slow

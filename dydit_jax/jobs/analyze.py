@@ -14,6 +14,7 @@ figure 1): some timesteps are easy, and so are some patches. Examples, noise and
 import dataclasses
 import functools
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.sample import make_decode_fn
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.routing import Routing
+from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
@@ -42,6 +44,7 @@ from dydit_jax.training.update import patch_losses
 
 logger = logging.getLogger(__name__)
 
+MOST = dict(num_examples=1_000_000, num_timesteps=1000, batch_size=65_536)
 MAPS_SHOWN = 6
 LAYERS_SHOWN = 6
 
@@ -78,14 +81,14 @@ class Analysis:
 
     def __post_init__(self):
         for name, low in (("num_examples", 2), ("num_timesteps", 2), ("batch_size", 1)):
-            if getattr(self, name) < low:
-                raise InputError(f"--{name} must be at least {low}, not {getattr(self, name)}.")
+            require_range(f"--{name}", getattr(self, name), low=low, high=MOST[name])
         require_seed("--seed", self.seed)
         if not self.checkpoints or not self.out:
             raise InputError("--checkpoints must name one model or several, with commas between them, --out a folder.")
-        wrong = [label for label in self.labels if not str(label).strip().isdecimal()]
+        wrong = [label for label in self.labels if not re.fullmatch(r"\s*[0-9]{1,9}\s*", str(label))]
         if wrong or not self.labels:
-            raise InputError(f"--labels must be numbers with commas between them, not {wrong or 'nothing'}.")
+            told = f"{wrong[0]!s:.20}" if wrong else "nothing"
+            raise InputError(f"--labels must be numbers with commas between them, not {told}.")
 
 
 @own_settings()
@@ -164,7 +167,7 @@ def _examples(request: Analysis, models: dict[str, Weights]) -> dict:
     if not request.data:
         path = path or trained_on.get("path", "")
     source = open_source(DataConfig(name=name, path=path, batch_size=1), first.model)
-    return examples(source, count=request.num_examples)
+    return examples(source, count=min(request.num_examples, len(source)))
 
 
 # --- Losses --------------------------------------------------------------------------------------

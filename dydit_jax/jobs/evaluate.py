@@ -18,17 +18,19 @@ from tqdm import tqdm
 from dydit_jax.checkpoints import checksum, package_versions
 from dydit_jax.convert.published import PUBLISHED, fetch
 from dydit_jax.convert.torch_files import read_tensors
-from dydit_jax.data.image_sets import IMAGES_ENTRY, ImageSet, npz_shapes, open_images
+from dydit_jax.data.image_sets import IMAGES_ENTRY, ZIP_ERRORS, ImageSet, npz_shapes, open_images
 from dydit_jax.drawing.report import EVALUATION_FILE, write_report
 from dydit_jax.errors import InputError
 from dydit_jax.metrics.distances import frechet_distance, inception_score, moments, precision_recall
 from dydit_jax.metrics.inception import convert_inception, features
+from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_atomically, write_json
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh, map_in_slices
 
 logger = logging.getLogger(__name__)
 
+MOST_BATCH, MOST_SIDE = 65_536, 4096
 DEFAULT_INCEPTION = "inception-2015"
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # the names in ADM's reference batches
 ENOUGH = dict(fid=50_000, sfid=50_000, inception_score=50_000, precision=10_000, recall=10_000)
@@ -61,8 +63,8 @@ class Evaluation:
     def __post_init__(self):
         if not self.samples:
             raise InputError("--samples is empty; name one set of images or several, with commas between them.")
-        if self.batch_size < 1 or self.side < 0:
-            raise InputError(f"--batch_size must be at least 1 and --side at least 0: {self.batch_size}, {self.side}.")
+        require_range("--batch_size", self.batch_size, low=1, high=MOST_BATCH)
+        require_range("--side", self.side, low=0, high=MOST_SIDE)
         if self.save_statistics and not self.reference:
             raise InputError("--save_statistics keeps those of --reference; name one.")
         if self.report and not all(epath.Path(path).is_dir() for path in self.samples):
@@ -195,12 +197,18 @@ def _reference_statistics(path: str, network: str, measure, side: int) -> Statis
     has_moments = all(name in shapes for name in MOMENTS)
     if not has_moments:
         return measure(open_images(path, side))
-    with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        if "network" in arrays and str(arrays["network"]) != network:
-            raise InputError(f"{path} holds statistics of another network; make them anew with --save_statistics.")
-        known = {name: np.asarray(arrays[name], np.float64) for name in MOMENTS}
-        told = json.loads(str(arrays["told"])) if "told" in arrays else dict(name=path)
-        pool = arrays.get("pool")
+    try:
+        with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            other = "network" in arrays and str(arrays["network"]) != network
+            known = {name: np.asarray(arrays[name], np.float64) for name in MOMENTS}
+            told = json.loads(str(arrays["told"])) if "told" in arrays else dict(name=path)
+            pool = arrays.get("pool")
+    except ZIP_ERRORS as error:
+        raise InputError(f"{path} holds no statistics, or is damaged ({error}); make it anew.") from error
+    if other:
+        raise InputError(f"{path} holds statistics of another network; make them anew with --save_statistics.")
+    if not all(np.isfinite(array).all() for array in known.values()):
+        raise InputError(f"{path} holds moments that are not finite; make it anew.")
     if [known[name].shape for name in MOMENTS] != [(2048,), (2048, 2048), (2023,), (2023, 2023)]:
         raise InputError(f"{path} holds moments of other features: {[list(known[name].shape) for name in MOMENTS]}.")
     if pool is None and IMAGES_ENTRY in shapes:

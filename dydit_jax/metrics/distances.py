@@ -5,6 +5,7 @@ What is sensitive to rounding runs in float64 on the host, the many distances of
 Source of the Fréchet Inception distance: https://arxiv.org/abs/1706.08500, equation 6.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ import scipy.special
 
 def moments(features, *, block: int = 4096) -> tuple[np.ndarray, np.ndarray]:
     """Return mean [d] and covariance [d,d] of features [n,d], float64; `block` rows at a time are float64 too."""
+    chex.assert_rank(features, 2)
     mean = np.mean(features, axis=0, dtype=np.float64)
     total = np.zeros((len(mean), len(mean)))
     for part in _blocks(features, block):
@@ -32,6 +34,9 @@ def frechet_distance(mean, covariance, other_mean, other_covariance) -> float:
       mean, other_mean: [d].
       covariance, other_covariance: [d,d], symmetric.
     """
+    size = len(mean)
+    chex.assert_shape([np.asarray(mean), np.asarray(other_mean)], (size,))
+    chex.assert_shape([covariance, other_covariance], (size, size))
     values, vectors = scipy.linalg.eigh(covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     product = scipy.linalg.eigvalsh(root @ other_covariance @ root)
@@ -52,6 +57,7 @@ def inception_score(logits, *, split: int = 5000) -> float:
 
     Source: https://arxiv.org/abs/1606.03498.
     """
+    chex.assert_rank(logits, 2)
     scores = []
     for first in range(0, len(logits), split):
         chances = scipy.special.softmax(np.asarray(logits[first : first + split], np.float64), axis=-1)
@@ -73,6 +79,8 @@ def precision_recall(reference, samples, *, neighbours: int = 3, block: int = 25
 
     Source: https://arxiv.org/abs/1904.06991.
     """
+    chex.assert_rank([reference, samples], 2)
+    chex.assert_equal_shape_suffix([reference, samples], 1)
     # Distances do not change, but their squares are differences of smaller numbers.
     centre = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
     settings = dict(centre=centre, block=block)
