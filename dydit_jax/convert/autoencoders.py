@@ -1,8 +1,10 @@
 """Stable Diffusion autoencoders in diffusers' layout, in and out: a matter of spelling.
 
 `encoder.down_blocks.0.resnets.1.conv1.weight` there is `encoder/down_blocks_0/resnets_1/conv1/kernel` here.
+Latents have one scale here; an autoencoder of another one, as SDXL's, gets the ratio into its two 1 x 1 convolutions.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from dydit_jax.errors import InputError
 from dydit_jax.models import autoencoder
+from dydit_jax.models.autoencoder import LATENT_SCALE
 from dydit_jax.trees import flatten, unflatten
 
 # Until diffusers 0.18 the attention's layers had other names.
@@ -47,6 +50,28 @@ def convert_autoencoder(source: Mapping[str, np.ndarray]) -> dict:
     if problems:
         raise InputError(f"The tensors do not make the autoencoder ({len(problems)} problems): {'; '.join(problems)}")
     return unflatten(leaves)
+
+
+def rescale_latents(params: Mapping, scale: float) -> dict:
+    """Return the parameters of an autoencoder whose latents, at our scale, are those of `params` at its own.
+
+    Args:
+      params: of an autoencoder as it was trained.
+      scale: by which its latents are multiplied, with no shift.
+    """
+    if scale == LATENT_SCALE:
+        return dict(params)
+    ratio, leaves = scale / LATENT_SCALE, flatten(params)
+    # Of the encoder's eight channels the first four are the mean, the others the logarithm of the variance.
+    mean, log_variance = np.float32([ratio] * 4 + [1.0] * 4), np.float32([0.0] * 4 + [2 * math.log(ratio)] * 4)
+    return unflatten(
+        leaves
+        | {
+            "quant_conv/kernel": leaves["quant_conv/kernel"] * mean,
+            "quant_conv/bias": leaves["quant_conv/bias"] * mean + log_variance,
+            "post_quant_conv/kernel": leaves["post_quant_conv/kernel"] / np.float32(ratio),
+        }
+    )
 
 
 def export_autoencoder(params: Mapping) -> dict[str, np.ndarray]:

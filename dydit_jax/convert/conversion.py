@@ -21,18 +21,20 @@ from dydit_jax.checkpoints import (
     save_weights,
     write_arrays,
 )
-from dydit_jax.convert.autoencoders import convert_autoencoder, export_autoencoder, is_autoencoder
-from dydit_jax.convert.detect import detect_config
+from dydit_jax.convert.autoencoders import convert_autoencoder, export_autoencoder, is_autoencoder, rescale_latents
+from dydit_jax.convert.detect import LABEL_TABLE, SPACES, detect_config
+from dydit_jax.convert.evidence import GUESS, Evidence, gather_evidence
 from dydit_jax.convert.ordering import order_by_magnitude
-from dydit_jax.convert.tables import convert_state_dict, export_state_dict
-from dydit_jax.convert.torch_files import read_tensors, release_pages, write_tensors
+from dydit_jax.convert.tables import convert_state_dict, export_state_dict, require_complete
+from dydit_jax.convert.torch_files import read_torch_file, release_pages, write_tensors
 from dydit_jax.convert.torch_network import run_torch
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.models.autoencoder import DOWNSAMPLING, LATENT_CHANNELS
+from dydit_jax.models.autoencoder import LATENT_SCALE
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.models.routing import LAYOUTS
+from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.seeds import make_key, require_seed
 from dydit_jax.runtime.settings import own_settings
@@ -43,6 +45,9 @@ logger = logging.getLogger(__name__)
 AUTOENCODER_FORMAT = "dydit-jax autoencoder 1"
 DEFAULT_AUTOENCODER = "sd-vae-ft-ema"
 REPORT_FILE = "report.json"
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+SAID_OF_DITS = ("heads", "classes", "image_size", "space", "routers")
+MAX_IMAGE_SIZE, MAX_HEADS, MAX_CLASSES = 16384, 4096, 10**7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,9 @@ class Conversion:
       source: a file of PyTorch weights.
       out: a `.safetensors` file, or a folder for one and its report.
       weights: "ema" or "model", of a training file.
-      heads, image_size, routers: what the tensors do not tell, or None.
+      heads, classes, image_size, space, routers: what the tensors of a DiT leave open, or None: H; the labels that are
+        classes; the side of the images in pixels; "latent" or "pixels"; the layout of its routers.
+      latent_scale: by which an autoencoder's latents are multiplied, or None.
       add_routers: layout of fresh routers for a static DiT, "" for none: the start of fine-tuning.
       order: whether heads and MLP channels are put in order of magnitude first.
       seed: of fresh routers.
@@ -65,8 +72,11 @@ class Conversion:
     out: str
     weights: str = "ema"
     heads: int | None = None
+    classes: int | None = None
     image_size: int | None = None
+    space: str | None = None
     routers: str | None = None
+    latent_scale: float | None = None
     add_routers: str = ""
     order: bool = False
     seed: int = 0
@@ -79,8 +89,18 @@ class Conversion:
         for name in ("routers", "add_routers"):
             if getattr(self, name):
                 require_known(name, getattr(self, name), LAYOUTS[1:])
-        if self.image_size is not None and (self.image_size < 1 or self.image_size % DOWNSAMPLING):
-            raise InputError(f"--image_size must be a multiple of {DOWNSAMPLING}, not {self.image_size}.")
+        if self.space is not None:
+            require_known("space", self.space, SPACES)
+        for name, high in (("heads", MAX_HEADS), ("classes", MAX_CLASSES), ("image_size", MAX_IMAGE_SIZE)):
+            if getattr(self, name) is not None:
+                require_range(f"--{name}", getattr(self, name), 1, high)
+        if self.latent_scale is not None:
+            require_range("--latent_scale", self.latent_scale, 1e-3, 1e3)
+
+    @property
+    def said(self) -> dict:
+        """What the user says of the model by field; None is silence."""
+        return {name: getattr(self, name) for name in (*SAID_OF_DITS, "latent_scale")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +115,8 @@ class Report:
       dtypes: of the source.
       checksum: SHA-256 of the converted weights.
       config: of a DiT, as a dict; None for an autoencoder.
+      sources: who says what the tensors leave open, by field.
+      doubts: what is guessed, a sentence each: look at them.
       macs: of one image and pass with every gate open; None for an autoencoder.
       largest_difference: to PyTorch, relative to the output's scale; None if not verified.
       seconds: that it took.
@@ -108,6 +130,8 @@ class Report:
     dtypes: list
     checksum: str
     config: dict | None
+    sources: dict
+    doubts: list
     macs: int | None
     largest_difference: float | None
     seconds: float
@@ -121,10 +145,11 @@ class Report:
             if self.largest_difference is None
             else f" Largest difference to PyTorch: {self.largest_difference:.1e} of the output's scale."
         )
+        doubts = f" Not certain: {'; '.join(self.doubts)}." if self.doubts else ""
         return (
             f"{self.source}: {what}, {self.parameters:,} parameters in {self.tensors} tensors "
-            f"({', '.join(self.dtypes)}), each used once.{cost}{difference} Wrote {self.out}, SHA-256 {self.checksum}, "
-            f"in {self.seconds:.0f} s."
+            f"({', '.join(self.dtypes)}), each used once.{cost}{difference}{doubts} Wrote {self.out}, SHA-256 "
+            f"{self.checksum}, in {self.seconds:.0f} s."
         )
 
 
@@ -150,32 +175,29 @@ def convert(request: Conversion) -> Report:
     target = output_file(request.out)
     if target.exists() and not request.overwrite:
         raise InputError(f"{target} exists; give --overwrite to replace it.")
-    tensors = read_tensors(request.source, weights=request.weights)
-    require_finite(tensors)
+    file = read_torch_file(request.source, weights=request.weights)
+    require_floats(file.tensors)
+    evidence = gather_evidence(request.source, file.options, request.said)
     about = dict(source=epath.Path(request.source).name, weights=request.weights, versions=package_versions())
     difference = config = None
-    if is_autoencoder(tensors):
-        params = convert_autoencoder(tensors)
+    if is_autoencoder(file.tensors):
+        params = _converted_autoencoder(file.tensors, evidence, request)
         write_arrays(target, flatten(params), dict(format=AUTOENCODER_FORMAT, about=json.dumps(about)))
     else:
-        side = request.image_size and request.image_size // DOWNSAMPLING
-        config = detect_config(tensors, heads=request.heads, side=side, routers=request.routers)
-        params = convert_state_dict(tensors, config)
-        difference = compare_with_torch(tensors, params, config) if request.verify else None
-        config, params = _prepared(params, config, request)
-        sampling = SamplingConfig(
-            guidance=1.5, autoencoder=DEFAULT_AUTOENCODER if config.channels == LATENT_CHANNELS else ""
-        )
-        save_weights(target, Weights(config, DiffusionConfig(), sampling, params, about))
+        weights, difference = _converted_dit(file.tensors, evidence, request)
+        config, params = weights.model, weights.params
+        save_weights(target, dataclasses.replace(weights, about=about | weights.about))
     report = Report(
         source=str(request.source),
         out=str(target),
         kind="autoencoder" if config is None else "dit",
-        tensors=len(tensors),
-        parameters=sum(tensor.size for tensor in tensors.values()),
-        dtypes=sorted({str(tensor.dtype) for tensor in tensors.values()}),
+        tensors=len(file.tensors),
+        parameters=sum(tensor.size for tensor in file.tensors.values()),
+        dtypes=sorted({str(tensor.dtype) for tensor in file.tensors.values()}),
         checksum=checksum(params),
         config=config and dataclasses.asdict(config),
+        sources=evidence.sources,
+        doubts=evidence.doubts,
         macs=config and config.macs.complete,
         largest_difference=difference,
         seconds=round(time.monotonic() - began, 1),
@@ -186,12 +208,68 @@ def convert(request: Conversion) -> Report:
     return report
 
 
+def _converted_autoencoder(tensors: Mapping, evidence: Evidence, request: Conversion) -> dict:
+    """Return the parameters of an autoencoder, its latents brought to our scale."""
+    asked = [name for name in (*SAID_OF_DITS, "add_routers", "order", "verify") if getattr(request, name)]
+    if asked:
+        raise InputError(f"--{asked[0]} is for DiTs; these are the weights of an autoencoder.")
+    if evidence.value("latent_shift"):
+        raise InputError(f"{evidence.sources['latent_shift']} says that latents are shifted, which is not supported.")
+    evidence.guess("latent_scale", LATENT_SCALE, "that of Stable Diffusion, SDXL's is 0.13025; --latent_scale decides")
+    require_finite(tensors)
+    return rescale_latents(convert_autoencoder(tensors), evidence.value("latent_scale"))
+
+
+def _converted_dit(tensors: dict, evidence: Evidence, request: Conversion) -> tuple[Weights, float | None]:
+    """Return the weights of a DiT, with what its missing parts mean for sampling, and how far PyTorch is from them."""
+    if request.latent_scale is not None:
+        raise InputError("--latent_scale is for autoencoders; these are the weights of a DiT.")
+    config = detect_config(tensors, evidence)
+    evidence.guess("prediction", "noise", "the same tensors could predict velocities, as a SiT's do")
+    complete = _with_null_row(tensors, evidence)
+    require_complete(complete, config)
+    require_finite(tensors)
+    params = convert_state_dict(complete, config)
+    difference = compare_with_torch(tensors, params, config, evidence) if request.verify else None
+    config, params = _prepared(params, config, request)
+    autoencoder, guidance, about = "", 1.5, {}
+    if evidence.value("space") == "latent":
+        evidence.guess("autoencoder", DEFAULT_AUTOENCODER, "the published models'; --sampling.autoencoder decides")
+        autoencoder = evidence.value("autoencoder")
+    if not evidence.value("null_row"):
+        guidance, about = 1.0, dict(config=dict(loss=dict(label_dropout=0.0)))  # sampling refuses guidance then
+    sampling = SamplingConfig(guidance=guidance, autoencoder=autoencoder)
+    return Weights(config, DiffusionConfig(), sampling, params, about), difference
+
+
+def _with_null_row(tensors: dict, evidence: Evidence) -> dict:
+    """Give a label table without a row for "no class" one of zeros, so that all tables have it."""
+    if evidence.value("null_row"):
+        return tensors
+    table = np.asarray(tensors[LABEL_TABLE], np.float32)
+    return tensors | {LABEL_TABLE: np.concatenate([table, np.zeros_like(table[:1])])}
+
+
 def output_file(out) -> epath.Path:
     """Return the file that an `--out` means: itself, or the weights in that folder."""
     if not str(out):
         raise InputError("--out is empty; name a .safetensors file or a folder.")
     out = epath.Path(out)
     return out if out.suffix == ".safetensors" else out / WEIGHTS_FILE
+
+
+def require_floats(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise unless every tensor holds floats of 16 bits or more: others are codes of numbers that are not here.
+
+    Raises:
+      InputError: naming the tensors and their dtypes.
+    """
+    wrong = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if str(tensor.dtype) not in FLOATS]
+    if wrong:
+        raise InputError(
+            f"{len(wrong)} tensors hold no weights but codes of quantised ones, whose scales are unknown: "
+            f"{'; '.join(wrong)}. Convert a file of {', '.join(FLOATS)}."
+        )
 
 
 def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
@@ -202,7 +280,8 @@ def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
     """
     wrong = []
     for name, tensor in tensors.items():
-        finite = np.isfinite(np.asarray(tensor, np.float32)).sum()
+        with np.errstate(over="ignore"):  # what float32 can't hold is infinite here
+            finite = np.isfinite(np.asarray(tensor, np.float32)).sum()
         if finite < tensor.size:
             wrong.append(f"{name} ({tensor.size - finite} of {tensor.size})")
         release_pages(tensor)
@@ -210,14 +289,22 @@ def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
         raise InputError(f"{len(wrong)} tensors hold NaN or infinite numbers: {'; '.join(wrong)}.")
 
 
-def compare_with_torch(tensors: Mapping, params, config: DiTConfig) -> float:
-    """Run both networks on random input, gated and complete; return the largest difference relative to the scale."""
-    generator = np.random.default_rng(0)
+def compare_with_torch(tensors: Mapping, params, config: DiTConfig, evidence: Evidence) -> float:
+    """Run both networks on random input, gated and complete; return the largest difference relative to the scale.
+
+    PyTorch's is built from the file alone, and from what is said of its heads, which its tensors do not show.
+
+    Raises:
+      InputError: nobody says how many heads there are: both sides would share a guess.
+    """
+    if evidence.sources["heads"] == GUESS:
+        raise InputError(f"--verify can't know the number of heads, {config.heads} is a guess; give --heads.")
+    generator, rows = np.random.default_rng(0), len(tensors[LABEL_TABLE])
     x = generator.standard_normal((2, config.side, config.side, config.channels)).astype(np.float32)
-    t, labels = np.array([17, 803]), np.array([0, config.null_label])
+    t, labels = np.array([17, 803]), np.array([0, rows - 1])
     model, differences = Model(config, matmul_precision="highest"), []
     for mode in ("gated", "complete"):
-        theirs = run_torch(tensors, config, x, t, labels, mode=mode)
+        theirs = run_torch(tensors, evidence.value("heads"), x, t, labels, mode=mode)
         ours, _ = jax.jit(model.apply, static_argnames="mode")(params, x, t, labels, mode=mode)
         differences.append(float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()))
     return max(differences)

@@ -1,4 +1,4 @@
-"""Which model a set of PyTorch tensors is: size, patch, classes, side and layout, read from the shapes."""
+"""Which model a set of PyTorch tensors is: what their shapes show, and what has to be said by someone else."""
 
 import math
 from collections.abc import Mapping
@@ -6,51 +6,55 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
+from dydit_jax.convert.evidence import TENSORS, Evidence
 from dydit_jax.convert.tables import POSITION_NAME
 from dydit_jax.errors import InputError
+from dydit_jax.models.autoencoder import DOWNSAMPLING, LATENT_CHANNELS
 from dydit_jax.models.dit import SIZES, DiTConfig
 from dydit_jax.models.layers import position_table
 
+LABEL_TABLE = "y_embedder.embedding_table.weight"
 HEADS_OF_SIZE = {(depth, width): heads for depth, width, heads in SIZES.values()}
+SPACES = ("latent", "pixels")
+IMAGE_CHANNELS = (1, 3)
 
 
-def detect_config(tensors: Mapping[str, np.ndarray], **given) -> DiTConfig:
-    """Read the configuration of a DiT or DyDiT from its tensors.
+def detect_config(tensors: Mapping[str, np.ndarray], evidence: Evidence | None = None) -> DiTConfig:
+    """Read the configuration of a DiT or DyDiT from its tensors, and from what else is said where they leave it open.
 
     Args:
       tensors: by their PyTorch names; beyond shapes, only the position table is looked at.
-      **given: fields of `DiTConfig` that are known and win: `heads`, `side`, `routers`.
+      evidence: what others say; what the tensors say and what is guessed is added.
 
     Returns:
-      The configuration.
+      The configuration. It counts a row for "no class", whether or not the source has one: see `evidence`'s `null_row`.
 
     Raises:
-      InputError: tensors of something else, or a shape that leaves a choice open; says which flag decides.
+      InputError: tensors of something else, someone who says what they contradict, or a choice that nobody makes; names
+        the flag that decides.
     """
-    patch_kernel = _shape(tensors, "x_embedder.proj.weight", 4)
-    table = _shape(tensors, "y_embedder.embedding_table.weight", 2)
-    up = _shape(tensors, "blocks.0.mlp.fc1.weight", 2)
-    output = _shape(tensors, "final_layer.linear.weight", 2)
-    width, channels, patch, _ = patch_kernel
-    blocks = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
-    depth = 1 + max(int(number) for number in blocks if number.isdecimal())
-    if output[0] != 2 * channels * patch**2:
+    evidence = Evidence() if evidence is None else evidence
+    width, channels, patch, columns = _shape(tensors, "x_embedder.proj.weight", 4)
+    hidden = _shape(tensors, "blocks.0.mlp.fc1.weight", 2)[0]
+    rows = _shape(tensors, "final_layer.linear.weight", 2)[0]
+    if patch != columns or hidden % width:
+        raise InputError(f"Patches of {patch} x {columns} and an MLP of {hidden} at width {width} are no DiT's.")
+    if rows != 2 * channels * patch**2:
         raise InputError(
-            f"final_layer.linear.weight has {output[0]} rows; a model that learns its variance has "
+            f"final_layer.linear.weight has {rows} rows; a model that learns its variance has "
             f"{2 * channels * patch**2}, and others are not supported."
         )
-    heads, routers = _heads_and_routers(tensors, depth, width, given.get("heads"), given.get("routers"))
-    side = given.get("side") or _side(tensors, patch)
+    shown = dict(depth=_depth(tensors), width=width, channels=channels, patch=patch, mlp_ratio=hidden // width)
+    for field, value in shown.items():
+        evidence.say(field, value, TENSORS)
+    heads, routers = _heads_and_routers(tensors, evidence, shown)
+    side = _side(tensors, evidence, patch, channels)
     return DiTConfig(
-        depth=depth,
-        width=width,
+        **shown,
         heads=heads,
-        patch=patch,
-        side=side,
-        channels=channels,
-        classes=table[0] - 1,
-        mlp_ratio=up[0] // width,
         routers=routers,
+        side=side,
+        classes=_classes(tensors, evidence),
         positions=_positions(tensors, side // patch, width),
     )
 
@@ -58,7 +62,7 @@ def detect_config(tensors: Mapping[str, np.ndarray], **given) -> DiTConfig:
 def _shape(tensors: Mapping, name: str, axes: int) -> tuple[int, ...]:
     if name not in tensors:
         raise InputError(f"These are not the weights of a DiT: there is no {name} among {_some(tensors)}.")
-    if tensors[name].ndim != axes:
+    if tensors[name].ndim != axes or 0 in tensors[name].shape:
         raise InputError(f"{name} must have {axes} axes, not the shape {tensors[name].shape}.")
     return tensors[name].shape
 
@@ -68,15 +72,66 @@ def _some(names) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _side(tensors: Mapping, patch: int) -> int:
-    """Read the side of the input, in its own pixels, from the position table."""
-    if POSITION_NAME not in tensors:
+def _depth(tensors: Mapping) -> int:
+    """Count the blocks, which must be numbered from 0 without a gap."""
+    numbers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
+    if numbers != {str(number) for number in range(len(numbers))}:
+        raise InputError(f"The blocks must be numbered from 0 to {len(numbers) - 1}, not {_some(sorted(numbers))}.")
+    return len(numbers)
+
+
+def _classes(tensors: Mapping, evidence: Evidence) -> int:
+    """Return how many rows of the label table are classes, and settle whether one more stands for no class."""
+    rows = _shape(tensors, LABEL_TABLE, 2)[0]
+    classes, null_row = evidence.value("classes"), evidence.value("null_row")
+    if classes is None and null_row is None:
+        evidence.guess("null_row", True, f"the last of {rows} labels as no class; --classes={rows} if it is a class")
+    elif classes is not None:
+        if rows not in (classes, classes + 1):
+            raise InputError(
+                f"{evidence.sources['classes']} says classes {classes}; {LABEL_TABLE} has {rows} rows, which are "
+                f"{rows} classes, or {rows - 1} and a row for no class."
+            )
+        evidence.say("null_row", rows > classes, f"{evidence.sources['classes']} beside a table of {rows} rows")
+    evidence.say("classes", rows - evidence.value("null_row"), f"a table of {rows} rows")
+    return evidence.value("classes")
+
+
+def _side(tensors: Mapping, evidence: Evidence, patch: int, channels: int) -> int:
+    """Return the side of the input in its own pixels, and settle whether those are an image's or a latent's."""
+    if POSITION_NAME in tensors:
+        tokens = _shape(tensors, POSITION_NAME, 3)[1]
+        if math.isqrt(tokens) ** 2 != tokens:
+            raise InputError(f"{POSITION_NAME} has {tokens} tokens, which is no square.")
+        evidence.say("side", math.isqrt(tokens) * patch, TENSORS)
+    side, image_size = evidence.value("side"), evidence.value("image_size")
+    if side and image_size:
+        spaces = {DOWNSAMPLING * side: "latent", side: "pixels"}
+        if image_size not in spaces:
+            raise InputError(
+                f"{evidence.sources['image_size']} says image_size {image_size}, {evidence.sources['side']} says an "
+                f"input of side {side}: images of {side} pixels, or of {DOWNSAMPLING * side} behind an autoencoder."
+            )
+        evidence.say("space", spaces[image_size], f"{evidence.sources['image_size']} beside an input of side {side}")
+    if evidence.value("autoencoder"):
+        evidence.say("space", "latent", evidence.sources["autoencoder"])
+    if channels == LATENT_CHANNELS or channels in IMAGE_CHANNELS:
+        space = "latent" if channels == LATENT_CHANNELS else "pixels"
+        evidence.guess("space", space, f"the input has {channels} channels; --space decides")
+    if not evidence.value("space"):
+        raise InputError(f"An input of {channels} channels may be anything; give --space: {' or '.join(SPACES)}.")
+    if side is None and image_size is None:
         raise InputError(f"There is no {POSITION_NAME} to tell the image's size; give --image_size.")
-    tokens = _shape(tensors, POSITION_NAME, 3)[1]
-    grid = math.isqrt(tokens)
-    if grid**2 != tokens:
-        raise InputError(f"{POSITION_NAME} has {tokens} tokens, which is no square.")
-    return grid * patch
+    return side or _input_side(image_size, evidence)
+
+
+def _input_side(image_size: int, evidence: Evidence) -> int:
+    """Return the side of a network's input for images of a size."""
+    factor = DOWNSAMPLING if evidence.value("space") == "latent" else 1
+    if image_size % factor:
+        raise InputError(f"The image_size of a model in latents must be a multiple of {factor}, not {image_size}.")
+    evidence.say("side", image_size // factor, f"{evidence.sources['image_size']} by the space")
+    return image_size // factor
 
 
 def _positions(tensors: Mapping, grid: int, width: int) -> str:
@@ -91,24 +146,48 @@ def _positions(tensors: Mapping, grid: int, width: int) -> str:
     return "sine_cosine" if same else "stored"
 
 
-def _heads_and_routers(tensors, depth: int, width: int, heads: int | None, routers: str | None) -> tuple[int, str]:
-    """Read the number of heads and the layout of the routers; each may decide the other."""
-    name = "blocks.0.attn_rate.router.weight"
-    known = heads or HEADS_OF_SIZE.get((depth, width))
+def _heads_and_routers(tensors: Mapping, evidence: Evidence, shown: Mapping) -> tuple[int, str]:
+    """Return the number of heads and the layout of the routers; each may decide the other."""
+    size = (shown["depth"], shown["width"])
+    published, name = HEADS_OF_SIZE.get(size), "blocks.0.attn_rate.router.weight"
+    named = evidence.named_size
+    if named and named not in _names(size, shown["patch"]):
+        evidence.doubts.append(f"the training calls its model {named}, which the tensors are not; that is not used")
+    elif named and evidence.value("heads") is None:
+        evidence.say("heads", published, f"the training's name for its model, {named},")
     if name not in tensors:
-        if known is None:
-            raise InputError(f"A DiT of depth {depth} and width {width} is no published size; give --heads.")
-        return known, "none"
+        if evidence.value("routers") is not None:
+            raise InputError(f"{evidence.sources['routers']} is for a model with routers; this is a static DiT.")
+        if published is not None:
+            reason = f"the published size of depth {size[0]} and width {size[1]}; --heads decides"
+            evidence.guess("heads", published, reason)
+        if evidence.value("heads") is None:
+            raise InputError(f"A DiT of depth {size[0]} and width {size[1]} is no published size; give --heads.")
+        return evidence.value("heads"), "none"
     outputs = _shape(tensors, name, 2)[0]
-    fits = {"free": outputs, "first_on": outputs + 1}
-    choices = [
-        (count, layout)
-        for layout, count in fits.items()
-        if width % count == 0 and routers in (None, layout) and known in (None, count)
+    said = (evidence.value("heads"), evidence.value("routers"))
+    choices = {(outputs, "free"), (outputs + 1, "first_on")}
+    fitting = [
+        choice
+        for choice in sorted(choices)
+        if shown["width"] % choice[0] == 0 and all(value in (None, part) for value, part in zip(said, choice))
     ]
-    if len(choices) != 1:
+    if len(fitting) > 1 and published in dict(fitting):
+        reason = f"routers of {outputs} outputs at a published size; --heads or --routers decides"
+        evidence.guess("heads", published, reason)
+        fitting = [choice for choice in fitting if choice[0] == published]
+    if len(fitting) != 1:
         raise InputError(
-            f"Routers with {outputs} outputs at width {width} fit {choices or 'no layout'}; "
-            "give --heads or --routers (free: one output per head; first_on: one less)."
+            f"Routers with {outputs} outputs at width {shown['width']} fit {fitting or 'no layout'} with heads "
+            f"{said[0] or 'unknown'} ({evidence.sources.get('heads', 'nobody says')}); give --heads or --routers "
+            "(free: one output per head; first_on: one less)."
         )
-    return choices[0]
+    ((heads, routers),) = fitting
+    for field, value in (("heads", heads), ("routers", routers)):
+        evidence.say(field, value, f"{TENSORS}, by routers of {outputs} outputs,")
+    return heads, routers
+
+
+def _names(size: tuple[int, int], patch: int) -> list[str]:
+    """Return the published names of a depth and width with patches of a side."""
+    return [f"{name}/{patch}" for name, (depth, width, _) in SIZES.items() if (depth, width) == size]

@@ -11,18 +11,17 @@ import numpy as np
 
 from dydit_jax.convert.tables import POSITION_NAME
 from dydit_jax.errors import InputError
-from dydit_jax.models.dit import DiTConfig
 from dydit_jax.models.layers import position_table
 
 
-def run_torch(source: Mapping[str, np.ndarray], config: DiTConfig, x, t, labels, *, mode: str) -> np.ndarray:
+def run_torch(source: Mapping[str, np.ndarray], heads: int, x, t, labels, *, mode: str) -> np.ndarray:
     """Run the network on the CPU in float32.
 
     Args:
-      source: PyTorch tensors by name, as arrays.
-      config: the model that they make.
+      source: PyTorch tensors by name, as arrays; their names and shapes say what the network is.
+      heads: H, the one thing that they do not say.
       x: [B,side,side,C].
-      t, labels: [B].
+      t, labels: [B]; a label is a row of the label table.
       mode: "complete" or "gated".
 
     Returns:
@@ -36,32 +35,34 @@ def run_torch(source: Mapping[str, np.ndarray], config: DiTConfig, x, t, labels,
     except ImportError as error:
         raise InputError("Running the other network needs PyTorch: pip install 'dydit-jax[torch]'.") from error
     with torch.no_grad():
-        return _TorchNetwork(torch, source, config, mode).run(x, t, labels)
+        return _TorchNetwork(torch, source, heads, mode).run(x, t, labels)
 
 
 class _TorchNetwork:
     """The forward pass on tensors by name, channels first, with `torch` handed in: it may not be installed."""
 
-    def __init__(self, torch, source: Mapping[str, np.ndarray], config: DiTConfig, mode: str):
+    def __init__(self, torch, source: Mapping[str, np.ndarray], heads: int, mode: str):
         self.torch, self.functional = torch, torch.nn.functional
-        self.source, self.config = source, config
-        self.gated = mode == "gated" and config.routers != "none"
+        self.source, self.heads = source, heads
+        self.width, self.channels, self.patch, _ = source["x_embedder.proj.weight"].shape
+        self.gated = mode == "gated" and "blocks.0.attn_rate.router.weight" in source
 
     def run(self, x, t, labels) -> np.ndarray:
-        torch, config = self.torch, self.config
+        torch, side, grid, patch = self.torch, x.shape[1], x.shape[1] // self.patch, self.patch
         image = torch.from_numpy(np.array(x, np.float32)).permute(0, 3, 1, 2)
         kernel, bias = self.tensor("x_embedder.proj.weight"), self.tensor("x_embedder.proj.bias")
-        tokens = self.functional.conv2d(image, kernel, bias, stride=config.patch).flatten(2).transpose(1, 2)
-        tokens = tokens + self.positions()
+        tokens = self.functional.conv2d(image, kernel, bias, stride=patch).flatten(2).transpose(1, 2)
+        tokens = tokens + self.positions(grid)
         time = self.embed_time(torch.tensor(np.array(t), dtype=torch.float32))
         condition = time + self.tensor("y_embedder.embedding_table.weight")[torch.tensor(np.array(labels)).long()]
-        for layer in range(config.depth):
+        layer = 0
+        while f"blocks.{layer}.attn.qkv.weight" in self.source:
             tokens = self.block(tokens, f"blocks.{layer}", condition, time)
+            layer += 1
         shift, scale = self.modulation(condition, "final_layer.adaLN_modulation.1", 2)
         patches = self.linear(self.normalised(tokens, shift, scale), "final_layer.linear")
-        grid, patch = config.side // config.patch, config.patch
-        patches = patches.view(-1, grid, grid, patch, patch, 2 * config.channels).permute(0, 1, 3, 2, 4, 5)
-        return patches.reshape(-1, config.side, config.side, 2 * config.channels).numpy()
+        patches = patches.view(-1, grid, grid, patch, patch, 2 * self.channels).permute(0, 1, 3, 2, 4, 5)
+        return patches.reshape(-1, side, side, 2 * self.channels).numpy()
 
     def block(self, x, name, condition, time):
         vectors = self.modulation(condition, f"{name}.adaLN_modulation.1", 6)
@@ -77,7 +78,7 @@ class _TorchNetwork:
 
     def attention(self, x, name, gates):
         batch, tokens, width = x.shape
-        qkv = self.linear(x, f"{name}.qkv").view(batch, tokens, 3, self.config.heads, -1)
+        qkv = self.linear(x, f"{name}.qkv").view(batch, tokens, 3, self.heads, -1)
         heads = self.functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
         if gates is not None:
             heads = heads * gates[:, :, None, None]
@@ -86,13 +87,13 @@ class _TorchNetwork:
     def mlp(self, x, name, gates):
         hidden = self.linear(x, f"{name}.fc1")
         if gates is not None:
-            hidden = hidden * gates.repeat_interleave(self.config.hidden // self.config.heads, dim=1)[:, None]
+            hidden = hidden * gates.repeat_interleave(hidden.shape[-1] // self.heads, dim=1)[:, None]
         return self.linear(self.functional.gelu(hidden, approximate="tanh"), f"{name}.fc2")
 
     def open_units(self, name, time):
         """Gates [B,H] of a router; the layout shows in the number of outputs."""
         gates = (self.linear(time, name) > 0).float()
-        always = self.torch.ones(len(gates), self.config.heads - gates.shape[1])
+        always = self.torch.ones(len(gates), self.heads - gates.shape[1])
         return self.torch.cat([always, gates], dim=1)
 
     def embed_time(self, t):
@@ -101,10 +102,10 @@ class _TorchNetwork:
         hidden = self.functional.silu(self.linear(features, "t_embedder.mlp.0"))
         return self.linear(hidden, "t_embedder.mlp.2")
 
-    def positions(self):
+    def positions(self, grid):
         if POSITION_NAME in self.source:
             return self.tensor(POSITION_NAME)
-        return self.torch.from_numpy(position_table(self.config.side // self.config.patch, self.config.width))
+        return self.torch.from_numpy(position_table(grid, self.width))
 
     def modulation(self, condition, name, parts):
         return self.linear(self.functional.silu(condition), name).chunk(parts, dim=1)

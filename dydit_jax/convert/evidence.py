@@ -1,0 +1,139 @@
+"""What is known of a source's model, and from where: its tensors, its training's options, a config.json, the user.
+
+Tensors leave things open: how many heads share a width, whether the last row of the label table is a class, what a
+network predicts. Whatever says something about it is heard, those who disagree end the conversion, and what nobody says
+is a guess that is called one.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from dydit_jax.errors import InputError
+from dydit_jax.models.autoencoder import LATENT_SCALE
+from dydit_jax.runtime.files import read_json
+
+CONFIG_FILE = "config.json"
+MAX_CONFIG_BYTES = 1 << 20
+# Options of training scripts and arguments of model classes -> what they are about here.
+FIELDS = {
+    "depth": "depth",
+    "hidden_size": "width",
+    "num_heads": "heads",
+    "patch_size": "patch",
+    "input_size": "side",
+    "image_size": "image_size",
+    "in_channels": "channels",
+    "num_classes": "classes",
+    "mlp_ratio": "mlp_ratio",
+    "scaling_factor": "latent_scale",
+    "shift_factor": "latent_shift",
+}
+AUTOENCODERS = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}  # by the option `vae` of DiT's training
+NOISE = ("noise", "epsilon", "eps")
+TENSORS, GUESS = "the file's tensors", "a guess"
+
+
+class Evidence:
+    """Values by field, each with who says it; see the module.
+
+    Attributes:
+      sources: who settled each field, in words.
+      doubts: what was guessed or not believed, a sentence each.
+      named_size: what the training calls its model, e.g. "XL/2"; None where it does not.
+    """
+
+    def __init__(self):
+        self.sources, self.doubts, self.named_size, self._values = {}, [], None, {}
+
+    def say(self, field: str, value, source: str) -> None:
+        """Note what a source says of a field; None is silence.
+
+        Raises:
+          InputError: another source says something else.
+        """
+        if value is None:
+            return
+        if field in self._values and self._values[field] != value:
+            raise InputError(
+                f"{source} says {field} {value}, but {self.sources[field]} says {self._values[field]}. Correct the "
+                f"flag or {CONFIG_FILE}; if an option of the training means something else, save the state dict alone."
+            )
+        self._values.setdefault(field, value)
+        self.sources.setdefault(field, source)
+
+    def guess(self, field: str, value, reason: str) -> None:
+        """Take a value for a field that nobody says anything about, for a reason that names who could."""
+        if field not in self._values:
+            self._values[field], self.sources[field] = value, GUESS
+            self.doubts.append(f"{field} {value} is a guess: {reason}")
+
+    def value(self, field: str):
+        """Return what is said of a field or guessed, or None."""
+        return self._values.get(field)
+
+
+def gather_evidence(source, options: Mapping, flags: Mapping) -> Evidence:
+    """Hear all but the tensors.
+
+    Args:
+      source: the file of weights; a `config.json` in its folder is read.
+      options: of the training that wrote it.
+      flags: what the user says, by field; None where nothing.
+
+    Raises:
+      InputError: sources that disagree, a config.json that can't be read, or a model of another kind: flow matching.
+    """
+    evidence, path = Evidence(), Path(source)
+    for field, value in flags.items():
+        evidence.say(field, value, f"--{field}")
+    beside = path.with_name(CONFIG_FILE)
+    if beside.is_file():
+        if beside.stat().st_size > MAX_CONFIG_BYTES:
+            raise InputError(f"{beside} has more than {MAX_CONFIG_BYTES} bytes; no model's description has.")
+        _hear(evidence, read_json(beside, remedy="mend it, or move it away"), f"{CONFIG_FILE}'s")
+    _hear(evidence, options, "the training's option")
+    if _names_flow(path.stem):
+        raise InputError(_is_flow(f"{path.name} is named like a SiT"))
+    return evidence
+
+
+def _hear(evidence: Evidence, options: Mapping, who: str) -> None:
+    """Note what plain values by name say, as far as their names are known."""
+    _require_noise(options, who)
+    for name, field in FIELDS.items():
+        value = options.get(name)
+        if type(value) in (int, float) and math.isfinite(value):
+            evidence.say(field, int(value) if value == int(value) else value, f"{who} {name}")
+    if type(dropout := options.get("class_dropout_prob")) in (int, float):
+        evidence.say("null_row", dropout > 0, f"{who} class_dropout_prob")
+    evidence.say("autoencoder", AUTOENCODERS.get(str(options.get("vae"))), f"{who} vae")
+    if options.get("_class_name") == "AutoencoderKL" and "scaling_factor" not in options:
+        evidence.say("latent_scale", LATENT_SCALE, f"{who} _class_name, by its default,")
+    name = str(options.get("model"))
+    if re.fullmatch(r"(Dy)?DiT-\w+/\d+", name):
+        evidence.say("prediction", "noise", f"{who} model")
+        evidence.named_size = name.removeprefix("Dy").removeprefix("DiT-")
+
+
+def _require_noise(options: Mapping, who: str) -> None:
+    """Raise where a training was one of flow matching."""
+    for name in ("model", "_class_name"):
+        if type(options.get(name)) is str and _names_flow(options[name]):
+            raise InputError(_is_flow(f"{who} {name} says {options[name]!r}"))
+    if options.get("path_type") is not None:
+        raise InputError(_is_flow(f"{who} path_type says {options['path_type']!r}"))
+    if options.get("prediction") not in (None, *NOISE):
+        raise InputError(_is_flow(f"{who} prediction says {options['prediction']!r}"))
+
+
+def _names_flow(name: str) -> bool:
+    return re.search(r"(?<![a-z])(dy)?sit(?![a-z])", name.lower()) is not None
+
+
+def _is_flow(reason: str) -> str:
+    return (
+        f"{reason}: a network of flow matching, which predicts velocities. Only networks that predict noise can be "
+        "converted, as DiT and DyDiT do; this one's pictures would be wrong."
+    )
