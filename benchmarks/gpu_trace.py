@@ -36,7 +36,7 @@ CLASSES = (
     ("routing", r"router|routing|route"),
     ("weights cut apart", r"narrow|with_gates"),
     ("products", r"nvjet|gemm|gemv|cutlass|xmma|cublas|splitk|dot_general|\bdot\b|convolution"),
-    ("packing and unpacking", r"pack|gather|scatter|cumsum|spread|one_hot|open_tokens|places"),
+    ("packing and unpacking", r"pack|gather|scatter|cumsum|devicescan|spread|one_hot|open_tokens|places"),
     ("attention", r"attend|attention"),
     ("norms and residuals", r"norm\b|layer_norm|_adding_|modulat|rsqrt|residual|block"),
     ("activations", r"gelu|silu|tanh|erf|mlp"),
