@@ -50,6 +50,16 @@ def test_precision_and_recall_equal_the_official_evaluator():
     )
 
 
+@pytest.mark.parametrize("count, recall", [(3, None), (4, 0.0)])
+def test_fewer_than_four_images_are_no_manifold(count, recall):
+    generator = np.random.default_rng(0)
+    many, few = (generator.standard_normal((n, 16)).astype(np.float32) for n in (50, count))
+    far = few + 1000  # deviations away from all of the others
+    assert precision_recall(many, far) == (0.0, recall)
+    assert precision_recall(far, many) == (recall, 0.0)
+    assert precision_recall(few[:3], few[:3]) == (None, None)
+
+
 def test_radii_equal_the_official_evaluator():
     reference = np.load(GOLDEN / "evaluation.npz")
     for side in ("reference", "sample"):

@@ -11,16 +11,21 @@ from conftest import fidelity_network
 from PIL import Image
 
 from dydit_jax.convert.torch_files import write_tensors
-from dydit_jax.data.image_sets import open_images
+from dydit_jax.data.image_sets import npz_shapes, open_images
 from dydit_jax.data.packing import prepare_pictures
+from dydit_jax.drawing.report import write_report
 from dydit_jax.errors import InputError
+from dydit_jax.jobs import evaluate as evaluation
 from dydit_jax.jobs.evaluate import (
     MOMENTS,
     Evaluation,
+    Statistics,
     _reference_statistics,
+    compare,
     evaluate,
     image_statistics,
     load_inception,
+    save_statistics,
 )
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 
@@ -56,6 +61,55 @@ def test_sets_are_judged_in_every_form(files, tmp_path):
     assert all(packed[name] == pytest.approx(folder[name], rel=1e-5) for name in names)
     assert packed["fid"] > 0 and packed["sfid"] > 0 and packed["inception_score"] >= 1
     assert json.loads((tmp_path / "out.json").read_text())[0]["fid"] == packed["fid"]
+
+
+def statistics_of(count: int) -> Statistics:
+    generator = np.random.default_rng(count)
+    few = dict(mu=np.zeros(2), sigma=np.eye(2), mu_s=np.zeros(2), sigma_s=np.eye(2))
+    pool = generator.standard_normal((count, 8)).astype(np.float32)
+    return Statistics(dict(name=f"{count} images", count=count), few, pool, np.zeros((count, 4)))
+
+
+def test_too_few_images_have_no_precision_or_recall_and_the_reason_is_written(tmp_path, caplog):
+    scores = compare(statistics_of(3), statistics_of(40))
+    assert scores["recall"] is None and 0 <= scores["precision"] <= 1
+    reason = "the set has 3 images; 3 nearest neighbours of each need 4"
+    assert scores["missing"] == dict(recall=reason)
+    swapped = compare(statistics_of(40), statistics_of(3))
+    assert swapped["precision"] is None and swapped["missing"]["precision"].startswith("the reference has 3 images")
+    assert compare(statistics_of(4), statistics_of(4))["missing"] == {}
+    evaluation._warn_of_few(scores, statistics_of(3), statistics_of(40))
+    assert f"3 images has no recall: {reason}" in caplog.text
+    record = json.loads(json.dumps(dict(scores, samples=dict(name="few", count=3), reference=None)))
+    assert record["recall"] is None and evaluation._table([record]).splitlines()[1].endswith("none")
+    (tmp_path / "evaluation.json").write_text(json.dumps([record]))
+    assert "<td>none</td>" in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("size", [0.3, 0.6, 0.99])
+def test_damaged_batches_and_statistics_are_named(tmp_path, size):
+    np.savez(tmp_path / "set.npz", arr_0=pictures(6, 0))
+    save_statistics(tmp_path / "kept.npz", statistics_of(40), "network")
+    for name, array in (("set.npz", pictures(6, 0)), ("kept.npz", statistics_of(40).pool)):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: int(size * len(whole))])
+        with pytest.raises(InputError, match=rf"{name} is not an \.npz file of arrays, or damaged"):
+            npz_shapes(tmp_path / name)
+        flipped = bytearray(whole)
+        flipped[whole.index(array.tobytes()) + 99] ^= 1
+        (tmp_path / name).write_bytes(flipped)
+    with pytest.raises(InputError, match=r"set\.npz is damaged, at image \d or before"):
+        list(open_images(tmp_path / "set.npz").batches(2))
+    with pytest.raises(InputError, match=r"kept\.npz .*damaged.*Bad CRC-32 for file .pool"):
+        _reference_statistics(str(tmp_path / "kept.npz"), "network", None, 0)
+
+
+def test_images_of_another_length_than_the_header_says_are_refused(tmp_path):
+    np.savez(tmp_path / "set.npz", arr_0=pictures(6, 0))
+    content = (tmp_path / "set.npz").read_bytes()
+    (tmp_path / "set.npz").write_bytes(content.replace(b"(6, 16, 16, 3)", b"(7, 16, 16, 3)"))
+    with pytest.raises(InputError, match=r"arr_0.npy is not as long as its shape \[7, 16, 16, 3\] says"):
+        open_images(tmp_path / "set.npz")
 
 
 @pytest.mark.slow
@@ -131,10 +185,9 @@ def test_wrong_files_are_refused(tmp_path):
 def test_wrong_requests_are_refused(files):
     with pytest.raises(InputError, match="--samples is empty"):
         Evaluation(())
-    with pytest.raises(InputError, match="--batch_size"):
-        Evaluation(("a",), batch_size=0)
-    with pytest.raises(InputError, match="--batch_size must be from 1 to 65536, not 1000000000"):
-        Evaluation(("a",), batch_size=10**9)
+    for size in (0, 10**9):
+        with pytest.raises(InputError, match=f"--batch_size must be from 1 to 65536, not {size}"):
+            Evaluation(("a",), batch_size=size)
     with pytest.raises(InputError, match="--side must be from 0 to 4096, not 1000000000"):
         Evaluation(("a",), side=10**9)
     with pytest.raises(InputError, match="name one"):

@@ -255,6 +255,9 @@ def test_damage_and_other_jobs_are_noticed(folder, encoded, tmp_path):
         prepare_latents(request(folder, folder))
     with pytest.raises(InputError, match="--side must be a multiple of 8"):
         request(folder, out, side=20)
+    for name, value in (("side", 8 * 10**9), ("chunk", 10**9), ("threads", 10**5), ("chunk", 0), ("max_bad", -1)):
+        with pytest.raises(InputError, match=f"--{name} must be .*, not {value}"):
+            request(folder, out, **{name: value})
     with pytest.raises(InputError, match="a bucket mounted as one"):
         request(folder, "gs://bucket/latents")
     config = dict(

@@ -20,10 +20,11 @@ from dydit_jax.data.images import center_crop, decode_image, read_picture
 from dydit_jax.data.latent_files import LABELS_FILE, LATENTS_FILE, LatentFiles
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.autoencoder import LATENT_SCALE
+from dydit_jax.records import require_range
 from dydit_jax.runtime.seeds import require_seed
 
 DIGITS_HELD_OUT = 360
-MAX_BATCH_SIZE, MAX_THREADS = 2**20, 1024  # far beyond what anyone uses; a slip of the keyboard takes all memory
+MOST_BATCH, MOST_THREADS = 2**20, 1024  # far beyond what anyone uses; a slip of the keyboard takes all memory
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,9 @@ class DataConfig:
     Attributes:
       name: a key of `SOURCES`.
       path: of a dataset that lies in files, "" for the others; see the sources for what it names.
-      batch_size: B over all devices and processes, at most `MAX_BATCH_SIZE`.
+      batch_size: B over all devices and processes, at most `MOST_BATCH`.
       seed: of the order.
-      threads: that read ahead, per process, at most `MAX_THREADS`; 0 reads when asked.
+      threads: that read ahead, per process, at most `MOST_THREADS`; 0 reads when asked.
       max_bad: unreadable pictures that are replaced by their neighbours before the run stops.
     """
 
@@ -51,12 +52,9 @@ class DataConfig:
     def __post_init__(self):
         require_known("dataset", self.name, SOURCES)
         require_seed("data.seed", self.seed)
-        if not 1 <= self.batch_size <= MAX_BATCH_SIZE:
-            raise InputError(f"data.batch_size must be from 1 to {MAX_BATCH_SIZE}, not {self.batch_size}.")
-        if not 0 <= self.threads <= MAX_THREADS:
-            raise InputError(f"data.threads must be from 0 to {MAX_THREADS}, not {self.threads}.")
-        if self.max_bad < 0:
-            raise InputError(f"data.max_bad must be at least 0, not {self.max_bad}.")
+        require_range("data.batch_size", self.batch_size, low=1, high=MOST_BATCH)
+        require_range("data.threads", self.threads, low=0, high=MOST_THREADS)
+        require_range("data.max_bad", self.max_bad, low=0)
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:

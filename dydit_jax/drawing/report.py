@@ -167,7 +167,7 @@ def _metrics(evaluations: list[dict]) -> str:
     names = [name for name in METRICS if name in evaluations[0]]
     rows = [("samples", *names, "images", "reference")]
     for found in evaluations:
-        values = [f"{found[name]:.4f}" for name in names]
+        values = ["none" if found[name] is None else f"{found[name]:.4f}" for name in names]
         reference = found["reference"] or {}
         rows.append((found["samples"]["name"], *values, found["samples"]["count"], reference.get("name", "none")))
     return _section("Metrics", _table(rows))

@@ -21,7 +21,7 @@ from dydit_jax.convert.torch_files import read_tensors
 from dydit_jax.data.image_sets import IMAGES_ENTRY, ZIP_ERRORS, ImageSet, npz_shapes, open_images
 from dydit_jax.drawing.report import EVALUATION_FILE, write_report
 from dydit_jax.errors import InputError
-from dydit_jax.metrics.distances import frechet_distance, inception_score, moments, precision_recall
+from dydit_jax.metrics.distances import NEIGHBOURS, frechet_distance, inception_score, moments, precision_recall
 from dydit_jax.metrics.inception import convert_inception, features
 from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_atomically, write_json
@@ -160,8 +160,10 @@ def image_statistics(images: ImageSet, *, params: dict, mesh, batch_size: int) -
     """Compute the features of all images, and their moments.
 
     Raises:
-      InputError: features that are not finite, with the number of the image.
+      InputError: a single image, or features that are not finite, with the number of the image.
     """
+    if images.count < 2:
+        raise InputError(f"{images.name} has one image; a distance needs at least two.")
     parts = []
     with tqdm(total=images.count, unit="image", desc=f"features of {images.name}") as progress:
         for batch in images.batches(batch_size):
@@ -172,14 +174,12 @@ def image_statistics(images: ImageSet, *, params: dict, mesh, batch_size: int) -
             parts.append(found)
             progress.update(len(batch))
     pool, spatial, logits = (np.concatenate([part[name] for part in parts]) for name in ("pool", "spatial", "logits"))
-    if len(pool) < 2:
-        raise InputError(f"{images.name} has one image; a distance needs at least two.")
     told = dict(name=images.name, count=images.count, checksum=images.checksum)
     return Statistics(told, dict(zip(MOMENTS, (*moments(pool), *moments(spatial)))), pool, logits)
 
 
 def compare(samples: Statistics, reference: Statistics | None) -> dict:
-    """Return the metrics that the two sides allow."""
+    """Return the metrics that the two sides allow; None where there are too few images, and "missing": why."""
     scores = dict(inception_score=inception_score(samples.logits))
     if reference is None:
         return scores
@@ -188,6 +188,12 @@ def compare(samples: Statistics, reference: Statistics | None) -> dict:
     scores["sfid"] = frechet_distance(ours["mu_s"], ours["sigma_s"], theirs["mu_s"], theirs["sigma_s"])
     if reference.pool is not None:
         scores["precision"], scores["recall"] = precision_recall(reference.pool, samples.pool)
+        sides = dict(precision=("the reference", reference.pool), recall=("the set", samples.pool))
+        scores["missing"] = {
+            name: f"{side} has {len(pool)} images; {NEIGHBOURS} nearest neighbours of each need {NEIGHBOURS + 1}"
+            for name, (side, pool) in sides.items()
+            if scores[name] is None
+        }
     return scores
 
 
@@ -230,9 +236,11 @@ def save_statistics(path, statistics: Statistics, network: str) -> None:
 
 def _warn_of_few(scores: dict, samples: Statistics, reference: Statistics | None) -> None:
     count = samples.told["count"]
-    few = [f"{name} ({ENOUGH[name]:,})" for name in scores if count < ENOUGH[name]]
+    few = [f"{name} ({ENOUGH[name]:,})" for name in ENOUGH if scores.get(name) is not None and count < ENOUGH[name]]
     if few:
         logger.warning("%s has %d images; usual are, by metric: %s.", samples.told["name"], count, ", ".join(few))
+    for name, reason in scores.get("missing", {}).items():
+        logger.warning("%s has no %s: %s.", samples.told["name"], name, reason)
     if reference is not None and reference.pool is not None and len(reference.pool) < ENOUGH["precision"]:
         logger.warning("The reference has %d images; precision and recall usually take 10,000.", len(reference.pool))
 
@@ -243,6 +251,6 @@ def _table(records: list[dict]) -> str:
     width = max(len(record["samples"]["name"]) for record in records)
     lines = [f"{'samples':{width}s}  " + "  ".join(f"{name:>15s}" for name in names)]
     for record in records:
-        values = "  ".join(f"{record[name]:15.4f}" for name in names)
+        values = "  ".join(f"{'none':>15s}" if record[name] is None else f"{record[name]:15.4f}" for name in names)
         lines.append(f"{record['samples']['name']:{width}s}  {values}")
     return "\n".join(lines)

@@ -37,10 +37,11 @@ from dydit_jax.data.latent_files import (
     checksums_of,
     load_array,
 )
-from dydit_jax.data.sources import DataConfig, open_source
+from dydit_jax.data.sources import MOST_THREADS, DataConfig, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.latents import encode_moments
 from dydit_jax.loading import load_autoencoder
+from dydit_jax.records import require_range
 from dydit_jax.runtime.files import is_free, read_json, write_atomically, write_json
 from dydit_jax.runtime.processes import is_main, require_same, together
 from dydit_jax.runtime.settings import own_settings
@@ -48,6 +49,7 @@ from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 
 logger = logging.getLogger(__name__)
 
+MOST_CHUNK, MOST_SIDE = 65_536, 4096
 JOB_FILE, JOURNALS = "job.json", "progress-*.jsonl"
 ARRAYS = (LATENTS_FILE, LABELS_FILE, CHECKSUMS_FILE)
 
@@ -80,8 +82,12 @@ class LatentsRequest:
             raise InputError(f"--data must be images or tfds, not {self.data!r}.")
         if self.side < 8 or self.side % 8:
             raise InputError(f"--side must be a multiple of 8, not {self.side}.")
-        if min(self.chunk, self.threads) < 1 or not self.out:
-            raise InputError("--chunk and --threads must be at least 1, and --out a folder.")
+        require_range("--side", self.side, high=MOST_SIDE)
+        require_range("--chunk", self.chunk, low=1, high=MOST_CHUNK)
+        require_range("--threads", self.threads, low=1, high=MOST_THREADS)
+        require_range("--max_bad", self.max_bad, low=0)
+        if not self.out:
+            raise InputError("--out must be a folder.")
         if "://" in self.out:
             raise InputError(f"--out must be a folder on a disk, or a bucket mounted as one, not {self.out}.")
 

@@ -12,6 +12,8 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 
+NEIGHBOURS = 3  # k of precision and recall in the field's figures
+
 
 def moments(features, *, block: int = 4096) -> tuple[np.ndarray, np.ndarray]:
     """Return mean [d] and covariance [d,d] of features [n,d], float64; `block` rows at a time are float64 too."""
@@ -67,7 +69,9 @@ def inception_score(logits, *, split: int = 5000) -> float:
     return float(np.mean(scores))
 
 
-def precision_recall(reference, samples, *, neighbours: int = 3, block: int = 2500) -> tuple[float, float]:
+def precision_recall(
+    reference, samples, *, neighbours: int = NEIGHBOURS, block: int = 2500
+) -> tuple[float | None, float | None]:
     """Return precision and recall of samples: the shares that lie in the other set's manifold.
 
     A point is in a manifold if it is no farther from one of its points than that point's k-th nearest neighbour.
@@ -77,6 +81,10 @@ def precision_recall(reference, samples, *, neighbours: int = 3, block: int = 25
       neighbours: k.
       block: points on each side whose distances are in memory at once.
 
+    Returns:
+      Both in [0, 1]. Precision is None if the reference has fewer than k + 1 points, recall if the samples have: the
+      k-th neighbour is then infinitely far, and everything would lie inside.
+
     Source: https://arxiv.org/abs/1904.06991.
     """
     chex.assert_rank([reference, samples], 2)
@@ -84,13 +92,17 @@ def precision_recall(reference, samples, *, neighbours: int = 3, block: int = 25
     # Distances do not change, but their squares are differences of smaller numbers.
     centre = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
     settings = dict(centre=centre, block=block)
-    radii = [squared_radii(points, neighbours=neighbours, **settings) for points in (reference, samples)]
-    precision = _share_inside(samples, reference, radii[0], **settings)
-    return precision, _share_inside(reference, samples, radii[1], **settings)
+
+    def share(points, manifold):
+        if len(manifold) <= neighbours:
+            return None
+        return _share_inside(points, manifold, squared_radii(manifold, neighbours=neighbours, **settings), **settings)
+
+    return share(samples, reference), share(reference, samples)
 
 
 def squared_radii(points: np.ndarray, *, neighbours: int, centre=0.0, block: int = 2500) -> np.ndarray:
-    """Return the squared distance [n] of each point [n,d] to its k-th nearest other point."""
+    """Return the squared distance [n] of each point [n,d] to its k-th nearest other point; infinite if n <= k."""
     radii = []
     for part in _blocks(points, block):
         nearest = np.full((len(part), neighbours + 1), np.inf, np.float32)  # itself is the nearest
