@@ -16,6 +16,7 @@ CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A .safetensors file, a folder with one, a training's work directory, or a published name."
 )
 FROM_STEP = flags.DEFINE_integer("from_step", None, "Step of a work directory's checkpoint; the newest by default.")
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Of a work directory: its EMA or its raw parameters.")
 OUT = flags.DEFINE_string("out", None, "Folder for the images; must be new or empty.")
 LABELS = flags.DEFINE_list("labels", None, "Labels of a grid, one column each: 0,1,2.")
 ROWS = flags.DEFINE_integer("rows", 1, "Rows of the grid: images of each label.")
@@ -54,6 +55,7 @@ def main():
         Request(
             checkpoint=CHECKPOINT.value,
             from_step=FROM_STEP.value,
+            weights=WEIGHTS.value,
             out=OUT.value,
             labels=LABELS.value,
             rows=ROWS.value,

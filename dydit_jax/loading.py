@@ -1,6 +1,7 @@
 """From whatever a user calls a checkpoint to weights: a file, a folder, a run's work directory or a published name."""
 
 import dataclasses
+import logging
 
 from etils import epath
 
@@ -18,14 +19,21 @@ from dydit_jax.convert.conversion import AUTOENCODER_FORMAT, Conversion, convert
 from dydit_jax.convert.published import PUBLISHED, converted_file, fetch
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.dit import read_model
 from dydit_jax.records import read_record
 from dydit_jax.runtime.files import hold_lock
+from dydit_jax.runtime.settings import own_settings
 from dydit_jax.trees import unflatten
 
+logger = logging.getLogger(__name__)
 
-def load_checkpoint(checkpoint, from_step: int | None = None) -> Weights:
+WEIGHTS = ("ema", "params")
+LARGE_SHARE = 0.01  # of the start in an EMA
+
+
+@own_settings()
+def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "ema") -> Weights:
     """Load weights for sampling, or to start a training from.
 
     Args:
@@ -33,22 +41,49 @@ def load_checkpoint(checkpoint, from_step: int | None = None) -> Weights:
         weights; nothing is changed in it), one of its checkpoints (`<workdir>/checkpoints/<step>`), or the name of a
         published model, which is fetched and converted once.
       from_step: another step than the newest, of a work directory.
+      weights: "ema", which is warned of where it is still near its start, or "params", the raw parameters of a work
+        directory.
 
     Raises:
       InputError: none of these, or a damaged one.
     """
+    require_known("weights", weights, WEIGHTS)
     if from_step is None:
         checkpoint, from_step = split_step(checkpoint)
     path = _resolved(checkpoint)
     if not is_run(path):
         if from_step is not None:
             raise InputError(f"--from_step={from_step} needs a training's work directory; {path} is none.")
-        return load_weights(output_file(path) if path.is_dir() else path)
+        if weights != "ema":
+            raise InputError(f"--weights={weights} needs a training's work directory; {path} holds one set of weights.")
+        found = load_weights(output_file(path) if path.is_dir() else path)
+        warn_of_start(found.about)
+        return found
     config = read_run_config(path)
     read = lambda cls, name: read_record(cls, config.get(name, {}), name)
     model, diffusion = read_model(config["model"]), read(DiffusionConfig, "diffusion")
-    weights = load_run_weights(path, model, diffusion, read(SamplingConfig, "sampling"), from_step)
-    return dataclasses.replace(weights, about=dict(weights.about, config=config))
+    found = load_run_weights(path, model, diffusion, read(SamplingConfig, "sampling"), from_step, weights)
+    about = dict(found.about, config=config)
+    if weights == "ema":
+        warn_of_start(about)
+    return dataclasses.replace(found, about=about)
+
+
+def warn_of_start(about: dict) -> None:
+    """Warn where an EMA still holds much of what its training started from: its images are noise, or poor.
+
+    Args:
+      about: of weights; "config" and "step" where they come from a training.
+    """
+    decay, step = (about.get("config", {}).get("train") or {}).get("ema_decay"), about.get("step")
+    if decay is None or step is None or decay**step <= LARGE_SHARE:
+        return
+    logger.warning(
+        "After %d steps at a decay of %g the EMA still is %.1f %% of what training started from: its images will be "
+        "noise, or poor. Train longer or with a smaller train.ema_decay; of a work directory, --weights=params takes "
+        "the raw parameters.",
+        *(step, decay, 100 * decay**step),
+    )
 
 
 def load_autoencoder(autoencoder) -> dict:

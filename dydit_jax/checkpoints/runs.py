@@ -281,15 +281,22 @@ def load_run_weights(
     diffusion: DiffusionConfig,
     sampling: SamplingConfig,
     from_step: int | None = None,
+    kind: str = "ema",
 ) -> Weights:
-    """Read the EMA weights of a run's newest step, or of `from_step`; changes nothing in the work directory.
+    """Read the weights of a run's newest step, or of `from_step`; changes nothing in the work directory.
+
+    Args:
+      workdir: of the run.
+      model, diffusion, sampling: by its configuration.
+      from_step: of a checkpoint; None takes the newest.
+      kind: "ema" or "params".
 
     Raises:
       InputError: no checkpoint yet, a damaged one (with the step of a whole one), or one of another model.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-    items = dict(ema=jax.tree.map(shaped, Model(model).abstract_params()))
+    items = {kind: jax.tree.map(shaped, Model(model).abstract_params())}
     step = newest_step(workdir) if from_step is None else from_step
     if step is None:
         raise InputError(f"{workdir} holds a run, but no checkpoint of it yet.")
@@ -301,5 +308,5 @@ def load_run_weights(
             raise
         # The run goes on meanwhile: it has saved a newer checkpoint, and removed this one while it was read.
         step, restored = newer, _restored_as_asked(workdir, newer, items)
-    ema = jax.device_get(restored["ema"])  # every process then places it where it wants
-    return Weights(model, diffusion, sampling, ema, dict(restored["about"], step=step))
+    params = jax.device_get(restored[kind])  # every process then places it where it wants
+    return Weights(model, diffusion, sampling, params, dict(restored["about"], step=step))

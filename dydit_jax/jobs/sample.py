@@ -84,6 +84,7 @@ class Request:
     Attributes:
       checkpoint: where the weights are.
       from_step: of a work directory's checkpoint; None takes the newest.
+      weights: of a work directory: "ema" or "params", the raw parameters.
       out: folder for the results.
       labels: of a grid's columns; or None.
       rows: of the grid.
@@ -117,6 +118,7 @@ class Request:
     report: bool = False
     overrides: dict = dataclasses.field(default_factory=dict)
     from_step: int | None = None
+    weights: str = "ema"
 
     def __post_init__(self):
         given = [name for name in ("labels", "num_images", "labels_file") if getattr(self, name) is not None]
@@ -149,7 +151,7 @@ def sample(request: Request) -> Samples:
     Raises:
       InputError: anything wrong with the request, before anything is compiled or written.
     """
-    weights = load_checkpoint(request.checkpoint, request.from_step)
+    weights = load_checkpoint(request.checkpoint, request.from_step, request.weights)
     settings = dict(dataclasses.asdict(weights.sampling), **request.overrides)
     weights = dataclasses.replace(weights, sampling=read_record(SamplingConfig, settings, "sampling"))
     if request.token_capacity is not None:

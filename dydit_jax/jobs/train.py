@@ -6,6 +6,7 @@ whatever the number of devices or processes before and after.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -32,7 +33,7 @@ from dydit_jax.data.sources import batches, examples, open_source
 from dydit_jax.drawing.pictures import draw_grid, save_image, to_uint8
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.sample import make_decode_fn
-from dydit_jax.loading import load_checkpoint
+from dydit_jax.loading import load_checkpoint, warn_of_start
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
@@ -366,6 +367,8 @@ def _draw_samples(
     step: int, state: TrainState, workdir, model: Model, experiment: Experiment, mesh: Mesh, decode
 ) -> dict:
     """Draw a grid of images from the EMA weights, on the same mesh, into samples/<step>.png; returns what they cost."""
+    if is_main():
+        warn_of_start(dict(config=dataclasses.asdict(experiment), step=step))
     labels = np.asarray(experiment.tracking.sample_labels, np.int32)
     filled = np.resize(labels, -(-len(labels) // mesh.size) * mesh.size)
     samples = generate(
