@@ -22,7 +22,7 @@ LABELS = flags.DEFINE_list("labels", None, "Labels of a grid, one column each: 0
 ROWS = flags.DEFINE_integer("rows", 1, "Rows of the grid: images of each label.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Number of images with uniform labels, also as samples.npz.")
 LABELS_FILE = flags.DEFINE_string("labels_file", None, "File with one label per line: a set with these labels.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise and of uniform labels.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of all noise and of uniform labels, 0 to 2^64 - 1.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 100, "Images at once; does not change them.")
 MODE = flags.DEFINE_string(
     "mode",

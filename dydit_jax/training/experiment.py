@@ -79,7 +79,7 @@ class TrainConfig:
 
     Attributes:
       steps: updates in all.
-      seed: of initial values and of every random draw but the data's order.
+      seed: of initial values and of every random draw but the data's order, 0 to 2^64 - 1.
       ema_decay: of the exponential moving average of the parameters, which is what gets sampled.
       init_from: weights to start from (anything that `sample.py --checkpoint` takes), "" for random ones. Routers
         that these lack are initialised afresh: the start of fine-tuning a DiT into a DyDiT.
