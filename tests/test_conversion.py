@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -187,16 +188,14 @@ def test_output_that_exists_is_kept_unless_told_otherwise(tmp_path):
     assert (tmp_path / "w.safetensors").stat().st_mtime_ns != before
 
 
-def test_full_disk_leaves_no_file_that_looks_whole(tmp_path, monkeypatch):
-    import safetensors.numpy
-
-    def fill_up(arrays, path, metadata):
-        path.write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(safetensors.numpy, "save_file", fill_up)
-    with pytest.raises(InputError, match="Can't write .*No space left"):
-        convert(Conversion(str(GOLDEN / CHECKPOINTS["v1"]), str(tmp_path / "out")))
+def test_disk_that_takes_no_more_is_left_without_a_file_that_looks_whole(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="Can't write .*File too large"):
+            convert(Conversion(str(GOLDEN / CHECKPOINTS["v1"]), str(tmp_path / "out")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "out").iterdir()) == []
 
 
