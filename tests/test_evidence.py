@@ -133,6 +133,32 @@ def test_blocks_are_numbered_without_gaps(numbers):
         detect_config(tensors, hear(heads=6))
 
 
+STRANGE = [0, -1, 3, 8, 64, 1e300, float("nan"), 10**400, None, True, [], {}, "", "x" * 5000, "DiT-S/2", "DiT-\n/9"]
+BLOCKS = ["blocks..x", "blocks.7.x", "blocks.-1.x", "blocks.\u00b2.x", "blocks.\u0661.x"]
+OPTIONS = ["num_heads", "depth", "image_size", "input_size", "num_classes", "mlp_ratio", "class_dropout_prob", "model"]
+
+
+def test_strange_shapes_names_and_options_end_in_one_line_or_a_config():
+    random = np.random.default_rng(0)
+    config = DiTConfig(depth=2, width=32, heads=4, patch=2, side=8, classes=10, routers="first_on")
+    shapes = {name: tensor.shape for name, tensor in shapes_of(config).items()}
+    pick, accepted = lambda values: values[random.integers(len(values))], 0
+    for _ in range(2000):
+        changed = dict(shapes)
+        for name in (pick(list(shapes)[:12]), pick(list(shapes))):
+            shape = list(shapes[name])
+            shape[random.integers(len(shape))] = pick([0, 1, 3, 7, 2**20, *shape, *shape, *shape])
+            changed[name] = tuple(shape)[random.integers(8) == 0 :]
+        changed |= {pick(BLOCKS): (1,)} if random.integers(4) == 0 else {}
+        tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in changed.items()}
+        try:
+            detect_config(tensors, hear({pick([*OPTIONS, "vae", "prediction", "path_type"]): pick(STRANGE)}))
+            accepted += 1
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 800
+    assert 100 < accepted < 1900
+
+
 # --- Through files -------------------------------------------------------------------------------
 
 DENSE = GOLDEN / CHECKPOINTS["dense"]  # 11 rows of labels, 4 heads

@@ -5,7 +5,6 @@ network predicts. Whatever says something about it is heard, those who disagree 
 is a guess that is called one.
 """
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from dydit_jax.runtime.files import read_json
 
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 1 << 20
+LARGEST_NUMBER = 2**53  # beyond it, or not finite, an option is about something else
 # Options of training scripts and arguments of model classes -> what they are about here.
 FIELDS = {
     "depth": "depth",
@@ -104,7 +104,7 @@ def _hear(evidence: Evidence, options: Mapping, who: str) -> None:
     _require_noise(options, who)
     for name, field in FIELDS.items():
         value = options.get(name)
-        if type(value) in (int, float) and math.isfinite(value):
+        if type(value) in (int, float) and abs(value) < LARGEST_NUMBER:
             evidence.say(field, int(value) if value == int(value) else value, f"{who} {name}")
     if type(dropout := options.get("class_dropout_prob")) in (int, float):
         evidence.say("null_row", dropout > 0, f"{who} class_dropout_prob")
@@ -112,7 +112,7 @@ def _hear(evidence: Evidence, options: Mapping, who: str) -> None:
     if options.get("_class_name") == "AutoencoderKL" and "scaling_factor" not in options:
         evidence.say("latent_scale", LATENT_SCALE, f"{who} _class_name, by its default,")
     name = str(options.get("model"))
-    if re.fullmatch(r"(Dy)?DiT-\w+/\d+", name):
+    if re.fullmatch(r"(Dy)?DiT-\w{1,8}/\d{1,3}", name):
         evidence.say("prediction", "noise", f"{who} model")
         evidence.named_size = name.removeprefix("Dy").removeprefix("DiT-")
 
@@ -121,11 +121,11 @@ def _require_noise(options: Mapping, who: str) -> None:
     """Raise where a training was one of flow matching."""
     for name in ("model", "_class_name"):
         if type(options.get(name)) is str and _names_flow(options[name]):
-            raise InputError(_is_flow(f"{who} {name} says {options[name]!r}"))
+            raise InputError(_is_flow(f"{who} {name} says {options[name]!r:.80}"))
     if options.get("path_type") is not None:
-        raise InputError(_is_flow(f"{who} path_type says {options['path_type']!r}"))
+        raise InputError(_is_flow(f"{who} path_type says {options['path_type']!r:.80}"))
     if options.get("prediction") not in (None, *NOISE):
-        raise InputError(_is_flow(f"{who} prediction says {options['prediction']!r}"))
+        raise InputError(_is_flow(f"{who} prediction says {options['prediction']!r:.80}"))
 
 
 def _names_flow(name: str) -> bool:
