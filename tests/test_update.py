@@ -14,6 +14,7 @@ from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 from dydit_jax.training.experiment import build_optimizer, read_experiment
 from dydit_jax.training.update import (
     accumulated,
+    all_finite,
     compile_update,
     draw_examples,
     init_state,
@@ -44,6 +45,29 @@ def test_bad_batch_is_skipped_counted_and_leaves_no_trace(update_parts, bad):
     assert int(after.skipped_in_a_row) == 1 and int(update(after, good)[0].skipped_in_a_row) == 0
     for name in ("params", "ema", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+
+
+@pytest.mark.parametrize("ema_decay", [0.9, 1.0])
+def test_update_that_makes_parameters_infinite_is_refused(ema_decay):
+    """The gradient is fine, what the learning rate makes of it is not; an EMA that stands still must not hide it."""
+    experiment = read_experiment(
+        changed(STATIC, optimizer=dict(learning_rate=float("inf")), train=dict(ema_decay=ema_decay))
+    )
+    model = Model(experiment.model)
+    state = init_state(jax.jit(model.init)(jax.random.key(0)), build_optimizer(experiment.optimizer))
+    batch = dict(image=jnp.ones((8, 8, 8, 1)), label=jnp.arange(8))
+    after, metrics = jax.jit(make_update_fn(model, experiment, ("complete",)))(state, batch)
+    assert bool(jnp.isfinite(metrics["optimizer/gradient_norm"])) and int(after.skipped_in_a_row) == 1
+    for name in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_one_value_that_is_not_finite_is_found(bad):
+    tree = dict(step=jnp.int32(3), params=[jnp.ones((5, 3)), jnp.full(2, 3e38)])
+    assert bool(all_finite(tree))
+    tree["params"][0] = tree["params"][0].at[4, 1].set(bad)
+    assert not bool(all_finite(tree))
 
 
 def test_ema_follows_the_parameters(update_parts):

@@ -50,7 +50,7 @@ class TrainState:
       step: updates tried, int32.
       params, ema: parameter trees, float32.
       opt_state: the optimiser's moments.
-      skipped: batches whose gradient was refused, int32.
+      skipped: batches that were refused, for their gradient or for what it makes of the parameters, int32.
       skipped_in_a_row: the last of them, up to now, int32.
     """
 
@@ -173,6 +173,11 @@ def accumulated(differentiate: Callable, examples: dict, parts: int):
     return jax.lax.scan(add, zeros, stacked)[0]
 
 
+def all_finite(tree) -> jax.Array:
+    """Return whether every value of a tree's arrays is a finite number, as a scalar on their devices."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
 def make_update_fn(model: Model, experiment: Experiment, passes: tuple[str, ...]) -> Callable:
     """Make the pure function (state, batch) -> (state, metrics) of one step; the caller compiles it."""
     optimizer, learning_rate = build_optimizer(experiment.optimizer), build_learning_rate(experiment.optimizer)
@@ -190,8 +195,9 @@ def make_update_fn(model: Model, experiment: Experiment, passes: tuple[str, ...]
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1.0 - experiment.train.ema_decay)
-        # A refused batch leaves no trace but the counter: neither moments nor EMA move. NaN < inf is false.
-        accepted = norm < skip_norm
+        # A refused batch leaves no trace but the counter: neither moments nor EMA move. NaN < inf is false. Moments are
+        # finite where the gradients' norm is, parameters where their EMA is: one more pass over one of the four trees.
+        accepted = (norm < skip_norm) & all_finite(ema)
         keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(accepted, new, old))
         state = TrainState(
             step=state.step + 1,
