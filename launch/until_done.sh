@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run a command until it is done: again when it was told to stop and saved its state (exit code 75), never otherwise.
+# Run a command until it is done: again when it was told to stop and saved its state, or has lost another process of its
+# job (exit code 75; 134 where JAX noticed first that process 0 is gone), never otherwise.
 #
 #     launch/until_done.sh python train.py --config configs/dydit_xl2_07.py --workdir gs://bucket/run
 #
@@ -17,7 +18,8 @@ while true; do
     wait "$child"
     code=$?
   done
-  if [ "$code" -ne 75 ] || [ "$told" -eq 1 ]; then
-    exit "$code"
-  fi
+  case "$told $code" in
+    "0 75" | "0 134") ;;
+    *) exit "$code" ;;
+  esac
 done

@@ -20,7 +20,7 @@ from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents, veri
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.jobs.train import train_and_evaluate
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.runtime.processes import start_processes
+from dydit_jax.runtime.processes import joined_processes
 
 CONFIG = changed(DYNAMIC, data=dict(batch_size=16), mesh=dict(data=2, fsdp=2, tensor=2), train=dict(steps=6))
 SAMPLING = dict(sampler="ddim", steps="2", clip=1.0)
@@ -43,7 +43,7 @@ def start(action: str, told: dict, count: int = 2, devices: int = 4) -> list[sub
                 json.dumps(told),
             ],
             cwd=ROOT,
-            env=dict(os.environ, WORKER_DEVICES=str(devices)),
+            env=dict(os.environ, WORKER_DEVICES=str(devices), PYTHONPATH=str(ROOT)),  # this checkout
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -198,5 +198,5 @@ def test_mistake_of_one_process_ends_both(tmp_path):
 
 
 def test_missing_coordinator_is_said():
-    with pytest.raises(InputError, match="--coordinator"):
-        start_processes()
+    with pytest.raises(InputError, match="--coordinator"), joined_processes():
+        pass

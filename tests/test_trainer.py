@@ -1,10 +1,14 @@
 """Runs train, stop, go on exactly, skip bad batches, and refuse foreign work directories."""
 
+import dataclasses
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import types
 from unittest import mock
 
 import jax
@@ -14,12 +18,14 @@ import pytest
 from conftest import DYNAMIC, STATIC, changed
 from PIL import Image
 
+from dydit_jax.checkpoints import save_weights
 from dydit_jax.data import sources
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs import train as trainer
 from dydit_jax.jobs.train import first_params, starting_leaves, train_and_evaluate
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model
+from dydit_jax.runtime import files
 from dydit_jax.runtime.sharding import make_mesh
 from dydit_jax.training.experiment import read_experiment
 
@@ -142,6 +148,49 @@ def test_run_whose_batches_are_all_refused_stops(tmp_path):
     config = changed(STATIC, optimizer=dict(skip_norm=1e-9), train=dict(steps=50, max_skips=4))
     with pytest.raises(StopError, match="Step 4: the last 4 batches were all skipped .*newest checkpoint is of step 2"):
         train_and_evaluate(config, tmp_path / "run")
+
+
+def test_weights_that_are_not_finite_are_not_trained(trained, tmp_path):
+    weights = load_checkpoint(trained)
+    params = jax.tree.map(lambda leaf: np.where(leaf == leaf.max(), np.nan, leaf), weights.params)
+    save_weights(tmp_path / "bad.safetensors", dataclasses.replace(weights, params=params))
+    config = changed(STATIC, train=dict(init_from=str(tmp_path / "bad.safetensors")))
+    with pytest.raises(StopError, match="state of step 0 holds values that are not finite .*no whole checkpoint yet"):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+def test_state_that_is_not_finite_is_not_saved(trained, tmp_path, monkeypatch):
+    """It comes from memory that fails: an update can't make such a state."""
+    shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(trainer, "all_finite", lambda state: state[2][1][0].count < 6)
+    with pytest.raises(StopError, match="state of step 6 holds .* newest whole checkpoint is of step 4"):
+        train_and_evaluate(changed(STATIC, train=dict(steps=6)), tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run").about["step"] == 4
+
+
+@pytest.mark.parametrize("failing", ["metrics.jsonl", "00000006.png", "weights.safetensors"])
+def test_full_disk_ends_the_run_with_its_newest_checkpoint_named(trained, tmp_path, monkeypatch, failing):
+    shutil.copytree(trained, tmp_path / "run")
+    settle = files._settle
+
+    def settle_or_fail(partial, mode):
+        if partial.name.startswith(failing):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        settle(partial, mode)
+
+    monkeypatch.setattr(files, "_settle", settle_or_fail)
+    drawn = types.SimpleNamespace(images=np.zeros((12, 8, 8, 1)), macs=np.ones(12))
+    monkeypatch.setattr(trainer, "generate", lambda *_, **__: drawn)
+    monkeypatch.setattr(trainer, "make_decode_fn", lambda *_: lambda images: images)
+    monkeypatch.setattr(trainer, "_measure_ema", lambda *_: {})
+    config = changed(STATIC, train=dict(steps=6), tracking=dict(samples_every_steps=6))
+    step = 4 if failing == "metrics.jsonl" else 6
+    with pytest.raises(StopError) as stopped:
+        train_and_evaluate(config, tmp_path / "run")
+    assert stopped.value.code == 1
+    said = str(stopped.value)
+    assert failing in said and "No space left" in said and f"checkpoint is of step {step}; the same command" in said
+    assert "\n" not in said and not list((tmp_path / "run").rglob("*.partial"))
 
 
 def test_changed_dataset_is_refused(tmp_path, monkeypatch):

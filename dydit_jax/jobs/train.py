@@ -32,20 +32,22 @@ from dydit_jax.checkpoints import (
 from dydit_jax.data.sources import batches, examples, open_source
 from dydit_jax.drawing.pictures import draw_grid, save_image, to_uint8
 from dydit_jax.errors import InputError, StopError
+from dydit_jax.jobs.endings import about_newest, checkpoint_named, require_finite, require_progress
 from dydit_jax.jobs.sample import make_decode_fn
 from dydit_jax.loading import load_checkpoint, warn_of_start
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
-from dydit_jax.runtime.processes import RESTART_CODE, Notice, is_main, require_same, to_host, together
+from dydit_jax.runtime.peers import RESTART_CODE
+from dydit_jax.runtime.processes import Notice, is_main, one_for_all, require_same, to_host, together
 from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.settings import own_settings
-from dydit_jax.runtime.sharding import batch_sharding, make_mesh, process_rows, require_divisible, shardings
+from dydit_jax.runtime.sharding import batch_sharding, make_mesh, process_rows, replicated, require_divisible, shardings
 from dydit_jax.runtime.tracking import Clock, Profile, Watch, best_case, duration, flops_utilisation, make_writers
 from dydit_jax.sampling.generate import generate
 from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.experiment import Experiment, build_model, build_optimizer, differences, read_experiment
-from dydit_jax.training.update import TrainState, compile_update, init_state, passes_at, patch_losses
+from dydit_jax.training.update import TrainState, all_finite, compile_update, init_state, passes_at, patch_losses
 from dydit_jax.trees import flatten, unflatten
 
 logger = logging.getLogger(__name__)
@@ -157,7 +159,8 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
         lock = together(lambda: claim.enter_context(claimed_workdir(workdir, config)) if is_main() else None)
         together(lambda: _require_shared(workdir))
         workdir = epath.Path(workdir)
-        with jax.set_mesh(mesh), Run(workdir, experiment.checkpoint, lock=lock, from_step=from_step) as run:
+        run = Run(workdir, experiment.checkpoint, lock=lock, from_step=from_step)
+        with jax.set_mesh(mesh), run, one_for_all(lambda: about_newest(workdir)):
             state = _restored_or_first(run, model, experiment, mesh, source, data.fingerprint)
             _describe(state, workdir, model, mesh)
             state = _run_steps(state, run, workdir, model, experiment, mesh, data)
@@ -165,7 +168,8 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
         about = dict(config=config, step=int(state.step), versions=package_versions())
         if is_main():
             weights = Weights(experiment.model, experiment.diffusion, experiment.sampling, ema, about)
-            save_weights(workdir / WEIGHTS_FILE, weights)
+            with checkpoint_named(run, workdir):
+                save_weights(workdir / WEIGHTS_FILE, weights)
             logger.info("Wrote the EMA weights to %s.", workdir / WEIGHTS_FILE)
     return state
 
@@ -261,7 +265,9 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     if tracking.samples_every_steps:  # an autoencoder that is not there must not end the run days later
         shown = _place_examples(data, experiment, mesh)
         decode = make_decode_fn(Weights(experiment.model, experiment.diffusion, experiment.sampling, {}, {}), mesh)
+    finite = jax.jit(all_finite, out_shardings=replicated(mesh))
     if step < last:
+        require_finite(finite, step, state, workdir)
         compiled(passes_at(step, experiment))  # before the clock starts
         _foretell(step, model, experiment)
     clock = Clock(step, last)
@@ -276,20 +282,24 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
             if step % tracking.every_steps == 0 or step == last:
                 watch.now(f"the results of step {step}")
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                _report(step, last, metrics, clock, writers, model, experiment)
-                _require_progress(step, metrics, run, experiment)
+                with checkpoint_named(run, workdir):
+                    _report(step, last, metrics, clock, writers, model, experiment)
+                require_progress(step, metrics, run, experiment)
             leaving = notice.at(step)
             watch.now(f"the checkpoint of step {step}")
-            run.save(step, _items(state), about, force=step == last or leaving)
+            if step % experiment.checkpoint.every_steps == 0 or step == last or leaving:
+                require_finite(finite, step, state, workdir)
+                run.save(step, _items(state), about, force=True)
             if leaving:
                 run.wait()
                 raise StopError(f"Told to stop: step {step} is saved, the same command goes on from it.", RESTART_CODE)
             if tracking.samples_every_steps and step % tracking.samples_every_steps == 0:
                 watch.now(f"the samples of step {step}")
-                seen = _draw_samples(step, state, workdir, model, experiment, mesh, decode)
-                seen |= _measure_ema(state, model, experiment, shown)
-                for writer in writers:
-                    writer.write(step, seen)
+                with checkpoint_named(run, workdir):
+                    seen = _draw_samples(step, state, workdir, model, experiment, mesh, decode)
+                    seen |= _measure_ema(state, model, experiment, shown)
+                    for writer in writers:
+                        writer.write(step, seen)
         watch.now("the last checkpoint")
         run.wait()
     return state
@@ -330,17 +340,6 @@ def _report(step: int, last: int, metrics: dict, clock: Clock, writers, model: M
         logger.info(
             "step %d/%d  loss %.4f%s%s  %.1f steps/s%s  %s left",
             *(step, last, metrics["loss/total"], ratio, skipped, pace, mfu, duration(seconds_left)),
-        )
-
-
-def _require_progress(step: int, metrics: dict, run: Run, experiment: Experiment) -> None:
-    """Stop a run whose batches are all refused: it would go on doing nothing for days."""
-    skipped = int(metrics["optimizer/skipped_in_a_row"])
-    if skipped >= experiment.train.max_skips:
-        raise StopError(
-            f"Step {step}: the last {skipped} batches were all skipped (loss {metrics['loss/total']:.4g}, gradient "
-            f"norm {metrics['optimizer/gradient_norm']:.4g}). The newest checkpoint is of step {run.latest_step}; look "
-            "at the data, the learning rate and optimizer.skip_norm before going on from it."
         )
 
 

@@ -1,5 +1,6 @@
 """What the command-line programs share: log lines for people, one line for a user's mistake."""
 
+import contextlib
 import logging
 import pathlib
 import re
@@ -12,17 +13,10 @@ import absl.logging
 import jax
 from absl import app, flags
 
-from dydit_jax.errors import InputError, StopError
+from dydit_jax.errors import InputError
 from dydit_jax.runtime.cache import program_folder
-from dydit_jax.runtime.processes import start_processes
-
-INTERRUPTED_CODE = 130  # as shells have it: 128 and SIGINT's number
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in the text of JAX's error, which has no kind of its own
-# What takes more memory the larger it is, by the flag that a program has.
-MEMORY_FLAGS = dict(
-    batch_size="--batch_size", chunk="--chunk", config="--config.data.batch_size, or raise --config.train.accumulate"
-)
-SHOWN = 200  # letters of a library's message
+from dydit_jax.runtime.last_words import ending_of
+from dydit_jax.runtime.processes import joined_processes
 
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -51,11 +45,12 @@ def run(main: Callable[[], None]) -> None:
         # A second start finds its programs compiled.
         jax.config.update("jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or program_folder())
         try:
-            if DISTRIBUTED.value or COORDINATOR.value:
-                start_processes(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-            main()
+            distributed = DISTRIBUTED.value or COORDINATOR.value
+            place = (COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+            with joined_processes(*place) if distributed else contextlib.nullcontext():
+                main()
         except (Exception, KeyboardInterrupt) as error:
-            ending = _ending(error)
+            ending = ending_of(error)
             if ending is None:
                 raise
             sys.stderr.write(f"{sys.argv[0]}: {ending[0]}\n")
@@ -77,23 +72,6 @@ def read_config(flag) -> dict:
     except AttributeError as error:
         told = f"get_config must return an ml_collections.ConfigDict, not {flag.value!r:.80}"
         raise InputError(f"--{flag.name}: {told}.") from error
-
-
-def _ending(error: BaseException) -> tuple[str, int] | None:
-    """Return the line and the exit code that a program ends with, or None where only a traceback helps."""
-    message = " ".join(str(error).split())
-    if isinstance(error, InputError):
-        return str(error), 2
-    if isinstance(error, StopError):
-        return str(error), error.code
-    if isinstance(error, KeyboardInterrupt):
-        return "Stopped by Ctrl-C.", INTERRUPTED_CODE
-    if isinstance(error, MemoryError) or (isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY in message):
-        names = [name for flag, name in MEMORY_FLAGS.items() if flag in flags.FLAGS]
-        return f"Out of memory; lower {' or '.join(names) or 'what is computed at once'} ({message[:SHOWN]}).", 1
-    if isinstance(error, OSError):
-        return f"{message.rstrip('.') or type(error).__name__}.", 1
-    return None
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:

@@ -1,11 +1,15 @@
 """Several processes as one program: starting them, agreeing on mistakes, being told to leave.
 
 A pod runs the same command on every host. What only one of them finds out - a folder that is missing there, another
-configuration - must end all of them with the same message: a process that stops alone leaves the others waiting.
+configuration, a disk that is full - must end all of them with the same message: a process that stops alone leaves the
+others waiting. Before work begins they compare notes (`together`); from then on `peers` tells all what ended one.
 """
 
+import contextlib
 import hashlib
+import json
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -15,15 +19,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from dydit_jax.errors import InputError
+from dydit_jax.runtime.peers import Line
 
 logger = logging.getLogger(__name__)
 
-RESTART_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 MESSAGE_BYTES = 1000
+_line: Line | None = None  # of this process, where there are several
 
 
-def start_processes(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None):
-    """Join the other processes, before anything else uses JAX.
+@contextlib.contextmanager
+def joined_processes(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None):
+    """Work with the other processes, from before anything else uses JAX to the end. Use as a context.
+
+    What is raised inside ends all processes, with the exit code of the error: 2 for `InputError`, its own for
+    `StopError`, 130 for Ctrl-C, else 1. A process that is lost ends the others with `RESTART_CODE`.
 
     Args:
       coordinator: "host:port" of the first process; None finds everything by itself, on Cloud TPU pods, under SLURM,
@@ -41,6 +50,31 @@ def start_processes(coordinator: str | None = None, num_processes: int | None = 
             f"The processes did not come together ({' '.join(str(error).split())[:300]}). Where no pod or SLURM says "
             "who they are, every process needs --coordinator=HOST:PORT --num_processes=N --process_id=I."
         ) from error
+    if jax.process_count() > 1:
+        _join_line((coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")).rpartition(":")[0])
+    with one_for_all():
+        yield
+    if _line is not None:
+        _line.goodbye()
+
+
+def _join_line(host: str) -> None:
+    """Make this process's end of the line, by which all learn what ended one."""
+    global _line
+    _line = Line()
+    place = json.dumps(_line.listen([host] if host else [])) if is_main() else ""
+    place = _messages(place)[0]
+    if not is_main():
+        _line.connect(jax.process_index(), json.loads(place))
+
+
+def one_for_all(newest: Callable[[], str] | None = None):
+    """Return a context in which any error of this process ends all of them, before it unwinds what waits for them.
+
+    Args:
+      newest: returns a sentence about the newest checkpoint, for reasons that do not name it.
+    """
+    return contextlib.nullcontext() if _line is None else _line.one_for_all(jax.process_index(), newest)
 
 
 def is_main() -> bool:
@@ -117,9 +151,12 @@ class Notice:
         self._told, self._before = False, {}
 
     def __enter__(self):
-        # Several processes: JAX's own service hears SIGTERM and makes all agree on a step.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)}
+        if threading.current_thread() is threading.main_thread():
+            # Several processes: JAX's own service hears SIGTERM and makes all agree on a step.
+            handlers = {signal.SIGTERM: self._hear, signal.SIGINT: self._hear}
+            if jax.process_count() > 1:
+                handlers = {signal.SIGINT: self._pass_on}
+            self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_):
@@ -130,6 +167,11 @@ class Notice:
         self._told = True
         logger.warning("Told to stop (%s): saving after this step.", signal.Signals(number).name)
         signal.signal(number, self._before[number])  # the second time means at once
+
+    def _pass_on(self, number, _):
+        logger.warning("Told to stop (%s): all processes save the same step.", signal.Signals(number).name)
+        signal.signal(number, self._before[number])
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def at(self, step: int) -> bool:
         """Return whether to leave after `step`; every process must ask at every step."""

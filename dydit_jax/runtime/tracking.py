@@ -12,6 +12,7 @@ from etils import epath
 
 from dydit_jax.errors import InputError
 from dydit_jax.records import require_range
+from dydit_jax.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +79,9 @@ class JsonLines:
             same = {}
         earlier = {number: row for number, row in self._rows.items() if number < step}
         self._rows = earlier | {step: dict(same, step=step, **metrics)}
-        partial = self._path.with_name(self._path.name + ".partial")  # a run that is killed here must still read it
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()))
-        partial.replace(self._path)
+        text = "".join(json.dumps(row) + "\n" for row in self._rows.values())
+        with write_atomically(self._path) as partial:  # a run that is killed here must still read it
+            partial.write_text(text)
 
 
 class TensorBoard:
