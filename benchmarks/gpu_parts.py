@@ -290,7 +290,8 @@ def time_command(session: Session, name: str, row: dict, checkpoint: str, sizes:
             raise InputError(f"the command was not through after {error.timeout:.0f} s") from error
         seconds = time.perf_counter() - began
         if done.returncode:
-            raise InputError(" ".join(done.stderr.split())[-300:])
+            # With exit code 2 it says itself what is lacking.
+            raise (InputError if done.returncode == 2 else RuntimeError)(" ".join(done.stderr.split())[-300:])
         cost = json.loads((out / "cost.json").read_text())
         row |= dict(device=json.loads((out / "manifest.json").read_text())["device"])
     row |= dict(seconds=seconds, images=sizes.command_images, images_per_second=sizes.command_images / seconds)
