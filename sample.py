@@ -17,7 +17,7 @@ CHECKPOINT = flags.DEFINE_string(
 )
 FROM_STEP = flags.DEFINE_integer("from_step", None, "Step of a work directory's checkpoint; the newest by default.")
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "Of a work directory: its EMA or its raw parameters.")
-OUT = flags.DEFINE_string("out", None, "Folder for the images; must be new or empty.")
+OUT = flags.DEFINE_string("out", None, "Folder for the images: new, empty, or of the same job, which goes on.")
 LABELS = flags.DEFINE_list("labels", None, "Labels of a grid, one column each: 0,1,2.")
 ROWS = flags.DEFINE_integer("rows", 1, "Rows of the grid: images of each label.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Number of images with uniform labels, also as samples.npz.")

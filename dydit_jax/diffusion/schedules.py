@@ -28,7 +28,7 @@ class DiffusionConfig:
 
     def __post_init__(self):
         require_known("schedule", self.schedule, SCHEDULES)
-        require_range("diffusion.train_steps", self.train_steps, low=4)
+        require_range("diffusion.train_steps", self.train_steps, low=4, high=1_000_000)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ def prepare_folder(out, manifest: dict, *, sample_bytes: int) -> epath.Path:
         write_json(path, manifest)
         (out / "images").mkdir(exist_ok=True)
         for partial in (*out.glob("*.partial"), *(out / "images").glob("*.partial")):
-            partial.unlink()
+            partial.unlink()  # what a kill left
     except OSError as error:
         raise InputError(f"Can't write to {out}: {error.strerror or error}.") from error
     return out
@@ -56,10 +56,8 @@ def prepare_folder(out, manifest: dict, *, sample_bytes: int) -> epath.Path:
 def _require_room(out, sample_bytes: int) -> None:
     if not is_local(out):
         return
-    place = next(
-        path for path in (pathlib.Path(out).absolute(), *pathlib.Path(out).absolute().parents) if path.exists()
-    )
-    free = shutil.disk_usage(place).free
+    place = pathlib.Path(out).absolute()
+    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
     if free < sample_bytes:
         raise InputError(
             f"{out} has {free / 1e9:.1f} GB left; the images take at least {sample_bytes / 1e9:.1f} GB. Make room "
