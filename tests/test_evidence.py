@@ -143,12 +143,12 @@ def test_strange_shapes_names_and_options_end_in_one_line_or_a_config():
     config = DiTConfig(depth=2, width=32, heads=4, patch=2, side=8, classes=10, routers="first_on")
     shapes = {name: tensor.shape for name, tensor in shapes_of(config).items()}
     pick, accepted = lambda values: values[random.integers(len(values))], 0
-    for _ in range(2000):
+    for _ in range(1000):
         changed = dict(shapes)
         for name in (pick(list(shapes)[:12]), pick(list(shapes))):
             shape = list(shapes[name])
             shape[random.integers(len(shape))] = pick([0, 1, 3, 7, 2**20, *shape, *shape, *shape])
-            changed[name] = tuple(shape)[random.integers(8) == 0 :]
+            changed[name] = tuple(shape[1:] if random.integers(8) == 0 else shape)
         changed |= {pick(BLOCKS): (1,)} if random.integers(4) == 0 else {}
         tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in changed.items()}
         try:
@@ -156,7 +156,7 @@ def test_strange_shapes_names_and_options_end_in_one_line_or_a_config():
             accepted += 1
         except InputError as error:
             assert "\n" not in str(error) and len(str(error)) < 800
-    assert 100 < accepted < 1900
+    assert 50 < accepted < 950
 
 
 # --- Through files -------------------------------------------------------------------------------
