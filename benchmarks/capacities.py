@@ -1,11 +1,11 @@
-"""How many places the tokens of real images need, and how often those that a calibration asks for are too few.
+"""How many rows the tokens of real images need, and how often those that a calibration asks for are too few.
 
     python benchmarks/capacities.py --out docs/speed/capacities.json
 
 Jobs of the digits model, as `sample.py` runs them on an accelerator: calibrated on a few images, then batch after
-batch; one that had to compute a segment again leaves the next one more places. With places of each image's own
-(`one_hot`), or of all together (`fixed`, and so in kernels). No times: sizes and counts are the same on any device.
-With `--model XL/2 --batches 0` only how much images of random weights differ, with 65 % of the tokens on, which
+batch; one that redid a segment leaves the next one more rows. With rows of each image's own (`one_hot`), or of all
+together (`gather`, and so in kernels). No times: sizes and counts are the same on any device. With
+`--model XL/2 --batches 0` only how much images of random weights differ, with 65 % of the tokens open, which
 `tpu_cost.py` takes for its own.
 """
 
@@ -23,12 +23,13 @@ from profiles import profiled_params
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.fast.execution.registry import find_execution
 from dydit_jax.fast.plan import Plan
-from dydit_jax.fast.tokens import packed_together
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.models.dit import Model, published_config
+from dydit_jax.models.config import published_config
+from dydit_jax.models.dit import Model
 from dydit_jax.runtime.console import run
-from dydit_jax.sampling.generate import generate, plan_sampling, programs_of, steps_of
+from dydit_jax.sampling.generate import SamplingRun, schedule_coefficients
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "assets/digits_dydit.safetensors", "Weights to sample.")
 MODEL = flags.DEFINE_string("model", None, "Instead of those: a published size, with random weights.")
@@ -37,31 +38,31 @@ CALIBRATION = flags.DEFINE_integer("calibration", 8, "Images of the calibration.
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images of a batch.")
 BATCHES = flags.DEFINE_integer("batches", 4, "Of a job.")
 JOBS = flags.DEFINE_integer("jobs", 5, "Each with other noise.")
-FORMS = flags.DEFINE_list("forms", ["fixed", "one_hot"], "How tokens are packed, see `fast/tokens.py`.")
-PROFILE = (0.65, 0.65, 0.65)  # of heads, groups and tokens that are on
+EXECUTIONS = flags.DEFINE_list("executions", ["gather", "one_hot"], "How tokens are packed, see `fast/execution`.")
+PROFILE = (0.65, 0.65, 0.65)  # of open heads, groups and tokens
 OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
 
 
 def main():
-    model, params, settings = _contestant()
-    plan = plan_sampling(model, params, **settings)
-    found, deviations = {form: [] for form in FORMS.value}, []
+    subject = _subject()
+    plan = subject.plan()
+    found, deviations = {name: [] for name in EXECUTIONS.value}, []
     for seed in range(JOBS.value):
         few = np.arange(CALIBRATION.value)
-        seen = generate(model, params, few % model.config.classes, seed=seed, mode="gated", **settings).shares
-        deviations.append(float(seen.deviation[seen.mean < 1].mean()))
-        for form, jobs in found.items():
-            calibrated = dataclasses.replace(plan.calibrated(seen), form=form)
-            jobs.append(_job(model, params, calibrated, settings, seed))
-            sys.stderr.write(f"job {seed}, {form}: {jobs[-1]}\n")
+        usage = subject.draw(few % subject.model.config.classes, seed=seed, mode="gated").usage
+        deviations.append(float(usage.deviation[usage.mean < 1].mean()))
+        for name, jobs in found.items():
+            calibrated = dataclasses.replace(plan.with_usage(usage.without_max_rows()), execution=name)
+            jobs.append(_job(subject, calibrated, seed))
+            sys.stderr.write(f"job {seed}, {name}: {jobs[-1]}\n")
     report = dict(
         command="python " + " ".join(sys.argv),
         date=time.strftime("%Y-%m-%d"),
-        plan=plan.in_words(),
-        deviation=np.mean(deviations),  # between images, of layers that have any token off
+        plan=plan.summary(),
+        deviation=np.mean(deviations),  # between images, of layers that have any closed token
         by_batch={
-            form: {name: np.mean([job[name] for job in jobs], 0).tolist() for name in jobs[0]}
-            for form, jobs in found.items()
+            execution: {name: np.mean([job[name] for job in jobs], 0).tolist() for name in jobs[0]}
+            for execution, jobs in found.items()
         },
     )
     path = epath.Path(OUT.value)
@@ -70,49 +71,42 @@ def main():
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 
-def _contestant() -> tuple:
-    """Return the model, its weights, and the sampler and diffusion that it runs with."""
+def _subject() -> SamplingRun:
+    """Return the model and its weights, with the sampler and diffusion that it runs with."""
     if MODEL.value is None:
         weights = load_checkpoint(CHECKPOINT.value)
-        settings = dict(sampling=weights.sampling, diffusion=weights.diffusion)
-        return Model(weights.model, jnp.dtype("float32")), jax.device_put(weights.params), settings
+        model, params = Model(weights.model, jnp.dtype("float32")), jax.device_put(weights.params)
+        return SamplingRun(model, params, sampling=weights.sampling, diffusion=weights.diffusion)
     model = Model(published_config(MODEL.value, side=32, routers="free"), jnp.dtype("float32"))
     settings = dict(sampling=SamplingConfig(sampler="ddpm", steps=STEPS.value), diffusion=DiffusionConfig())
-    return model, profiled_params(model, steps_of(**settings).timestep, PROFILE), settings
+    params = profiled_params(model, schedule_coefficients(**settings).timestep, PROFILE)
+    return SamplingRun(model, params, **settings)
 
 
-def _job(model: Model, params, plan: Plan, settings: dict, seed: int) -> dict:
-    """Return, one number per batch: shares of tokens on and of places, both of layers with any off; segments redone."""
-    record = dict(tokens_on=[], places=[], segments_computed_again=[])
+def _job(run: SamplingRun, plan: Plan, seed: int) -> dict:
+    """Return, per batch: shares of open tokens and of rows, both of layers with any closed; segments redone."""
+    record = dict(open_tokens=[], rows=[], segments_redone=[])
     for batch in range(BATCHES.value):
         indices = CALIBRATION.value + batch * BATCH_SIZE.value + np.arange(BATCH_SIZE.value)
-        samples = generate(
-            model,
-            params,
-            indices % model.config.classes,
-            seed=seed,
-            indices=indices,
-            mode="fast",
-            plan=plan,
-            **settings,
-        )
-        places = _places(model, params, plan, settings)
-        routed = samples.shares.mean < 1
-        record["tokens_on"].append(float(samples.shares.mean[routed].mean()))
-        record["places"].append(float(places[routed].mean()))
-        again = [samples.over[segment.start : segment.stop].any() for segment in plan.segments]
-        record["segments_computed_again"].append(float(np.mean(again)))
-        if samples.over.any():
-            plan = plan.widened(samples.shares)
+        samples = run.draw(indices % run.model.config.classes, seed=seed, indices=indices, plan=plan)
+        routed, rows = samples.usage.mean < 1, _rows(run, plan)
+        record["open_tokens"].append(float(samples.usage.mean[routed].mean()))
+        record["rows"].append(float(rows[routed].mean()))
+        redone = [samples.overflow_count[segment.start : segment.stop].any() for segment in plan.segments]
+        record["segments_redone"].append(float(np.mean(redone)))
+        if samples.overflow_count.any():
+            plan = plan.with_usage(samples.usage)
     return record
 
 
-def _places(model: Model, params, plan: Plan, settings: dict) -> np.ndarray:
-    """Return the share of all places that a plan has for tokens, [S,L]."""
-    _, _, programs = programs_of(model, params, steps_of(**settings), "fast", plan, BATCH_SIZE.value, runs=1)
-    everything = model.config.tokens * packed_together(plan.form, BATCH_SIZE.value)
-    by_step = [[program.capacities] * len(program.segment) for program in programs]
-    return np.array([[min(1, layer[-1] / everything) for layer in step] for segment in by_step for step in segment])
+def _rows(run: SamplingRun, plan: Plan) -> np.ndarray:
+    """Return the share of all rows that a plan reserves for tokens, [S,L]."""
+    programs, _ = run.programs(BATCH_SIZE.value, plan=plan)
+    every = find_execution(plan.execution, run.model.platform).rows(BATCH_SIZE.value, run.model.config.tokens)
+    by_step = [
+        [own.capacity[-1] for own in program.executions] for program in programs for _ in range(len(program.segment))
+    ]
+    return np.minimum(1, by_step / every)
 
 
 if __name__ == "__main__":

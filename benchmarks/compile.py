@@ -26,12 +26,16 @@ from profiles import swinging_logits
 
 from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.fast.execution.registry import default_execution, layer_executions
 from dydit_jax.fast.narrow import narrow
-from dydit_jax.fast.plan import Shares, make_plan
-from dydit_jax.models.dit import Model, published_config
+from dydit_jax.fast.plan import make_plan
+from dydit_jax.fast.usage import TokenUsage
+from dydit_jax.models.config import published_config
+from dydit_jax.models.dit import Model
 from dydit_jax.runtime.aot import call_of, compiled_ahead
 from dydit_jax.runtime.console import run
-from dydit_jax.sampling.generate import program_arguments, program_settings, programs_of, run_segment, steps_of
+from dydit_jax.sampling.generate import schedule_coefficients
+from dydit_jax.sampling.segment import SegmentProgram, SegmentSettings, run_segment, segment_inputs
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 PROFILE = flags.DEFINE_list("profile", ["65", "65", "65"], "Per cent of heads, groups and tokens on.")
@@ -76,32 +80,37 @@ def start() -> dict:
     model = Model(published_config(MODEL.value, side=32, routers="free"))
     config, shares = model.config, [int(per_cent) / 100 for per_cent in PROFILE.value]
     sampling = SamplingConfig(sampler="ddpm", steps=STEPS.value)
-    table = steps_of(sampling, DiffusionConfig())
-    generator, steps = np.random.default_rng(0), len(table.step)
+    schedule = schedule_coefficients(sampling, DiffusionConfig())
+    generator, steps = np.random.default_rng(0), len(schedule.step)
     units = (config.depth, config.heads)
     gates = [swinging_logits(generator, steps, units, share) > 0 for share in shares[:2]]
-    plan = make_plan(*gates, config.macs, segments=SEGMENTS.value)
-    on = np.clip(generator.normal(shares[2], SHARE_DEVIATION, (steps, config.depth)), 0, 1)
-    plan = plan.calibrated(Shares(on, np.full_like(on, SHARE_DEVIATION), on, BATCH_SIZE.value))
+    execution = default_execution(model)
+    plan = make_plan(*gates, config.macs, execution=execution.name, segments=SEGMENTS.value)
+    mean = np.clip(generator.normal(shares[2], SHARE_DEVIATION, (steps, config.depth)), 0, 1)
+    usage = TokenUsage(mean, np.full_like(mean, SHARE_DEVIATION), np.zeros_like(mean), BATCH_SIZE.value)
+    required = execution.required_shares(usage, BATCH_SIZE.value)
     params = model.abstract_params()
     noise = jax.ShapeDtypeStruct((BATCH_SIZE.value, config.side, config.side, config.channels), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH_SIZE.value))
     labels = jax.ShapeDtypeStruct((BATCH_SIZE.value,), jnp.int32)
-    settings = dict(model=model, sampling=sampling, mesh=None)
-    rest = dict(params=params, state=SamplerState(noise, noise), labels=labels, keys=keys, table=table)
+    without_blocks = {name: part for name, part in params.items() if name != "blocks"}
+    rest = dict(params=without_blocks, state=SamplerState(noise, noise), labels=labels, keys=keys, schedule=schedule)
     began, calls = time.perf_counter(), []
-    for program in programs_of(model, params, table, "fast", plan, BATCH_SIZE.value, runs=1)[2]:
-        kept = dict(heads=program.segment.heads, groups=program.segment.groups)
-        layers = jax.eval_shape(functools.partial(narrow, **kept, dtype=model.dtype), params["blocks"])
-        arguments = program_arguments(program, blocks=layers, **rest)
-        calls.append(call_of(run_segment, arguments, program_settings(program, settings)))
+    for segment in plan.segments:
+        kept = dict(heads=segment.heads, groups=segment.groups)
+        blocks = jax.eval_shape(functools.partial(narrow, **kept, dtype=model.dtype), params["blocks"])
+        steps = slice(segment.start, segment.stop)
+        program = SegmentProgram(segment, layer_executions(execution, config, required[steps], images=BATCH_SIZE.value))
+        settings = SegmentSettings(model, sampling, program.executions, mesh=None)
+        inputs = segment_inputs(program, blocks=blocks, **rest)
+        calls.append(call_of(run_segment, (inputs,), dict(settings=settings)))
     seconds = []
     with compiled_ahead(calls) as programs:
         for program in programs:
             program.result()
             seconds.append(time.perf_counter() - began)
     return dict(
-        plan=plan.in_words(),
+        plan=plan.summary(),
         padding=plan.padding,
         seconds_until_the_first=seconds[0],
         seconds_until_all=seconds[-1],

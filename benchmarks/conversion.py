@@ -19,7 +19,7 @@ from absl import flags
 from etils import epath
 
 from dydit_jax.convert.tables import source_shapes
-from dydit_jax.models.dit import published_config
+from dydit_jax.models.config import published_config
 from dydit_jax.models.layers import position_table
 from dydit_jax.runtime.console import run
 

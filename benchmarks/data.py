@@ -22,9 +22,10 @@ from tqdm import tqdm
 from dydit_jax.data.latent_files import checksums_of
 from dydit_jax.data.sources import DataConfig, batches, open_source
 from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.precision import build_model
 from dydit_jax.runtime.console import run
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh
-from dydit_jax.training.experiment import build_model, build_optimizer, read_experiment
+from dydit_jax.training.experiment import build_optimizer, read_experiment
 from dydit_jax.training.update import compile_update, init_state, passes_at
 
 PICTURES = flags.DEFINE_integer("pictures", 512, "JPEGs to make.")

@@ -30,10 +30,10 @@ from dydit_jax.drawing.figures import save_figure
 from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.metrics.distances import frechet_distance, moments
+from dydit_jax.models.precision import build_model
 from dydit_jax.runtime.console import run
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 from dydit_jax.sampling.generate import generate
-from dydit_jax.training.experiment import build_model
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder of the work directories.")
 OUT = flags.DEFINE_string("out", "docs/digits.json", "File for the results.")

@@ -1,7 +1,6 @@
 """All that `gpu.py` asks of the package: a model to sample, a training step, a checkpoint."""
 
 import dataclasses
-import functools
 import time
 
 import jax
@@ -14,20 +13,23 @@ from dydit_jax.checkpoints import WEIGHTS_FILE, Weights, save_weights, write_arr
 from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.fast.narrow import NarrowedBlocks
-from dydit_jax.fast.tokens import default_form, forms_of
+from dydit_jax.fast.execution.registry import available_executions
+from dydit_jax.fast.usage import TokenUsage
 from dydit_jax.models import autoencoder
-from dydit_jax.models.dit import DiTConfig, Model, published_config
+from dydit_jax.models.config import DiTConfig, published_config
+from dydit_jax.models.dit import Model
+from dydit_jax.models.precision import build_model, resolve_precision
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, shardings
 from dydit_jax.runtime.tracking import FLOPS_PER_MAC, flops_utilisation
-from dydit_jax.sampling.generate import generate, plan_sampling, runs_per_image, steps_of
-from dydit_jax.training.experiment import build_model, build_optimizer, read_experiment, resolve_precision
+from dydit_jax.sampling.generate import SamplingRun, schedule_coefficients
+from dydit_jax.sampling.guidance import evaluations_per_step
+from dydit_jax.training.experiment import build_optimizer, read_experiment
 from dydit_jax.training.update import compile_update, init_state
 from dydit_jax.trees import flatten
 
 __all__ = ["DiTConfig", "Drawn", "Job", "Subject", "Training", "published_config", "write_checkpoint"]
 
-PROFILE = (0.65, 0.65, 0.65)  # of heads, groups and tokens that are on
+PROFILE = (0.65, 0.65, 0.65)  # of open heads, groups and tokens
 LONG_STEPS = 250  # a shorter run changes its heads and groups at the pace of one of so many
 GUIDANCE = 1.5
 
@@ -57,7 +59,7 @@ class Job:
 
     @property
     def settings(self) -> dict:
-        """Of a call of `generate`."""
+        """Of a `SamplingRun`."""
         # Clipping keeps the images of a random network in the range of real ones.
         sampling = SamplingConfig(sampler="ddpm", steps=str(self.steps), guidance=GUIDANCE, clip=1.0)
         return dict(sampling=sampling, diffusion=DiffusionConfig())
@@ -65,7 +67,7 @@ class Job:
     @property
     def rows(self) -> int:
         """Images in the network, guidance included."""
-        return self.batch * runs_per_image(self.settings["sampling"])
+        return self.batch * evaluations_per_step(self.settings["sampling"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +78,15 @@ class Drawn:
       images: [B,side,side,C].
       tokens: mean gates [S,L,N].
       macs: of an image and a pass, mean over the run.
-      over: how often more tokens were on than the largest capacity.
-      shares: what calibrates a plan.
+      overflow_count: how often more tokens were open than the largest capacity.
+      usage: of tokens, which calibrates a plan.
     """
 
     images: np.ndarray
     tokens: np.ndarray
     macs: float
-    over: int
-    shares: object
+    overflow_count: int
+    usage: TokenUsage
 
 
 class Subject:
@@ -98,13 +100,12 @@ class Subject:
     def __init__(self, job: Job):
         self.job = job
         self._model = Model(job.config, *resolve_precision(job.precision))
-        timesteps = steps_of(**job.settings).timestep
+        timesteps = schedule_coefficients(**job.settings).timestep
         # In float32 whatever the precision is: in all of them the same weights.
         self._params = profiled_params(Model(job.config), timesteps, PROFILE, swings=job.swings)
-        self.plan = plan_sampling(self._model, self._params, segments=job.segments, **job.settings)
-        # Of `fast` and of the others: as in a job, which cuts its weights apart once for all batches.
-        make_blocks = functools.partial(NarrowedBlocks, dtype=self._model.dtype, platform=self._model.platform)
-        self._blocks = {mode: make_blocks(self._params["blocks"]) for mode in ("fast", "whole")}
+        # One for `fast` and one for the others: as in a job, which narrows its weights from batch to batch.
+        self._runs = {mode: SamplingRun(self._model, self._params, **job.settings) for mode in ("fast", "whole")}
+        self.plan = self._runs["fast"].plan(job.segments)
 
     @property
     def about(self) -> dict:
@@ -114,39 +115,39 @@ class Subject:
             batch=self.job.batch,
             steps=self.job.steps,
             segments=len(self.plan.segments),
-            plan=self.plan.in_words(),
+            plan=self.plan.summary(),
             padding=self.plan.padding,
             way=self.way,
         )
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """Ways to run the tokens that are on, of which this device can take any."""
-        return forms_of(self._model, self.job.rows)
+        """The executions of tokens that this device can run, by name."""
+        return tuple(execution.name for execution in available_executions(self._model, self.job.rows))
 
     @property
     def way(self) -> str:
-        """The one that is taken."""
-        return self.plan.form or default_form(self._model)
+        """The execution that is taken."""
+        return self.plan.execution
 
     def take(self, way: str) -> None:
         """Take one of `ways` from now on."""
-        self.plan = dataclasses.replace(self.plan, form=way)
+        self.plan = dataclasses.replace(self.plan, execution=way)
 
     def calibrate(self, drawn: Drawn) -> None:
-        """Let `fast` choose capacities by what other images had on."""
-        self.plan = self.plan.calibrated(drawn.shares)
+        """Let `fast` choose capacities by the usage of other images."""
+        self.plan = self.plan.with_usage(drawn.usage.without_max_rows())
 
     def draw(self, mode: str, first: int = 0) -> Drawn:
         """Draw a batch of images whose indices begin with `first`; returns when they are on the host."""
         indices = first + np.arange(self.job.batch)
-        fast = dict(plan=self.plan) if mode == "fast" else {}
-        blocks = self._blocks["fast" if mode == "fast" else "whole"]
-        labels = indices % self.job.config.classes
-        settings = dict(self.job.settings, indices=indices, mode=mode, blocks=blocks, **fast)
-        samples = generate(self._model, self._params, labels, **settings)
+        run = self._runs["fast" if mode == "fast" else "whole"]
+        plan = self.plan if mode == "fast" else None
+        samples = run.draw(indices % self.job.config.classes, indices=indices, mode=mode, plan=plan)
         tokens = np.asarray(samples.routing.tokens)
-        return Drawn(samples.images, tokens, float(samples.macs.mean()), int(samples.over.sum()), samples.shares)
+        return Drawn(
+            samples.images, tokens, float(samples.macs.mean()), int(samples.overflow_count.sum()), samples.usage
+        )
 
 
 class Training:
@@ -209,6 +210,6 @@ def write_checkpoint(folder, job: Job, *, decoder: str | None) -> None:
         leaves = flatten(jax.jit(autoencoder.init)(jax.random.key(0)))
         write_arrays(path, jax.device_get(leaves), dict(format=AUTOENCODER_FORMAT))
         settings |= dict(sampling=dataclasses.replace(settings["sampling"], autoencoder=str(path)))
-    timesteps = steps_of(**settings).timestep
+    timesteps = schedule_coefficients(**settings).timestep
     params = jax.device_get(profiled_params(Model(job.config), timesteps, PROFILE, swings=job.swings))
     save_weights(folder / WEIGHTS_FILE, Weights(job.config, params=params, about={}, **settings))

@@ -136,7 +136,7 @@ def _compare(session: Session, name: str, row: dict, subject: Subject, gated, wa
         largest_difference=images,
         difference_of_gated_to_float32=rounding,
         token_gates_unlike_per_million=gates,
-        over=drawn.over,
+        overflow_count=drawn.overflow_count,
         seconds_with_compiling=time.perf_counter() - began,
         **subject.about,
     )
@@ -171,7 +171,9 @@ def time_sampling(session: Session, name: str, row: dict, job: Job, rounds: int)
         session.write(name, row)
     images, gates = _difference(drawn["fast"], drawn["gated"])
     row |= dict(largest_difference_to_gated=images, token_gates_unlike_gated_per_million=gates)
-    row |= dict(over=drawn["fast"].over, giga_macs_per_pass={mode: drawn[mode].macs / 1e9 for mode in MODES})
+    row |= dict(
+        overflow_count=drawn["fast"].overflow_count, giga_macs_per_pass={mode: drawn[mode].macs / 1e9 for mode in MODES}
+    )
     longest = 0.0
     while len(seconds["fast"]) < rounds and session.left > longest:
         began = time.perf_counter()

@@ -29,15 +29,18 @@ from turns import side_by_side
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.fast.narrow import NarrowedBlocks, narrow
-from dydit_jax.fast.plan import LEAST_MARGIN
-from dydit_jax.fast.tokens import capacities_of, default_form, places_needed
+from dydit_jax.fast.execution.registry import default_execution, layer_executions
+from dydit_jax.fast.narrow import narrow
+from dydit_jax.fast.usage import LEAST_MARGIN
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.models.dit import Model, published_config
+from dydit_jax.models.config import published_config
+from dydit_jax.models.dit import Layer, Model
+from dydit_jax.models.precision import resolve_precision
 from dydit_jax.runtime.aot import compile_for
 from dydit_jax.runtime.console import run
-from dydit_jax.sampling.generate import MODES, generate, network_of, plan_sampling, runs_per_image, steps_of
-from dydit_jax.training.experiment import resolve_precision
+from dydit_jax.sampling.generate import MODES, SamplingRun, schedule_coefficients
+from dydit_jax.sampling.guidance import evaluations_per_step
+from dydit_jax.sampling.segment import bind_network
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights to sample; or give --model.")
 MODEL = flags.DEFINE_string("model", None, "A published size with random weights: S/2, B/2, L/2, XL/2.")
@@ -59,34 +62,34 @@ def main():
     model, params, run_settings = _subject()
     labels = np.arange(BATCH_SIZE.value) % model.config.classes
     images = np.arange(BATCH_SIZE.value)
-    # As in a job, which makes them once for all batches. `fast` has its own: a turn must not undo its narrowing.
-    narrowed, whole = (NarrowedBlocks(params["blocks"], dtype=model.dtype, platform=model.platform) for _ in range(2))
-    plan = plan_sampling(model, params, segments=SEGMENTS.value, **run_settings)
+    # As in a job, which makes it once for all batches. `fast` has its own: a turn must not undo its narrowing.
+    narrowed, whole = (SamplingRun(model, params, **run_settings) for _ in range(2))
+    plan = whole.plan(SEGMENTS.value)
     steps = len(plan.heads)
 
     def draw(mode: str, report=None, *, plan=None, indices=images):
-        settings = dict(run_settings, indices=indices, mode=mode, plan=plan, blocks=narrowed if plan else whole)
+        settings = dict(indices=indices, mode=mode, plan=plan)
         if report is not None and model.platform == "cpu":
             settings |= dict(report=lambda count: report(count / steps))
-        return generate(model, params, labels, **settings)
+        return (narrowed if plan else whole).draw(labels, **settings)
 
     first, peak, samples = {}, {}, {}
     # A job calibrates on a few images and draws many others.
     calibration, first["gated"] = _timed(lambda: draw("gated", indices=images + BATCH_SIZE.value))
-    _tell("plan", plan.in_words())
-    plan = plan.calibrated(calibration.shares)
+    _log("plan", plan.summary())
+    plan = plan.with_usage(calibration.usage.without_max_rows())
     contestants = dict(
         complete=functools.partial(draw, "complete"),
         gated=functools.partial(draw, "gated"),
         fast=functools.partial(draw, "fast", plan=plan),
     )
     if PEERS.value:
-        contestants |= _peers(model, BATCH_SIZE.value * runs_per_image(run_settings["sampling"]))
+        contestants |= _peers(model, BATCH_SIZE.value * evaluations_per_step(run_settings["sampling"]))
     for name, contestant in contestants.items():
         if name not in first:
             _, first[name] = _timed(contestant)
         peak[name] = _peak_gib()
-        _tell(name, f"first call {first[name]:.1f} s")
+        _log(name, f"first call {first[name]:.1f} s")
     seconds = {name: [] for name in contestants}  # per step, or per pass of a peer
     measured = dict(samples=samples, seconds=seconds, first=first, peak=peak)
     for _ in range(ROUNDS.value):
@@ -94,7 +97,7 @@ def main():
         samples |= found
         for name in contestants:
             seconds[name].append(taken[name] / (steps if name in MODES else PEER_PASSES))
-            _tell(name, f"{1e3 * seconds[name][-1]:.2f} ms per step")
+            _log(name, f"{1e3 * seconds[name][-1]:.2f} ms per step")
         _write(_report(model, plan, **measured))  # for a run that is cut off
     one_pass = _one_pass(model, params, plan, run_settings) if ONE_PASS.value else None
     report = _report(model, plan, **measured, one_pass=one_pass)
@@ -117,9 +120,9 @@ def _report(model: Model, plan, *, samples: dict, seconds: dict, first: dict, pe
         batch_size=BATCH_SIZE.value,
         steps=len(plan.heads),
         rounds=len(seconds["fast"]),
-        plan=plan.in_words(),
-        form_of_tokens=default_form(model),
-        share_on={
+        plan=plan.summary(),
+        execution=plan.execution,
+        open_shares={
             name: float(np.mean(getattr(samples["fast"].routing, name))) for name in ("heads", "groups", "tokens")
         },
         seconds_per_step=median,
@@ -127,11 +130,12 @@ def _report(model: Model, plan, *, samples: dict, seconds: dict, first: dict, pe
         first_call_seconds=first,
         peak_gib_so_far=peak,
         giga_macs_per_pass={mode: count / 1e9 for mode, count in macs.items()},
+        giga_macs_executed_by_fast=float(samples["fast"].executed_macs.mean()) / 1e9,
         padding=plan.padding,
         ideal_speedup=ideal,
         speedup_over={name: median[name] / median["fast"] for name in seconds if name != "fast"},
         efficiency=median["complete"] / median["fast"] / ideal,
-        layers_computed_in_full=int(samples["fast"].over.sum()),
+        layers_on_all_rows=int(samples["fast"].overflow_count.sum()),
         # One that differs, for a logit next to the threshold, makes the rest of an image's run differ.
         token_gates_unlike_gated_per_million=1e6 * float(np.abs(routed["fast"] - routed["gated"]).mean()),
         largest_difference_to_gated=float(np.abs(samples["fast"].images - samples["gated"].images).max() / scale),
@@ -145,7 +149,7 @@ def _write(report: dict) -> None:
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _tell(name: str, what: str) -> None:
+def _log(name: str, what: str) -> None:
     sys.stderr.write(f"{name}: {what}\n")
 
 
@@ -164,12 +168,12 @@ def _timed(function):
 
 def _processor() -> str:
     """Return the processor's name where the system tells it."""
-    told = (
+    output = (
         subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
         if platform.system() == "Linux"
         else ""
     )
-    names = [line.split(":", 1)[1].strip() for line in told.splitlines() if line.startswith("Model name")]
+    names = [line.split(":", 1)[1].strip() for line in output.splitlines() if line.startswith("Model name")]
     return " ".join(names) or platform.machine()
 
 
@@ -187,12 +191,12 @@ def _subject():
     sampling = SamplingConfig(sampler="ddpm", steps=STEPS.value, guidance=GUIDANCE.value, clip=1.0)
     settings = dict(sampling=sampling, diffusion=DiffusionConfig())
     shares = tuple(int(per_cent) / 100 for per_cent in PROFILE.value)
-    return model, profiled_params(model, steps_of(**settings).timestep, shares), settings
+    return model, profiled_params(model, schedule_coefficients(**settings).timestep, shares), settings
 
 
 def _one_pass(model: Model, params, plan, run_settings) -> dict:
     """Compare fast and gated on the same input, in float32 and in bfloat16: outputs, and gates that differ."""
-    table, config, found = steps_of(**run_settings), model.config, {}
+    table, config, found = schedule_coefficients(**run_settings), model.config, {}
     segments = plan.segments[:: max(1, len(plan.segments) // 2)]
     x = jax.random.normal(jax.random.key(1), (BATCH_SIZE.value, config.side, config.side, config.channels))
     labels = jnp.arange(BATCH_SIZE.value) % config.classes
@@ -217,19 +221,22 @@ def _one_pass(model: Model, params, plan, run_settings) -> dict:
     return found
 
 
-def _fast_pass(model: Model, segment, tokens_on, x, labels):
-    """Return (params, layers, t) -> output and token gates of the first step of a segment, as `fast` computes them.
+def _fast_pass(model: Model, segment, open_tokens, x, labels):
+    """Return (params, blocks, t) -> output and token gates of the first step of a segment, as `fast` computes them.
 
-    Capacities have their margin over the tokens [B,L,N] that are on in `gated`.
+    Capacities have their margin over the open tokens [B,L,N] of `gated`.
     """
-    config, form = model.config, default_form(model)
-    margin = 0 if form == "switch" else LEAST_MARGIN
-    shares = np.minimum(1, margin + np.asarray(places_needed(form, tokens_on)))  # [L]
-    sizes = dict(images=len(x), tokens=config.tokens)
-    capacities = tuple(capacities_of(form, [share], **sizes) for share in shares)
-    gates = jax.tree.map(lambda gate: gate[:1].astype(np.float32), (segment.head_gates, segment.group_gates))
-    routing = dict(heads=gates[0], groups=gates[1], form=form, capacities=capacities)
-    return lambda params, layers, t: network_of(model, params, layers, **routing)(x, t, labels)
+    config, execution = model.config, default_execution(model)
+    margin = LEAST_MARGIN if execution.may_overflow else 0
+    shares = np.minimum(1, margin + np.asarray(execution.rows_needed(open_tokens)))[None]  # [1,L]
+    executions = layer_executions(execution, config, shares, images=len(x))
+    heads, groups = jax.tree.map(lambda gate: gate[:1].astype(np.float32), (segment.head_gates, segment.group_gates))
+
+    def fast(params, blocks, t):
+        layers = [Layer(block, None, None, own) for block, own in zip(blocks, executions)]
+        return bind_network(model, params, layers, heads, groups)(x, t, labels)
+
+    return fast
 
 
 def _peers(model: Model, images: int) -> dict:

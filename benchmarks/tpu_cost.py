@@ -31,16 +31,18 @@ from flax import nnx
 
 from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.fast.execution.registry import find_execution
 from dydit_jax.fast.narrow import NarrowedBlocks, cast_for_products, narrow
-from dydit_jax.fast.plan import Shares
-from dydit_jax.fast.tokens import capacities_of, counted_shares, packed_together, runners
-from dydit_jax.jobs.sample import MOST_CALIBRATION_IMAGES
+from dydit_jax.fast.usage import TokenUsage
+from dydit_jax.models.config import published_config
 from dydit_jax.models.cost import routed_macs
-from dydit_jax.models.dit import Block, Model, published_config
-from dydit_jax.models.pooled import Stream
+from dydit_jax.models.dit import Block, Model
+from dydit_jax.models.execution import Dense, TokenExecution
 from dydit_jax.models.routing import Routing
 from dydit_jax.runtime.console import run
-from dydit_jax.sampling.generate import images_of_pass, run_segment, steps_of
+from dydit_jax.sampling.generate import schedule_coefficients
+from dydit_jax.sampling.planning import MOST_CALIBRATED
+from dydit_jax.sampling.segment import SegmentInputs, SegmentSettings, microbatch_size, run_segment
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 DEPTH = flags.DEFINE_integer("depth", None, "Blocks of the model; those of its size by default.")
@@ -49,13 +51,13 @@ BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["32"], "Images of one pass.")
 PARTS = flags.DEFINE_list("parts", ["block", "model"], "block, model.")
 HEADS = flags.DEFINE_integer("heads", 11, "Heads that the fast model keeps in each block.")
 GROUPS = flags.DEFINE_integer("groups", 10, "Groups that the fast model keeps in each block.")
-TOKEN_SHARE = flags.DEFINE_float("token_share", 0.65, "Of an image's tokens that are on.")
-DEVIATION = flags.DEFINE_float("deviation", 0.024, "Of the images' shares of tokens that are on, of all tokens.")
-CALIBRATED = flags.DEFINE_integer("calibrated", MOST_CALIBRATION_IMAGES, "Images that a job was calibrated on.")
-CAPACITY = flags.DEFINE_integer(
-    "capacity", None, "Places for an image's tokens, on average over images that pool them."
+TOKEN_SHARE = flags.DEFINE_float("token_share", 0.65, "Share of an image's tokens that is open.")
+DEVIATION = flags.DEFINE_float("deviation", 0.024, "Standard deviation of the images' shares of open tokens.")
+CALIBRATED = flags.DEFINE_integer("calibrated", MOST_CALIBRATED, "Images that a job was calibrated on.")
+CAPACITY = flags.DEFINE_integer("capacity", None, "Rows for an image's tokens, on average over images that share them.")
+EXECUTIONS = flags.DEFINE_list(
+    "executions", ["one_hot", "mosaic"], "How the fast model runs tokens, see `fast/execution`."
 )
-FORMS = flags.DEFINE_list("forms", ["one_hot", "pooled"], "How the fast model packs tokens, see `fast/tokens.py`.")
 STEPS = 25  # of the compiled scan over the schedule, as in one segment of ten
 SHOWN = flags.DEFINE_integer("shown", 0, "Instructions to list for each program, the dearest first.")
 OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
@@ -67,7 +69,7 @@ def main():
         for batch in map(int, BATCH_SIZES.value):
             for part in PARTS.value:
                 rows += {"block": _blocks, "model": _models}[part](chip, batch)
-                sys.stderr.write("\n".join(map(_in_words, rows[-1 - len(FORMS.value) :])) + "\n")
+                sys.stderr.write("\n".join(map(_summary, rows[-1 - len(EXECUTIONS.value) :])) + "\n")
     report = dict(
         command="python " + " ".join(sys.argv),
         versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
@@ -85,7 +87,7 @@ def main():
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _in_words(row: dict) -> str:
+def _summary(row: dict) -> str:
     words = [f"{row['part']} {row['mode']:13s} {row['chip']} B={row['batch']}:"]
     for kind in ("estimated", "scheduled"):
         words.append(f"{kind} {row[kind] / 1e3:.0f}k ({100 * row[f'{kind}_share_of_peak']:.1f} % of the peak)")
@@ -106,7 +108,7 @@ def _rows(part: str, chip: str, batch: int, images: int, costs: dict[str, Cost],
             row[f"{kind}_milliseconds"] = 1e3 * cycles / CHIPS[chip].clock
             row[f"{kind}_share_of_peak"] = 2 * work / CHIPS[chip].flops_per_cycle / cycles
             if mode != "complete":
-                row["places"] = _capacity(mode.split()[-1], images)
+                row["rows"] = _execution(mode.split()[-1], images).capacity[0]
                 row[f"{kind}_speedup"] = getattr(costs["complete"], kind) / cycles
                 row[f"{kind}_efficiency"] = row[f"{kind}_speedup"] / (macs["complete"] / work)
         rows.append(row)
@@ -115,19 +117,20 @@ def _rows(part: str, chip: str, batch: int, images: int, costs: dict[str, Cost],
     return rows
 
 
-def _fast(form: str) -> str:
-    return f"fast, {form}"
+def _fast(name: str) -> str:
+    return f"fast, {name}"
 
 
-def _capacity(form: str, images: int) -> int:
-    """Return the places in a form for the images of a pass."""
+def _execution(name: str, images: int) -> TokenExecution:
+    """Return an execution with the rows that the images of a pass need."""
+    execution, tokens = find_execution(name, "tpu"), _model().config.tokens
     if CAPACITY.value:
-        return CAPACITY.value * packed_together(form, images)
+        rows = CAPACITY.value * execution.packed_together(images)
+        return dataclasses.replace(execution, capacity=(rows,))
     column = lambda value: np.full((1, 1), value)
-    mean = column(TOKEN_SHARE.value)
-    shares = counted_shares(form, Shares(mean, column(DEVIATION.value), mean, CALIBRATED.value), images)
-    [capacity] = capacities_of(form, shares[:, 0], images=images, tokens=_model().config.tokens)
-    return capacity
+    usage = TokenUsage(column(TOKEN_SHARE.value), column(DEVIATION.value), column(0.0), CALIBRATED.value)
+    shares = execution.required_shares(usage, images)
+    return execution.with_capacity(shares[:, 0], images=images, tokens=tokens)
 
 
 def _model() -> Model:
@@ -149,21 +152,17 @@ def _blocks(chip: str, batch: int) -> list[dict]:
     x = jax.ShapeDtypeStruct((batch, config.tokens, config.width), jnp.float32)
     condition = jax.ShapeDtypeStruct((batch, config.width), jnp.float32)
 
-    def complete(weights, x, condition):
+    def run_block(weights, x, condition, *, execution: TokenExecution):
         block = nnx.merge(graph, nnx.State(weights))
-        return block(x, block.modulation(condition), None, None, routed=False)[0]
+        stream, _ = block(execution.enter(x), block.modulation(condition), None, None, execution=execution)
+        return stream
 
-    def fast(weights, x, condition, *, form: str):
-        block, capacity = nnx.merge(graph, nnx.State(weights)), _capacity(form, batch)
-        if form == "pooled":
-            return block.run_pooled(Stream(x), block.modulation(condition), None, None, capacity=capacity)
-        [run_on_tokens] = runners(form, ((capacity,),))
-        return block(x, block.modulation(condition), None, None, routed=True, run_on_tokens=run_on_tokens)
-
-    costs = dict(complete=compile_and_cost(complete, kept(config.heads, config.heads), x, condition, chip=chip))
-    for form in FORMS.value:
-        narrowed = kept(HEADS.value, GROUPS.value)
-        costs[_fast(form)] = compile_and_cost(functools.partial(fast, form=form), narrowed, x, condition, chip=chip)
+    cost = lambda weights, execution: compile_and_cost(
+        functools.partial(run_block, execution=execution), weights, x, condition, chip=chip
+    )
+    costs = dict(complete=cost(kept(config.heads, config.heads), Dense("tpu")))
+    for name in EXECUTIONS.value:
+        costs[_fast(name)] = cost(kept(HEADS.value, GROUPS.value), _execution(name, batch))
     macs = config.macs
     modulation = 6 * config.width**2
     needed = dict(
@@ -181,37 +180,38 @@ def _models(chip: str, batch: int) -> list[dict]:
     model = _model()
     config = model.config
     sampling, diffusion = SamplingConfig(sampler="ddpm", steps="250"), DiffusionConfig()
-    steps = jax.tree.map(lambda column: jnp.asarray(column[:STEPS]), steps_of(sampling, diffusion))
+    steps = jax.tree.map(lambda column: jnp.asarray(column[:STEPS]), schedule_coefficients(sampling, diffusion))
     params = model.abstract_params()
     params["blocks"] = jax.eval_shape(functools.partial(cast_for_products, dtype=model.dtype), params["blocks"])
     noise = jax.ShapeDtypeStruct((batch, config.side, config.side, config.channels), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     costs = {}
-    together = images_of_pass(model, sampling, batch)
-    for form in (None, *FORMS.value):
-        heads, groups = (config.heads, config.heads) if form is None else (HEADS.value, GROUPS.value)
+    images = microbatch_size(model, sampling, batch)
+    without_blocks = {name: part for name, part in params.items() if name != "blocks"}
+    for name in (None, *EXECUTIONS.value):
+        heads, groups = (config.heads, config.heads) if name is None else (HEADS.value, GROUPS.value)
         kept = dict(heads=(tuple(range(heads)),) * config.depth, groups=(tuple(range(groups)),) * config.depth)
         blocks = jax.eval_shape(
-            lambda whole, kept=kept: NarrowedBlocks(whole, dtype=model.dtype, platform="tpu").keep(**kept),
+            lambda whole, kept=kept: NarrowedBlocks(whole, dtype=model.dtype, platform="tpu").narrow_to(**kept),
             params["blocks"],
         )
-        capacities = None if form is None else ((_capacity(form, together),),) * config.depth
-        gates = ((None,) * config.depth, (None,) * config.depth)
+        execution = Dense("tpu") if name is None else _execution(name, images)
+        settings = SegmentSettings(model, sampling, (execution,) * config.depth, mesh=None)
 
-        def step(params, blocks, noise, labels, form=form, capacities=capacities, gates=gates):
-            state = SamplerState(noise, noise)
+        def step(params, blocks, noise, labels, settings=settings):
             keys = jax.random.split(jax.random.key(0), batch)
-            settings = dict(model=model, sampling=sampling, form=form, capacities=capacities, mesh=None)
-            return run_segment(params, blocks, state, steps, gates, labels, keys, **settings)
+            gates = ((None,) * config.depth, (None,) * config.depth)
+            inputs = SegmentInputs(params, blocks, SamplerState(noise, noise), steps, gates, labels, keys)
+            return run_segment(inputs, settings=settings)
 
-        costs["complete" if form is None else _fast(form)] = compile_and_cost(
-            step, params, blocks, noise, labels, chip=chip
+        costs["complete" if name is None else _fast(name)] = compile_and_cost(
+            step, without_blocks, blocks, noise, labels, chip=chip
         )
     gates = lambda kept, units: np.broadcast_to(np.arange(units) < kept, (1, config.depth, units)).astype(np.float32)
     tokens = np.full((1, config.depth, config.tokens), TOKEN_SHARE.value, np.float32)
     routing = Routing(gates(HEADS.value, config.heads), gates(GROUPS.value, config.heads), tokens)
     macs = dict(complete=float(config.macs.complete), fast=float(np.asarray(routed_macs(routing, config.macs))[0]))
-    return _rows("model", chip, batch, together, costs, {mode: STEPS * batch * count for mode, count in macs.items()})
+    return _rows("model", chip, batch, images, costs, {mode: STEPS * batch * count for mode, count in macs.items()})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
-from dydit_jax.models.dit import Model, published_config
+from dydit_jax.models.config import published_config
+from dydit_jax.models.dit import Model
 from dydit_jax.runtime.console import run
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_constrain_fn, make_mesh, replicated, shardings
 from dydit_jax.training.experiment import build_optimizer, read_experiment

@@ -22,7 +22,8 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from dydit_jax.models.dit import Model, published_config
+from dydit_jax.models.config import published_config
+from dydit_jax.models.dit import Model
 from dydit_jax.runtime.console import run
 from dydit_jax.training.experiment import build_optimizer, read_experiment
 from dydit_jax.training.update import init_state, make_update_fn

@@ -1,9 +1,14 @@
 """From whatever a user calls a checkpoint to weights: a file, a folder, a run's work directory or a published name."""
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Callable
 
+import jax
+import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from dydit_jax.checkpoints import (
     WEIGHTS_FILE,
@@ -20,10 +25,12 @@ from dydit_jax.convert.published import PUBLISHED, converted_file, fetch
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.models.dit import read_model
+from dydit_jax.latents import decode_latents
+from dydit_jax.models.config import read_model
 from dydit_jax.records import read_record
 from dydit_jax.runtime.files import hold_lock
 from dydit_jax.runtime.settings import own_settings
+from dydit_jax.runtime.sharding import replicated
 from dydit_jax.trees import unflatten
 
 logger = logging.getLogger(__name__)
@@ -95,6 +102,19 @@ def load_autoencoder(autoencoder) -> dict:
     path = _resolved(autoencoder)
     leaves, _ = read_arrays(output_file(path) if path.is_dir() else path, AUTOENCODER_FORMAT)
     return unflatten(leaves)
+
+
+def load_decoder(autoencoder: str, mesh: Mesh) -> Callable:
+    """Return the function from samples [B,side,side,C] to images [B,side,side,1 or 3], about [-1, 1].
+
+    Args:
+      autoencoder: as for `load_autoencoder`; "" for models in pixels, whose samples are images.
+      mesh: whose devices share the work.
+    """
+    if not autoencoder:
+        return np.asarray
+    params = jax.device_put(load_autoencoder(autoencoder), replicated(mesh))
+    return functools.partial(decode_latents, params, mesh=mesh)
 
 
 def _resolved(checkpoint) -> epath.Path:

@@ -9,13 +9,13 @@ import pytest
 from conftest import ROOT
 
 from dydit_jax.errors import InputError
+from dydit_jax.models.precision import resolve_precision
 from dydit_jax.training.experiment import (
     OptimizerConfig,
     build_learning_rate,
     build_optimizer,
     differences,
     read_experiment,
-    resolve_precision,
 )
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "default")

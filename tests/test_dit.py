@@ -11,9 +11,10 @@ from conftest import GOLDEN, channels_last, diffusers_dit, relative_error
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
-from dydit_jax.models.dit import SIZES, DiTConfig, Model, count_parameters, published_config
+from dydit_jax.models.config import SIZES, published_config
+from dydit_jax.models.dit import DiTConfig, Model, count_parameters
 from dydit_jax.models.layers import position_table, time_features
-from dydit_jax.sampling.generate import guided
+from dydit_jax.sampling.guidance import guide
 
 # Published counts where there are any (DiT-XL/2, DyDiT-XL/2); the others pin what is.
 PARAMETERS = {
@@ -58,7 +59,7 @@ def test_guided_pass_equals_the_original(golden):
     expected = channels_last(golden.arrays["cfg_out"])
     for timestep in np.unique(t):  # our guidance takes one timestep for the whole batch
         rows = np.flatnonzero(t == timestep)
-        output, _ = guided(
+        output, _ = guide(
             functools.partial(golden.model.apply, golden.params, mode="gated"),
             jnp.asarray(x),
             jnp.asarray(timestep),

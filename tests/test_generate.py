@@ -3,30 +3,32 @@
 import dataclasses
 import functools
 import operator
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from conftest import relative_error
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import narrow
+from dydit_jax.models.dit import Layer
+from dydit_jax.models.execution import Dense
 from dydit_jax.runtime.aot import call_of
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh, shardings
-from dydit_jax.sampling.generate import _modulations_ahead, generate, guided, plan_sampling
+from dydit_jax.sampling import runner, segment
+from dydit_jax.sampling.generate import SamplingRun
+from dydit_jax.sampling.guidance import guide
 from dydit_jax.sampling.noise import uniform_labels
 
 SAMPLING = SamplingConfig(sampler="ddim", eta=1.0, steps="6", clip=1.0, guidance=2.0)
 
 
 def draw(tiny, labels, **settings):
-    model, params = tiny
-    settings = dict(dict(sampling=SAMPLING, diffusion=DiffusionConfig()), **settings)
-    return generate(model, params, labels, **settings)
+    return runs.draw(*tiny, labels, **dict(dict(sampling=SAMPLING), **settings))
 
 
 def test_image_does_not_depend_on_its_batch(tiny):
@@ -51,7 +53,7 @@ def test_weights_as_a_training_shards_them_draw_the_same_images(tiny, devices):
     np.testing.assert_allclose(images, draw(tiny, [1, 2, 3, 4], sampling=settings["sampling"]).images, atol=1e-5)
 
 
-def test_record_tells_what_was_on(tiny):
+def test_record_has_the_open_gates(tiny):
     model, params = tiny
     reports = []
     samples = draw(tiny, [1, 2], report=reports.append)
@@ -76,15 +78,17 @@ def test_every_program_is_compiled_once(tiny, monkeypatch, program_folder):
         call = call_of(function, arguments, settings)
         return dataclasses.replace(call, lower=lambda: (lowered.append(call.name), call.lower())[1])
 
-    monkeypatch.setattr(sys.modules["dydit_jax.sampling.generate"], "call_of", counted)
-    plan = plan_sampling(model, params, segments=3, **settings)
-    first = generate(model, params, [1, 2], plan=plan, **settings)
+    monkeypatch.setattr(runner, "call_of", counted)
+    run = SamplingRun(model, params, **settings)
+    plan = run.plan(3)
+    first = run.draw([1, 2], plan=plan)
     assert len(lowered) == len(set(lowered)) == 3
-    again = generate(model, params, [1, 2], plan=plan, **settings)
+    again = run.draw([1, 2], plan=plan)
     assert len(lowered) == 3
     np.testing.assert_array_equal(first.images, again.images)
     lowered.clear()
-    generate(model, params, [1, 2], mode="gated", **dict(settings, sampling=dataclasses.replace(sampling, steps="20")))
+    longer = SamplingRun(model, params, **dict(settings, sampling=dataclasses.replace(sampling, steps="20")))
+    longer.draw([1, 2], mode="gated")
     assert len(lowered) == 1  # for ten pieces
 
 
@@ -93,17 +97,18 @@ def test_modulations_of_all_steps_are_those_of_each(tiny, monkeypatch, platform)
     model, params = tiny
     model = dataclasses.replace(model, platform=platform)
     every = (tuple(range(model.config.heads)),) * model.config.depth
-    layers = narrow(params["blocks"], heads=every, groups=every, dtype=model.dtype)
+    blocks = narrow(params["blocks"], heads=every, groups=every, dtype=model.dtype)
+    layers = [Layer(block, None, None, Dense(platform)) for block in blocks]
     timesteps, labels = jnp.asarray([900, 500, 7]), jnp.asarray([1, 3])
-    ahead = _modulations_ahead(model, params, layers, timesteps, labels)
+    ahead = segment.modulations_ahead(model, params, layers, timesteps, labels)
     for step, t in enumerate(timesteps):
         each = model.modulations(params, layers, jnp.full(2, t), labels)
         of_step = jax.tree.map(operator.itemgetter(step), ahead)
         for one, expected in zip(of_step, each, strict=True):
             np.testing.assert_allclose(jnp.stack([*one]), expected, atol=1e-6)
     assert len(ahead) == model.config.depth + 1
-    monkeypatch.setattr(sys.modules["dydit_jax.sampling.generate"], "MOST_MODULATION_BYTES", 100)
-    assert _modulations_ahead(model, params, layers, timesteps, labels) is None
+    monkeypatch.setattr(segment, "MOST_MODULATION_BYTES", 100)
+    assert segment.modulations_ahead(model, params, layers, timesteps, labels) is None
 
 
 def test_guidance_of_one_runs_the_labels_alone(tiny):
@@ -111,7 +116,7 @@ def test_guidance_of_one_runs_the_labels_alone(tiny):
     x, labels = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.asarray([1, 2])
     plain = dataclasses.replace(SAMPLING, guidance=1.0)
     network = functools.partial(model.apply, params, mode="gated")
-    output, routing = guided(network, x, jnp.asarray(5), labels, sampling=plain, config=model.config)
+    output, routing = guide(network, x, jnp.asarray(5), labels, sampling=plain, config=model.config)
     expected, _ = model.apply(params, x, jnp.full(2, 5), labels, mode="gated")
     np.testing.assert_array_equal(output, expected)
     assert len(routing.heads) == 2
@@ -121,7 +126,7 @@ def test_guidance_can_cover_all_channels(golden_v2):
     model, params = golden_v2.model, golden_v2.params
     x, t, labels = golden_v2.inputs
     network = functools.partial(model.apply, params, mode="gated")
-    run = lambda channels: guided(
+    run = lambda channels: guide(
         network,
         jnp.asarray(x),
         jnp.asarray(t[0]),

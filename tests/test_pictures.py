@@ -7,7 +7,8 @@ from PIL import Image
 from dydit_jax.drawing.figures import draw_plan, draw_routing, save_figure
 from dydit_jax.drawing.pictures import draw_grid, save_image, to_uint8
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.fast.plan import Shares, make_plan
+from dydit_jax.fast.plan import make_plan
+from dydit_jax.fast.usage import TokenUsage
 from dydit_jax.models.dit import DiTConfig
 from dydit_jax.models.routing import Routing
 from dydit_jax.sampling.generate import Samples
@@ -58,8 +59,10 @@ def test_routing_figure_is_labelled(tmp_path):
     steps = np.random.default_rng(0)
     routing = Routing(steps.random((5, 2, 4)), steps.random((5, 2, 4)), steps.random((5, 2, 16)))
     timesteps, seen = np.array([999, 749, 499, 250, 0]), np.zeros((5, 2))
-    shares = Shares(seen, seen, seen, 1)
-    samples = Samples(np.zeros((1, 8, 8, 1)), timesteps, routing, np.linspace(1e5, 2e5, 5), shares, seen)
+    usage = TokenUsage(seen, seen, seen, 1)
+    samples = Samples(
+        np.zeros((1, 8, 8, 1)), timesteps, routing, np.linspace(1e5, 2e5, 5), np.linspace(2e5, 3e5, 5), usage, seen
+    )
     figure = draw_routing(samples, config.macs)
     labels = " ".join(axis.get_ylabel() + axis.get_xlabel() + axis.get_title(loc="left") for axis in figure.axes)
     for word in ("heads", "groups", "tokens", "GMACs per pass", "timestep"):
@@ -71,7 +74,7 @@ def test_routing_figure_is_labelled(tmp_path):
 def test_plan_figure_says_what_is_kept(tmp_path):
     config = DiTConfig(depth=2, width=32, heads=4, patch=2, side=8, channels=1, routers="first_on")
     gates = np.random.default_rng(0).random((6, 2, 4)) < 0.5
-    plan = make_plan(gates, gates, config.macs, segments=3)
+    plan = make_plan(gates, gates, config.macs, execution="switch", segments=3)
     figure = draw_plan(plan, np.arange(6)[::-1])
     assert "heads: " in figure.axes[0].get_title(loc="left") and "% kept" in figure.axes[1].get_title(loc="left")
     save_figure(tmp_path / "plan.png", figure)

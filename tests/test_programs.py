@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
 from conftest import ROOT
 from jax.experimental import serialize_executable
 
@@ -24,7 +25,7 @@ from dydit_jax.runtime import aot
 from dydit_jax.runtime.aot import call_of, compile_for, compiled, compiled_ahead
 from dydit_jax.runtime.cache import program_folder as program_folder_of_scripts
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
-from dydit_jax.sampling.generate import generate, plan_sampling
+from dydit_jax.sampling import runner
 
 
 @functools.partial(jax.jit, static_argnames="factor")
@@ -88,7 +89,8 @@ import jax, numpy as np
 sys.path.insert(0, "tests")
 import conftest
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.sampling.generate import run_segment
+from dydit_jax.fast.execution.xla import Switch
+from dydit_jax.sampling.segment import SegmentSettings, run_segment
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.runtime import aot
 from dydit_jax.runtime.aot import call_of
@@ -96,7 +98,8 @@ from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh
 
 mesh = make_mesh(MeshConfig(data=4))
 model = Model(DiTConfig(depth=2, width=32, heads=4, patch=2, side=8, channels=1, classes=10, routers="free"))
-settings = dict(model=model, sampling=SamplingConfig(), mesh=mesh, form="switch", capacities=((8, 16),) * 2)
+executions = (Switch("cpu", (8, 16)),) * 2
+settings = dict(settings=SegmentSettings(model, SamplingConfig(), executions, mesh))
 shape = jax.ShapeDtypeStruct((4, 8), np.float32, sharding=batch_sharding(mesh))
 name = call_of(run_segment, (shape, {"kernel": np.zeros(3)}), settings).name
 """
@@ -257,14 +260,13 @@ def test_options_that_this_xla_does_not_know_are_left_out_and_told_once(monkeypa
 def test_images_of_a_second_start_are_those_of_the_first(devices, tiny, program_folder, monkeypatch):
     model, params = tiny
     settings = dict(sampling=SamplingConfig(sampler="ddim", steps="6", guidance=2.0), diffusion=DiffusionConfig())
-    plan = plan_sampling(model, params, segments=2, **settings)
     mesh = make_mesh(MeshConfig(data=devices)) if devices > 1 else None
-    draw = lambda: generate(model, params, [0, 1, 2, 3], plan=plan, mesh=mesh, **settings)
+    draw = lambda: runs.draw(model, params, [0, 1, 2, 3], mesh=mesh, **settings)
     first = draw()
     assert len(list(program_folder.iterdir())) == 2
     compiled.cache_clear()
     monkeypatch.setattr(
-        sys.modules["dydit_jax.sampling.generate"],
+        runner,
         "call_of",
         lambda *described: dataclasses.replace(call_of(*described), lower=forbidden),
     )

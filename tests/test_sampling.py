@@ -15,7 +15,7 @@ from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.fast.tokens import FORMS
+from dydit_jax.fast.execution.registry import EXECUTIONS
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.jobs.sample_folder import prepare_folder
 from dydit_jax.models import autoencoder
@@ -228,11 +228,11 @@ def test_long_job_calibrates_itself_and_leaves_a_plan(checkpoint, tmp_path, monk
     assert "Calibrating" not in caplog.text and "Plan: 1 segments of 2 steps" in caplog.text
     [kept] = (tmp_path / "cache" / "plans").iterdir()
     with np.load(kept) as plan:
-        assert plan["heads"].shape == (2, 2, 4) and "mean" not in plan and "form" not in plan
+        assert plan["heads"].shape == (2, 2, 4) and "mean" not in plan and str(plan["execution"]) == "switch"
     sample(Request(checkpoint, num_images=16, batch_size=4, **long))
     assert "Tokens, milliseconds for 2 blocks" in caplog.text
     with np.load(kept) as plan:
-        assert str(plan["form"]) in FORMS and 0 < plan["mean"].max() <= 1
+        assert str(plan["execution"]) in EXECUTIONS and 0 < plan["mean"].max() <= 1
     caplog.clear()
     sample(Request(checkpoint, num_images=16, batch_size=4, **again))
     assert "Tokens, milliseconds" not in caplog.text and "Calibrating" not in caplog.text
@@ -254,15 +254,16 @@ def test_a_job_learns_from_a_batch_that_overflows(checkpoint, tmp_path, monkeypa
     plan = dict(np.load(path))
     steps, layers, _ = plan["heads"].shape
     none = np.zeros((steps, layers))
-    np.savez(path, **plan, mean=none, deviation=none, most=none, images=8, form="fixed")
+    usage = dict(mean=none, deviation=none, max_rows=none, images=8)
+    np.savez(path, **(plan | usage | dict(execution="gather")))
     sample(Request(**request, rows=16, out=str(tmp_path / "job")))
-    [passes] = re.findall(r"In (\d+) passes through an MLP more tokens were on", caplog.text)
+    [passes] = re.findall(r"In (\d+) passes through an MLP more tokens were open", caplog.text)
     assert 0 < int(passes) <= steps * layers  # those of the first of four batches
     assert np.load(path)["mean"].max() > 0
 
 
 def test_token_capacity_is_part_of_the_record(checkpoint, tmp_path):
     samples = sample(Request(checkpoint, str(tmp_path / "half"), labels=["1"], token_capacity=["0.5"]))
-    assert samples.shares.mean.max() <= 0.5
+    assert samples.usage.mean.max() <= 0.5
     manifest = json.loads((tmp_path / "half" / "manifest.json").read_text())
     assert manifest["model"]["token_capacity"] == [0.5]

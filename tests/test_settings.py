@@ -126,9 +126,9 @@ def test_jobs_run_under_their_own_settings(job, first, monkeypatch):
         job(*arguments)
 
 
-def test_an_error_puts_the_settings_back():
+def test_an_error_puts_the_settings_back(tiny):
     with set_from_outside(dict(jax_enable_x64=True)), pytest.raises(InputError, match="Unknown mode"):
-        generate(None, None, None, sampling=None, diffusion=None, mode="slow")
+        generate(*tiny, [1], sampling=SAMPLING, diffusion=DiffusionConfig(), mode="slow")
 
 
 @pytest.mark.parametrize("inside, outside", [(True, False), (False, True), (True, True)])

@@ -15,7 +15,8 @@ from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.loading import load_checkpoint, warn_of_start
-from dydit_jax.models.dit import Model, read_model
+from dydit_jax.models.config import read_model
+from dydit_jax.models.dit import Model
 
 STEP = 400
 SAMPLING = dict(sampler="ddim", steps="2", clip=1.0, guidance=1.0)

@@ -1,4 +1,4 @@
-"""Top-k tokens: a fixed number of places per image, by score; the threshold's result where they suffice."""
+"""Top-k tokens: a fixed number of rows per image, by score; the threshold's result where they suffice."""
 
 import dataclasses
 import functools
@@ -12,8 +12,8 @@ from conftest import relative_error
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
-from dydit_jax.models.dit import DiTConfig, Model, capacity_runs
-from dydit_jax.models.tokens import ranks, run_on_places
+from dydit_jax.models.dit import DiTConfig, Model, execution_runs
+from dydit_jax.models.execution import Masked, TopK, run_on_rows, token_ranks
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_constrain_fn, make_mesh, replicated
 from dydit_jax.sampling.generate import generate
 
@@ -29,26 +29,24 @@ def inputs(config: DiTConfig, batch: int = 4):
 
 def test_ranks_count_from_the_largest_and_break_ties_by_position():
     scores = jnp.asarray([[0.5, 2.0, -1.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
-    np.testing.assert_array_equal(ranks(scores), [[2, 0, 3, 1], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(token_ranks(scores), [[2, 0, 3, 1], [0, 1, 2, 3]])
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("capacity", [1, 5, 16])
-def test_places_get_what_a_product_with_the_gates_gives(platform, capacity):
+def test_rows_get_what_a_product_with_the_gates_gives(platform, capacity):
     generator = np.random.default_rng(capacity)
     x = jnp.asarray(generator.standard_normal((3, 16, 4), np.float32))
-    places = ranks(generator.standard_normal((3, 16)))
+    rows = token_ranks(generator.standard_normal((3, 16)))
     gates = jnp.asarray(generator.integers(0, 2, (3, 16)).astype(np.float32))
-    function = lambda rows: jnp.tanh(rows) + 1
-    run = functools.partial(run_on_places, function, gates=gates, places=places, capacity=capacity, platform=platform)
-    expected = jnp.where((places < capacity)[..., None], gates[..., None] * function(x), 0)
+    function = lambda tokens: jnp.tanh(tokens) + 1
+    run = functools.partial(run_on_rows, function, gates=gates, rows=rows, capacity=capacity, platform=platform)
+    expected = jnp.where((rows < capacity)[..., None], gates[..., None] * function(x), 0)
     # Two programs' tanh differ by as much as 1.1e-6 where XLA optimizes little.
     np.testing.assert_allclose(jax.jit(run)(x), expected, rtol=2e-6)
-    # The gradient is that of the product: nothing leaks into or out of tokens without a place.
+    # The gradient is that of the product: nothing leaks into or out of tokens without a row.
     slope = jax.grad(lambda x: (run(x) ** 2).sum())(x)
-    wanted = jax.grad(
-        lambda x: (jnp.where((places < capacity)[..., None], gates[..., None] * function(x), 0) ** 2).sum()
-    )
+    wanted = jax.grad(lambda x: (jnp.where((rows < capacity)[..., None], gates[..., None] * function(x), 0) ** 2).sum())
     np.testing.assert_allclose(slope, wanted(x), rtol=1e-5, atol=1e-6)
 
 
@@ -82,7 +80,8 @@ def test_one_share_per_block_is_one_share_where_they_are_equal(tiny):
     np.testing.assert_array_equal(one, many)
     _, routing = limited(model, 0.25, 0.5).apply(params, *arguments, mode="gated")
     assert routing.tokens.sum(-1).max(0).tolist() == [4, 8]
-    assert capacity_runs((4, 4, 8, 4)) == [(0, 2, 4), (2, 3, 8), (3, 4, 4)]
+    half, whole = TopK("cpu", (4,)), Masked("cpu")
+    assert execution_runs((half, half, whole, half)) == [(0, 2, half), (2, 3, whole), (3, 4, half)]
 
 
 def test_training_pass_saves_its_macs_and_trains_the_router(tiny_config):
@@ -128,7 +127,7 @@ def test_limited_model_samples_the_same_fast_and_gated(tiny):
         generate(limited(model, 0.25, 1.0), params, [1, 2], mode=mode, **settings) for mode in ("fast", "gated")
     )
     assert relative_error(fast.images, gated.images) < 1e-5
-    assert gated.shares.mean[:, 0].max() <= 0.25 < gated.shares.mean[:, 1].max()
+    assert gated.usage.mean[:, 0].max() <= 0.25 < gated.usage.mean[:, 1].max()
 
 
 @pytest.mark.parametrize(

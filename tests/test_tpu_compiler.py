@@ -28,7 +28,7 @@ print(cost.scheduled / (3 * 2 * 8192 * 1152**2 / CHIPS["v5e"].flops_per_cycle))
 # A block with the kernels that pack tokens: what they read and write is in fast memory, S(1).
 KERNELS = """
 import re, sys
-sys.argv = ["tpu_cost.py", "--model=S/2", "--forms=pooled", "--out="]
+sys.argv = ["tpu_cost.py", "--model=S/2", "--executions=mosaic", "--out="]
 import tpu_cost
 from absl import flags
 

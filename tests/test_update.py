@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import DYNAMIC, STATIC, changed
 
-from dydit_jax.models.dit import Model, published_config
+from dydit_jax.models.config import published_config
+from dydit_jax.models.dit import Model
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 from dydit_jax.training.experiment import build_optimizer, read_experiment
 from dydit_jax.training.update import (

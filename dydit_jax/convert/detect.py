@@ -10,7 +10,7 @@ from dydit_jax.convert.evidence import TENSORS, Evidence
 from dydit_jax.convert.tables import POSITION_NAME
 from dydit_jax.errors import InputError
 from dydit_jax.models.autoencoder import DOWNSAMPLING, LATENT_CHANNELS
-from dydit_jax.models.dit import SIZES, DiTConfig
+from dydit_jax.models.config import SIZES, DiTConfig
 from dydit_jax.models.layers import position_table
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"

@@ -130,7 +130,7 @@ def draw_plan(plan, timesteps):
         axis.set_title(told, loc="left", fontsize=10)
     axes[1].set_xlabel(f"{NOISE_LEFT}; vertical lines cut segments")
     _label_steps(axes[1], timesteps)
-    figure.suptitle(f"{plan.in_words()}; black: on, light grey: kept but off, white: left out", fontsize=10)
+    figure.suptitle(f"{plan.summary()}; black: open, light grey: kept but closed, white: left out", fontsize=10)
     return figure
 
 

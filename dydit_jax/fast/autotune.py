@@ -1,6 +1,5 @@
-"""Which form of running tokens is fastest on this device: a short race between two narrowed blocks in each form."""
+"""Which execution is fastest on this device: a short benchmark of narrowed blocks under each of them."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -10,87 +9,99 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dydit_jax.fast.execution.registry import available_executions
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Plan
-from dydit_jax.fast.tokens import capacities_of, counted_shares, forms_of, run_on_open_tokens
-from dydit_jax.models.dit import Model
+from dydit_jax.models.dit import Layer, Model
+from dydit_jax.models.execution import TokenExecution
 from dydit_jax.runtime.aot import compile_for
-from dydit_jax.runtime.settings import own_settings
+from dydit_jax.runtime.seeds import make_key
+from dydit_jax.runtime.sharding import run_without_mesh
 
 logger = logging.getLogger(__name__)
 
-TRIAL_LAYERS = 2
+BENCHMARK_LAYERS = 2
 ROUNDS = 5
 
 
-def fastest_form(model: Model, params, plan: Plan, *, images: int, runs: int) -> str:
-    """Time every form on the first blocks of a plan's longest segment, with as many tokens on as its calibration saw.
+def fastest_execution(model: Model, params, plan: Plan, *, images: int, evaluations: int) -> str:
+    """Time every execution on the first blocks of a plan's longest segment, with its usage of tokens.
 
     One of this process's devices runs it, whatever mesh is set: kernels cannot be shared out but under `shard_map`.
 
     Args:
       model, params: the network, the parameters on one device or replicated.
-      plan: calibrated.
+      plan: with usage.
       images: of one pass on one device.
-      runs: of the network on each of them, two with guidance.
+      evaluations: of the network on each of them, two with guidance.
 
     Returns:
-      One of `tokens.forms_of`.
+      The name of one of `available_executions`.
     """
     params = jax.tree.map(lambda leaf: leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf, params)
-    with concurrent.futures.ThreadPoolExecutor(1) as alone:  # where a mesh of the caller is not known
-        return alone.submit(_race, model, params, plan, images=images, runs=runs).result()
+    return run_without_mesh(functools.partial(_benchmark, model, params, plan, images, evaluations))
 
 
-@own_settings()
-def _race(model: Model, params, plan: Plan, *, images: int, runs: int) -> str:
-    depth, rows = min(TRIAL_LAYERS, model.config.depth), images * runs
-    config = dataclasses.replace(model.config, depth=depth, token_capacity=())
+def _benchmark(model: Model, params, plan: Plan, images: int, evaluations: int) -> str:
+    depth = min(BENCHMARK_LAYERS, model.config.depth)
+    small = dataclasses.replace(model, config=dataclasses.replace(model.config, depth=depth, token_capacity=()))
     segment = max(plan.segments, key=len)
     blocks = jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])
     layers = narrow(blocks, heads=segment.heads[:depth], groups=segment.groups[:depth], dtype=model.dtype)
+    runs = {}
+    for execution in available_executions(small, images * evaluations):
+        try:
+            runs[execution.name] = _compile(small, params, layers, plan, segment, execution, (images, evaluations))
+        except jax.errors.JaxRuntimeError as error:  # kernels may find too little memory beside the rest of a program
+            logger.warning("Tokens, without %s, which cannot be compiled here: %s", execution.name, _line(error))
+    seconds = {name: [] for name in runs}
+    for _ in range(1 + ROUNDS):  # the first is not counted
+        for name, run in runs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run(params, layers))
+            seconds[name].append(time.perf_counter() - began)
+    median = {name: float(np.median(taken[1:])) for name, taken in seconds.items()}
+    summary = ", ".join(f"{name} {1e3 * taken:.2f}" for name, taken in sorted(median.items(), key=lambda item: item[1]))
+    logger.info("Tokens, milliseconds for %d blocks: %s.", depth, summary)
+    return min(median, key=median.get)
+
+
+def _compile(model: Model, params, layers: list, plan: Plan, segment, execution: TokenExecution, batch: tuple):
+    """Compile a few blocks under one execution, with as many tokens open as the plan's usage says."""
+    images, evaluations = batch
+    config, rows = model.config, images * evaluations
     steps = slice(segment.start, segment.stop)
-    keys = jax.random.split(jax.random.key(0), depth)
-    gates = [
-        jax.random.bernoulli(key, float(plan.shares.mean[steps, layer].mean()), (rows, config.tokens))
+    shares = execution.required_shares(plan.usage, images)[steps, : config.depth].T
+    keys = jax.random.split(make_key(0), config.depth)
+    open_tokens = [
+        jax.random.bernoulli(key, float(plan.usage.mean[steps, layer].mean()), (rows, config.tokens))
         for layer, key in enumerate(keys)
     ]
     # Not zeros, on which products are faster.
-    x = jax.random.normal(jax.random.key(1), (rows, config.side, config.side, config.channels))
+    x = jax.random.normal(make_key(1), (rows, config.side, config.side, config.channels), jnp.float32)
     zeros = jnp.zeros(rows, jnp.int32)
+    executions = [
+        _with_gates(execution.with_capacity(share, images=rows, tokens=config.tokens), gates)
+        for share, gates in zip(shares, open_tokens)
+    ]
 
-    small = dataclasses.replace(model, config=config)
+    def run(params, layers):
+        of_layers = [Layer(layer, None, None, execution) for layer, execution in zip(layers, executions)]
+        return model.apply_layers(params, of_layers, x, zeros, zeros)[0]
 
-    def racer(form: str):
-        of_layers = counted_shares(form, plan.shares, images)[steps, :depth].T
-        capacities = [capacities_of(form, layer, images=rows, tokens=config.tokens) for layer in of_layers]
+    return compile_for(model.platform, jax.jit(run).lower(params, layers))
 
-        def on_these(layer, function, x, _):
-            return run_on_open_tokens(form, capacities[layer], function, x, gates[layer].astype(jnp.float32))
 
-        everything = dict(heads=(None,) * depth, groups=(None,) * depth)
-        kernels = dict(fused=small.apply_fused, pooled=functools.partial(small.apply_pooled, **everything))
-        if form in kernels:  # whose capacities take as long whatever is on
-            network = functools.partial(kernels[form], capacities=[capacity for (capacity,) in capacities])
-        else:
-            run_on_tokens = [functools.partial(on_these, layer) for layer in range(depth)]
-            network = functools.partial(small.apply_layers, **everything, run_on_tokens=run_on_tokens)
-        run = jax.jit(lambda params, layers: network(params, layers, x, zeros, zeros)[0])
-        return compile_for(model.platform, run.lower(params, layers))
+def _with_gates(execution: TokenExecution, gates):
+    """Return the execution with the gates of its tokens given, where it takes them; kernels route by themselves.
 
-    racers = {}
-    for form in forms_of(small, rows):
-        try:
-            racers[form] = racer(form)
-        except jax.errors.JaxRuntimeError as error:  # kernels may find too little memory beside the rest of a program
-            logger.warning("Tokens, without %s, which cannot be compiled here: %s", form, str(error).splitlines()[0])
-    seconds = {form: [] for form in racers}
-    for _ in range(1 + ROUNDS):  # the first is not counted
-        for form, run in racers.items():
-            began = time.perf_counter()
-            jax.block_until_ready(run(params, layers))
-            seconds[form].append(time.perf_counter() - began)
-    median = {form: float(np.median(taken[1:])) for form, taken in seconds.items()}
-    told = ", ".join(f"{form} {1e3 * taken:.2f}" for form, taken in sorted(median.items(), key=lambda item: item[1]))
-    logger.info("Tokens, milliseconds for %d blocks: %s.", depth, told)
-    return min(median, key=median.get)
+    What kernels compute takes as long whatever is open, as long as the capacity is the same.
+    """
+    if type(execution).update is not TokenExecution.update:
+        return execution
+    given = type(execution.name, (type(execution),), {"route": lambda self, tokens, step: (jnp.float32(gates), None)})
+    return given(execution.platform, execution.capacity)
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0]

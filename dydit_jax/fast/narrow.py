@@ -1,4 +1,4 @@
-"""The weights of a segment: the stacked blocks cut apart, each with its own kept heads and groups."""
+"""The weights of a segment: the stacked blocks taken apart, each with its own kept heads and groups."""
 
 import dataclasses
 import functools
@@ -15,18 +15,18 @@ UNIT_AXES = {
     "attention": {"qkv": 2, "qkv_bias": 1, "out": 0},
     "mlp": {"up": 1, "up_bias": 0, "down": 0},
 }
-IN_THREE = ("qkv", "qkv_bias")  # of queries, keys and values, which are narrowed to an array each
+SPLIT_QKV = ("qkv", "qkv_bias")  # of queries, keys and values, which are narrowed to an array each
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Unnarrowed:
-    """All blocks, and what a segment keeps of them: its program narrows them.
+class DeferredBlocks:
+    """All blocks, and which units a segment keeps of them: its program narrows them.
 
     Attributes:
       whole: the parameters of all blocks, stacked [L,...].
       kept: for the heads of every layer, then for its groups: the layer's number and those of the kept units, int32.
-      counts: how many of them each layer has, of heads and of groups.
+      counts: number of kept units of each layer, of heads and of groups.
     """
 
     whole: dict
@@ -36,8 +36,8 @@ class Unnarrowed:
     def narrowed(self) -> list[dict]:
         """Return one parameter tree per block."""
         ends = iter(np.cumsum([1 + count for counts in self.counts for count in counts]).tolist())
-        unnarrowed = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
-        layers = [_take_layer(unnarrowed, layer) for layer in range(len(self.counts[0]))]
+        shared = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
+        layers = [_take_layer(shared, layer) for layer in range(len(self.counts[0]))]
         for name, counts in zip(UNIT_AXES, self.counts):
             for layer, (count, end) in enumerate(zip(counts, ends)):
                 layers[layer][name] = _take_units(self.whole[name], self.kept[end - count - 1 : end], name)
@@ -47,10 +47,10 @@ class Unnarrowed:
 class NarrowedBlocks:
     """The blocks of one segment after another, as its program takes them.
 
-    On a CPU they are narrowed before: what a layer keeps in two segments that follow each other is taken over; the rest
-    of the old one is let go, layer by layer, before the new is made. So are on any platform the blocks of segments that
-    keep everything. Otherwise an accelerator's program narrows: an accelerator would wait for its host, which starts
-    only so many pieces of work before the first of them is done.
+    On a CPU they are narrowed before the program runs. Arrays unchanged between consecutive segments are reused; others
+    are freed, layer by layer, before they are rebuilt. Blocks of segments that keep everything are handled like this on
+    any platform. Otherwise the program itself narrows: an accelerator would wait for its host, which can queue only a
+    few operations ahead.
 
     Attributes:
       whole: the parameters of all blocks, stacked [L,...], products in their dtype.
@@ -68,8 +68,8 @@ class NarrowedBlocks:
         self._layers, self._kept = None, []
         self._shapes = {}  # of a part with so many units; a cached method would be a cycle that holds the weights
 
-    def keep(self, heads: tuple, groups: tuple):
-        """Return the blocks of a segment: one parameter tree per block, or all of them, `Unnarrowed`.
+    def narrow_to(self, heads: tuple, groups: tuple):
+        """Return the blocks of a segment: one parameter tree per block, or all of them, `DeferredBlocks`.
 
         Biases of the projections stay whole: they are added whatever is on. The kernels of queries, keys and values
         become three arrays [D,H,K], their biases [H,K]: a product cannot read a third of one array in place.
@@ -77,12 +77,12 @@ class NarrowedBlocks:
         Args:
           heads, groups: per layer, the kept units, ascending.
         """
-        if self._is_left_to_programs(heads, groups):
+        if self._is_deferred(heads, groups):
             self._layers = None
-            return self._unnarrowed(heads, groups)
+            return self._deferred(heads, groups)
         if self._layers is None:
-            unnarrowed = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
-            self._layers = [_take_layer(unnarrowed, layer) for layer in range(len(heads))]
+            shared = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
+            self._layers = [_take_layer(shared, layer) for layer in range(len(heads))]
             self._kept = [{} for _ in heads]
         for layer, units in enumerate(zip(heads, groups, strict=True)):
             for name, kept in zip(UNIT_AXES, units):
@@ -92,31 +92,31 @@ class NarrowedBlocks:
                     layer_and_kept = np.asarray((layer, *kept), np.int32)
                     self._layers[layer][name] = _take_units(self.whole[name], layer_and_kept, name)
                     self._kept[layer][name] = kept
-        return self._layers
+        return [dict(layer) for layer in self._layers]  # the next call changes its own
 
     def shapes(self, heads: tuple, groups: tuple):
-        """Return the shapes of what `keep` would return."""
-        if self._is_left_to_programs(heads, groups):
-            return jax.tree.map(shape_of, self._unnarrowed(heads, groups))
-        unnarrowed = {
+        """Return the shapes of what `narrow_to` would return."""
+        if self._is_deferred(heads, groups):
+            return jax.tree.map(shape_of, self._deferred(heads, groups))
+        shared = {
             name: jax.tree.map(lambda leaf: self._shape_of(leaf, leaf.shape[1:]), part)
             for name, part in self.whole.items()
             if name not in UNIT_AXES
         }
         return [
-            unnarrowed | {name: self._shape(name, len(kept)) for name, kept in zip(UNIT_AXES, units)}
+            shared | {name: self._shape(name, len(kept)) for name, kept in zip(UNIT_AXES, units)}
             for units in zip(heads, groups, strict=True)
         ]
 
-    def _is_left_to_programs(self, heads: tuple, groups: tuple) -> bool:
+    def _is_deferred(self, heads: tuple, groups: tuple) -> bool:
         all_heads, all_groups = self.whole["attention"]["out"].shape[1], self.whole["mlp"]["down"].shape[1]
         keeps_all = min(map(len, heads)) == all_heads and min(map(len, groups)) == all_groups
         return self._platform != "cpu" and not keeps_all
 
-    def _unnarrowed(self, heads: tuple, groups: tuple) -> Unnarrowed:
+    def _deferred(self, heads: tuple, groups: tuple) -> DeferredBlocks:
         parts = [(layer, *kept) for kind in (heads, groups) for layer, kept in enumerate(kind)]
         counts = tuple(map(len, heads)), tuple(map(len, groups))
-        return Unnarrowed(self.whole, np.concatenate(parts, dtype=np.int32), counts)
+        return DeferredBlocks(self.whole, np.concatenate(parts, dtype=np.int32), counts)
 
     def _shape(self, name: str, count: int) -> dict:
         if (name, count) not in self._shapes:
@@ -130,7 +130,7 @@ class NarrowedBlocks:
             _, *shape = leaf.shape  # without the layers
             if leaf_name in axes:
                 shape[axes[leaf_name]] = count
-            in_three = leaf_name in IN_THREE
+            in_three = leaf_name in SPLIT_QKV
             narrowed = self._shape_of(leaf, shape[in_three:])
             shapes[leaf_name] = (narrowed,) * 3 if in_three else narrowed
         return shapes
@@ -158,10 +158,10 @@ def cast_for_products(blocks: dict, dtype) -> dict:
 
 def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> list[dict]:
     """Return one parameter tree per layer with the units that a segment keeps; arguments as for `NarrowedBlocks`."""
-    return NarrowedBlocks(blocks, dtype=dtype, platform="cpu").keep(heads, groups)
+    return NarrowedBlocks(blocks, dtype=dtype, platform="cpu").narrow_to(heads, groups)
 
 
-def with_gates(layers: list, heads: tuple, groups: tuple) -> list[dict]:
+def fold_gates(layers: list, heads: tuple, groups: tuple) -> list[dict]:
     """Multiply gates into the kernels that read what they gate.
 
     Exact, since a gate is 0 or 1. It saves a GPU a pass over all heads or hidden units, after which bias and GELU can
@@ -199,7 +199,7 @@ def _take_units(part: dict, layer_and_kept, name: str) -> dict:
 
     axes, taken = UNIT_AXES[name], {}
     for leaf_name, leaf in part.items():
-        if leaf_name in IN_THREE:
+        if leaf_name in SPLIT_QKV:
             taken[leaf_name] = tuple(take(leaf, axes[leaf_name] - 1, i) for i in range(3))
         else:
             taken[leaf_name] = take(leaf, axes.get(leaf_name))

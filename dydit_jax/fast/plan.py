@@ -14,15 +14,12 @@ import numpy as np
 from etils import epath
 
 from dydit_jax.errors import InputError
+from dydit_jax.fast.usage import TokenUsage
 from dydit_jax.models.cost import ModelMacs
 from dydit_jax.runtime.files import write_atomically
 
 MAX_SEGMENTS = 16
 STEPS_PER_SEGMENT = 4  # on average; a program that runs less often is not worth compiling
-# Above the mean share of a calibration, as many standard errors: a run has some thousand layers and steps, and a single
-# one that does not fit costs a segment.
-DEVIATIONS = 4
-LEAST_MARGIN = 0.02  # of all tokens: a few images may be alike by chance
 TOLERATED_PADDING = 0.02  # of the MACs that an exact fit would need
 CUTTING = (MAX_SEGMENTS, STEPS_PER_SEGMENT, TOLERATED_PADDING)  # what a plan that was kept was cut by
 
@@ -54,39 +51,6 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shares:
-    """What was seen of the tokens that are on, per step and layer [S,L]: 0 .. 1.
-
-    Attributes:
-      mean: of all images.
-      deviation: between the images.
-      most: of the places that images which were packed together needed, see `tokens.places_needed`.
-      images: how many.
-    """
-
-    mean: np.ndarray
-    deviation: np.ndarray
-    most: np.ndarray
-    images: int
-
-    def bound(self, together: int) -> np.ndarray:
-        """Return the shares [S,L] that others will hardly exceed, so many of which are packed together."""
-        error = self.deviation * np.sqrt(1 / self.images + 1 / together)
-        expected = self.mean + np.maximum(LEAST_MARGIN, DEVIATIONS * error)
-        return np.minimum(1, np.maximum(self.most, expected))
-
-    def with_more(self, other: "Shares") -> "Shares":
-        """Return the shares of these images and others."""
-        images = self.images + other.images
-        weights = np.array([self.images, other.images])[:, None, None] / images
-        means, deviations = np.stack([self.mean, other.mean]), np.stack([self.deviation, other.deviation])
-        mean = (weights * means).sum(0)
-        # Within each and between both.
-        variance = (weights * (deviations**2 + (means - mean) ** 2)).sum(0)
-        return Shares(mean, np.sqrt(variance), np.maximum(self.most, other.most), images)
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """How a schedule is run.
 
@@ -94,18 +58,18 @@ class Plan:
       heads, groups: gates in the order of the run, bool [S,L,H] and [S,L,G].
       segments: consecutive, from the first step to the last.
       padding: share of MACs spent on what is in a union but off, of the MACs that an exact fit would need.
-      shares: of tokens that are on, or None before a calibration.
-      form: how tokens are run, one of `tokens.forms_of`, or None: the default of the platform.
+      execution: name of how tokens run, a key of `EXECUTIONS`.
+      usage: of tokens, from a calibration, or None.
     """
 
     heads: np.ndarray
     groups: np.ndarray
     segments: tuple[Segment, ...]
     padding: float
-    shares: Shares | None = None
-    form: str | None = None
+    execution: str
+    usage: TokenUsage | None = None
 
-    def in_words(self) -> str:
+    def summary(self) -> str:
         """Return the plan as a line for people."""
         lengths = " + ".join(str(len(segment)) for segment in self.segments)
         return f"{len(self.segments)} segments of {lengths} steps, {100 * self.padding:.1f} % of the MACs are padding"
@@ -126,23 +90,16 @@ class Plan:
                 self.groups[steps].mean(),
             )
             heads, heads_on, groups, groups_on = (f"{100 * share:.0f} %" for share in shares)
-            told = f"{timesteps[segment.start]}..{timesteps[segment.stop - 1]}"
+            span = f"{timesteps[segment.start]}..{timesteps[segment.stop - 1]}"
             lines.append(
-                f"{number + 1:7d}  {len(segment):5d}  {told:>10}  {f'{heads} ({heads_on})':>15}  "
+                f"{number + 1:7d}  {len(segment):5d}  {span:>10}  {f'{heads} ({heads_on})':>15}  "
                 f"{f'{groups} ({groups_on})':>16}"
             )
         return "\n".join(lines)
 
-    def calibrated(self, shares: Shares) -> "Plan":
-        """Return the plan with what was seen added to what it knows, for capacities that others will fit into.
-
-        What images needed together does not count: those of a calibration are fewer than those of a batch.
-        """
-        return self.widened(dataclasses.replace(shares, most=np.zeros_like(shares.most)))
-
-    def widened(self, shares: Shares) -> "Plan":
-        """Return the plan with what was seen added, for capacities that this would have fitted into as well."""
-        return dataclasses.replace(self, shares=shares if self.shares is None else self.shares.with_more(shares))
+    def with_usage(self, usage: TokenUsage) -> "Plan":
+        """Return the plan with more usage, for capacities that these images would have fitted into as well."""
+        return dataclasses.replace(self, usage=usage if self.usage is None else self.usage.merge(usage))
 
     def save(self, path) -> None:
         """Write the plan as one .npz, whole or not at all.
@@ -151,10 +108,7 @@ class Plan:
           InputError: a place that can't be written to.
         """
         arrays = dict(heads=self.heads, groups=self.groups, ends=[segment.stop for segment in self.segments])
-        if self.shares is not None:
-            arrays |= dataclasses.asdict(self.shares)
-        if self.form is not None:
-            arrays |= dict(form=self.form)
+        arrays |= dict(execution=self.execution) | ({} if self.usage is None else dataclasses.asdict(self.usage))
         with write_atomically(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -162,20 +116,19 @@ class Plan:
     def load(cls, path, macs: ModelMacs) -> "Plan":
         """Read what `save` wrote."""
         with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            plan = _cut(arrays["heads"], arrays["groups"], [0, *arrays["ends"].tolist()], macs)
-            names = [field.name for field in dataclasses.fields(Shares)]
-            # One by an earlier version knew less, and is calibrated anew.
-            shares = Shares(*(arrays[name][()] for name in names)) if set(names) <= set(arrays) else None
-            form = str(arrays["form"]) if "form" in arrays else None
-        return dataclasses.replace(plan, shares=shares, form=form)
+            heads, groups, ends = arrays["heads"], arrays["groups"], [0, *arrays["ends"].tolist()]
+            usage = {field.name: arrays[field.name][()] for field in dataclasses.fields(TokenUsage) if "mean" in arrays}
+            plan = _cut(heads, groups, ends, macs, str(arrays["execution"]))
+        return dataclasses.replace(plan, usage=TokenUsage(**usage) if usage else None)
 
 
-def make_plan(heads, groups, macs: ModelMacs, *, segments: int | None = None) -> Plan:
+def make_plan(heads, groups, macs: ModelMacs, *, execution: str, segments: int | None = None) -> Plan:
     """Cut a schedule into segments.
 
     Args:
       heads, groups: gates in the order of the run, [S,L,H] and [S,L,G], 0 or 1.
       macs: the model's counts.
+      execution: name of how tokens run.
       segments: how many; None takes as few as keep the padding within 2 %, at most 16, and at most one
         for four steps.
 
@@ -195,7 +148,7 @@ def make_plan(heads, groups, macs: ModelMacs, *, segments: int | None = None) ->
     if segments is None:
         enough = [n for n in range(1, most + 1) if best[n] <= (1 + TOLERATED_PADDING) * _exact_cost(cost)]
         segments = enough[0] if enough else most
-    return _cut(heads, groups, _path(cuts, segments, steps), macs)
+    return _cut(heads, groups, _path(cuts, segments, steps), macs, execution)
 
 
 def whole_segments(heads, groups, *, pieces: int) -> tuple[Segment, ...]:
@@ -220,12 +173,32 @@ def whole_segments(heads, groups, *, pieces: int) -> tuple[Segment, ...]:
     )
 
 
-def _cut(heads: np.ndarray, groups: np.ndarray, ends: list[int], macs: ModelMacs) -> Plan:
+def executed_gates(segments, units: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the gates that segments execute, [S,L,units] of heads and of groups, float32 0 or 1.
+
+    Args:
+      segments: consecutive.
+      units: heads of the model, which are as many as groups.
+    """
+    steps, layers = segments[-1].stop - segments[0].start, len(segments[0].heads)
+    heads, groups = (np.zeros((steps, layers, units), np.float32) for _ in range(2))
+    for segment in segments:
+        rows = slice(segment.start - segments[0].start, segment.stop - segments[0].start)
+        for layer in range(layers):
+            for gates, kept, own in (
+                (heads, segment.heads[layer], segment.head_gates[layer]),
+                (groups, segment.groups[layer], segment.group_gates[layer]),
+            ):
+                gates[rows, layer, kept] = 1 if own is None else own
+    return heads, groups
+
+
+def _cut(heads: np.ndarray, groups: np.ndarray, ends: list[int], macs: ModelMacs, execution: str) -> Plan:
     """Return the plan with these cuts: ends of segments, from 0 to S."""
     cost = _segment_costs(heads, groups, macs)
     segments = tuple(_segment(heads, groups, start, stop) for start, stop in zip(ends[:-1], ends[1:]))
     padded = sum(cost[segment.start, segment.stop] for segment in segments)
-    return Plan(heads, groups, segments, float(padded / _exact_cost(cost) - 1))
+    return Plan(heads, groups, segments, float(padded / _exact_cost(cost) - 1), execution)
 
 
 def _exact_cost(cost: np.ndarray) -> float:

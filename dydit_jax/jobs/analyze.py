@@ -28,18 +28,18 @@ from dydit_jax.drawing import figures
 from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.drawing.report import write_report
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.jobs.sample import make_decode_fn
 from dydit_jax.loading import load_checkpoint
+from dydit_jax.models.precision import build_model
 from dydit_jax.models.routing import Routing
+from dydit_jax.pipeline import Pipeline
 from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, replicated
-from dydit_jax.sampling.generate import Samples, generate, plan_sampling, steps_of
+from dydit_jax.sampling.generate import Samples, SamplingRun
 from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.sampling.noise import image_keys
-from dydit_jax.training.experiment import build_model
 from dydit_jax.training.update import patch_losses
 
 logger = logging.getLogger(__name__)
@@ -221,18 +221,12 @@ def _draw_losses(out, timesteps, losses: dict, maps: dict) -> None:
 def _draw_routing(out, weights: Weights, request: Analysis, mesh) -> Samples:
     """Draw images with a dynamic model, one at a time so that each has its own record, and show what was on."""
     out.mkdir()
-    model = build_model(weights.model, precision=request.precision, mesh=mesh)
-    decode = make_decode_fn(weights, mesh)
-    settings = dict(sampling=weights.sampling, diffusion=weights.diffusion)
-    params = jax.device_put(weights.params, replicated(mesh))  # once, not with every image
-    plan = plan_sampling(model, params, **settings)
-    steps = len(steps_of(**settings).timestep)
+    pipeline = Pipeline(weights, precision=request.precision, mesh=mesh)
+    run = SamplingRun(pipeline.model, weights.params, sampling=weights.sampling, diffusion=weights.diffusion)
+    plan, steps = run.plan(), len(run.schedule.step)
     with tqdm(total=len(request.labels) * steps, unit="step", desc=f"images of {out.name}") as progress:
-        draw = functools.partial(generate, model, params, **settings, mode="gated", report=progress.update)
-        each = [
-            draw([int(label)], indices=np.array([index]), seed=request.seed)
-            for index, label in enumerate(request.labels)
-        ]
+        draw = functools.partial(run.draw, seed=request.seed, mode="gated", report=progress.update)
+        each = [draw([int(label)], indices=np.array([index])) for index, label in enumerate(request.labels)]
     tokens = np.stack([samples.routing.tokens for samples in each])  # [I,S,L,N]
     record = each[0].routing
     mean = dataclasses.replace(
@@ -242,7 +236,7 @@ def _draw_routing(out, weights: Weights, request: Analysis, mesh) -> Samples:
     )
     _save(out / "routing", figures.draw_routing(mean, weights.model.macs), figures.routing_table(mean))
     _save(out / "plan", figures.draw_plan(plan, mean.timesteps), figures.plan_table(plan, mean.timesteps))
-    images = to_uint8(decode(np.concatenate([samples.images for samples in each])), what=f"{out.name}'s image")
+    images = to_uint8(pipeline.decode(np.concatenate([samples.images for samples in each])), what=f"{out.name}'s image")
     shown, layers = _spread(steps, MAPS_SHOWN), _spread(weights.model.depth, LAYERS_SHOWN)
     chosen = mean.timesteps[shown]
     table = figures.token_table(tokens[:, shown], chosen)

@@ -17,52 +17,33 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import math
 import time
-from collections.abc import Callable
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
-from tqdm import tqdm
 
-from dydit_jax.checkpoints import Weights, checksum, package_versions
+from dydit_jax.checkpoints import Weights, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.drawing import figures
-from dydit_jax.drawing.pictures import draw_grid, read_image, save_image, to_uint8
+from dydit_jax.drawing.pictures import draw_grid, read_image, save_image
 from dydit_jax.drawing.report import COST_FILE, write_report
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.fast.autotune import fastest_form
-from dydit_jax.fast.narrow import NarrowedBlocks
-from dydit_jax.fast.plan import CUTTING, Plan
-from dydit_jax.fast.tokens import CHECKED_FORMS, default_form, forms_of
 from dydit_jax.jobs.sample_folder import image_path, missing_images, prepare_folder, write_image, write_set
-from dydit_jax.latents import LATENT_FACTOR, decode_latents
-from dydit_jax.loading import load_autoencoder, load_checkpoint
-from dydit_jax.models.dit import Model
-from dydit_jax.models.routing import Routing
+from dydit_jax.latents import LATENT_FACTOR
+from dydit_jax.loading import load_checkpoint
+from dydit_jax.models.precision import resolve_precision
+from dydit_jax.pipeline import DrawJob, DrawResult, Pipeline
 from dydit_jax.records import read_record, require_range
-from dydit_jax.runtime.cache import cache_folder
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.processes import from_main, is_main, together
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
-from dydit_jax.runtime.sharding import MeshConfig, make_mesh, replicated
-from dydit_jax.sampling.generate import (
-    MODES,
-    Samples,
-    generate,
-    images_of_pass,
-    plan_sampling,
-    runs_per_image,
-    steps_of,
-)
+from dydit_jax.sampling.generate import MODES, Samples, SamplingRun
 from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.sampling.noise import uniform_labels
-from dydit_jax.training.experiment import build_model, resolve_precision
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +53,6 @@ MOST_GRID_IMAGES = 10_000  # of one picture, which is made in memory
 LIMITS = dict(rows=MOST_GRID_IMAGES, batch_size=65_536, num_images=MOST_IMAGES, segments=None)
 LABEL_BYTES = 12  # of a line in a file of labels, at most
 SHOWN_BYTES = 20  # of what stands in the place of a label
-CALIBRATION_IMAGES = 8  # at least
-CALIBRATED_PART, MOST_CALIBRATION_IMAGES = 1 / 64, 32  # of the images of a larger job; the more, the fewer empty places
-CALIBRATED_FROM_BATCHES = 4  # a job of fewer is over before calibration pays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +74,7 @@ class Request:
       mode: "fast", "gated" or "complete".
       segments: into how many programs `fast` cuts the schedule; None decides by itself.
       token_capacity: shares of an image's tokens, see `DiTConfig`; None leaves the checkpoint's.
-      precision: see `build.PRECISIONS`.
+      precision: see `precision.PRECISIONS`.
       draw_routing: whether routing.png and plan.png are drawn, and their numbers written as .csv.
       report: whether a page about the job is written; it shows the routing too.
       overrides: sampling settings that win over the checkpoint's.
@@ -151,20 +129,12 @@ def sample(request: Request) -> Samples:
     Raises:
       InputError: anything wrong with the request, before anything is compiled or written.
     """
-    weights = load_checkpoint(request.checkpoint, request.from_step, request.weights)
-    settings = dict(dataclasses.asdict(weights.sampling), **request.overrides)
-    weights = dataclasses.replace(weights, sampling=read_record(SamplingConfig, settings, "sampling"))
-    if request.token_capacity is not None:
-        capacity = tuple(_number(share, "--token_capacity") for share in request.token_capacity)
-        weights = dataclasses.replace(weights, model=dataclasses.replace(weights.model, token_capacity=capacity))
-    steps = len(steps_of(weights.sampling, weights.diffusion).timestep)
-    if request.segments is not None and request.segments > steps:
-        raise InputError(f"--segments must be at most the {steps} steps of the run, not {request.segments}.")
+    weights = _weights(request)
     labels = _labels(request, weights.model.classes)
     require_no_class(weights.about.get("config", {}), weights.sampling, labels=labels, classes=weights.model.classes)
-    mesh = make_mesh(MeshConfig())
-    decode = make_decode_fn(weights, mesh)
-    manifest = _manifest(request, weights, labels)
+    pipeline = Pipeline(weights, precision=request.precision)
+    _require_segments(request, pipeline.prepare(weights.sampling))
+    manifest = _manifest(request, pipeline, labels)
     shape = _image_shape(weights)
     size = 0 if request.labels is not None else len(labels) * math.prod(shape)
     prepare = functools.partial(prepare_folder, request.out, manifest, sample_bytes=size)
@@ -172,22 +142,54 @@ def sample(request: Request) -> Samples:
     missing = missing_images(out, len(labels), shape) if is_main() else []
     missing = from_main(missing, len(labels))  # the others may not see the folder
     logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)
-    samples, plan, began = None, None, time.monotonic()
+    drawn = DrawResult()
     if missing:
-        samples, plan = _draw(request, weights, mesh, decode, labels, missing, out, manifest["checksum"])
+        settings = dict(seed=request.seed, mode=request.mode, batch_size=request.batch_size, segments=request.segments)
+        job = DrawJob(labels, np.asarray(missing), weights.sampling, **settings)
+        drawn = _draw(pipeline, job, out)
     if is_main():
-        drawn = dict(images=len(missing), seconds=time.monotonic() - began)
-        _finish(request, weights, labels, out, samples, plan, drawn)
-    return samples
+        _finish(request, weights, labels, out, drawn)
+    return drawn.samples
 
 
-def _finish(
-    request: Request, weights: Weights, labels, out, samples: Samples | None, plan: Plan | None, drawn: dict
-) -> None:
-    """Write everything but the single images. Without `samples` they had all been there."""
-    if samples is not None:
-        cost = _cost(samples, weights) | drawn
-        write_json(out / COST_FILE, cost)
+def _weights(request: Request) -> Weights:
+    """Load the checkpoint, with the settings that the request replaces."""
+    weights = load_checkpoint(request.checkpoint, request.from_step, request.weights)
+    settings = dict(dataclasses.asdict(weights.sampling), **request.overrides)
+    weights = dataclasses.replace(weights, sampling=read_record(SamplingConfig, settings, "sampling"))
+    if request.token_capacity is None:
+        return weights
+    capacity = tuple(_number(share, "--token_capacity") for share in request.token_capacity)
+    return dataclasses.replace(weights, model=dataclasses.replace(weights.model, token_capacity=capacity))
+
+
+def _require_segments(request: Request, run: SamplingRun) -> None:
+    steps = len(run.schedule.step)
+    if request.segments is not None and request.segments > steps:
+        raise InputError(f"--segments must be at most the {steps} steps of the run, not {request.segments}.")
+
+
+def _draw(pipeline: Pipeline, job: DrawJob, out) -> DrawResult:
+    """Draw the images of a job; files are written while the next batch is computed."""
+    began, written, result = time.monotonic(), [], DrawResult()
+    with concurrent.futures.ThreadPoolExecutor(WRITERS) as writers:
+        for batch in pipeline.draw(job):
+            if is_main():
+                written += [
+                    writers.submit(write_image, image_path(out, index), pixels)
+                    for index, pixels in zip(batch.indices, batch.pixels)
+                ]
+            result = batch.result
+        for future in written:
+            future.result()
+    return dataclasses.replace(result, images=len(job.indices), seconds=time.monotonic() - began)
+
+
+def _finish(request: Request, weights: Weights, labels, out, drawn: DrawResult) -> None:
+    """Write everything but the single images."""
+    samples, plan = drawn.samples, drawn.plan
+    if samples is not None:  # else all images had been there
+        write_json(out / COST_FILE, _cost(drawn, weights))
     if request.labels is not None:
         pixels = np.stack([read_image(image_path(out, index)) for index in range(len(labels))])
         save_image(out / "grid.png", draw_grid(pixels, columns=len(request.labels)))
@@ -201,30 +203,35 @@ def _finish(
             figures.save_table(out / "plan.csv", figures.plan_table(plan, samples.timesteps))
     if request.report:
         write_report(out)
-    _tell(samples, plan, weights, out)
+    _log_summary(drawn, weights, out)
 
 
-def _cost(samples: Samples, weights: Weights) -> dict:
-    """Return what a pass cost, for the record."""
+def _cost(drawn: DrawResult, weights: Weights) -> dict:
+    """Return what a pass and the job cost, for the record."""
+    samples = drawn.samples
     return dict(
         macs_complete=weights.model.macs.complete,
         macs=float(samples.macs.mean()),
+        macs_executed=float(samples.executed_macs.mean()),
         **{name: float(np.mean(gates)) for name, gates in vars(samples.routing).items()},
+        images=drawn.images,
+        seconds=drawn.seconds,
     )
 
 
-def _tell(samples: Samples | None, plan: Plan | None, weights: Weights, out) -> None:
+def _log_summary(drawn: DrawResult, weights: Weights, out) -> None:
     """Say what it cost and where the results are."""
+    samples, plan = drawn.samples, drawn.plan
     if samples is not None:
-        complete, dynamic = weights.model.macs.complete, samples.macs.mean()
+        complete, needed, executed = weights.model.macs.complete, samples.macs.mean(), samples.executed_macs.mean()
         logger.info(
-            "MACs per image and pass: %.4f G complete, %.4f G here (%.1f %%).",
-            *(complete / 1e9, dynamic / 1e9, 100 * dynamic / complete),
+            "MACs per image and pass: %.4f G complete, %.4f G needed (%.1f %%), %.4f G executed (%.1f %%).",
+            *(complete / 1e9, needed / 1e9, 100 * needed / complete, executed / 1e9, 100 * executed / complete),
         )
-        if plan is not None and plan.shares is not None and samples.over.any():
+        if plan is not None and plan.usage is not None and samples.overflow_count.any():
             logger.info(
-                "In %d passes through an MLP more tokens were on than calibration allows for: computed in full.",
-                samples.over.sum(),
+                "In %d passes through an MLP more tokens were open than its capacity holds; these ran on all tokens.",
+                samples.overflow_count.sum(),
             )
     for path in sorted(path for path in out.iterdir() if path.is_file()):
         logger.info("Wrote %s", path)
@@ -275,14 +282,6 @@ def _label_numbers(labels: list, classes: int, where: str) -> np.ndarray:
     return np.asarray([int(word) for word in words], np.int32)
 
 
-def make_decode_fn(weights: Weights, mesh: Mesh) -> Callable:
-    """Make the function from samples [B,...] to images [B,side,side,channels] in [-1, 1]."""
-    if not weights.sampling.autoencoder:
-        return lambda samples: samples
-    params = jax.device_put(load_autoencoder(weights.sampling.autoencoder), replicated(mesh))
-    return functools.partial(decode_latents, params, mesh=mesh)
-
-
 def _image_shape(weights: Weights) -> tuple[int, int, int]:
     """Return height, width and channels of the pictures."""
     model = weights.model
@@ -291,21 +290,14 @@ def _image_shape(weights: Weights) -> tuple[int, int, int]:
     return model.side * LATENT_FACTOR, model.side * LATENT_FACTOR, 3
 
 
-def _keep_plan(plan: Plan, path) -> None:
-    """Keep a plan for the next job, which can do without it."""
-    try:
-        plan.save(path)
-    except (OSError, InputError) as error:
-        logger.warning("The plan is not kept for the next job: %s", " ".join(str(error).split()))
-
-
-def _manifest(request: Request, weights: Weights, labels: np.ndarray) -> dict:
+def _manifest(request: Request, pipeline: Pipeline, labels: np.ndarray) -> dict:
     """Describe all that makes the images."""
+    weights = pipeline.weights
     return dict(
         labels=hashlib.sha256(labels).hexdigest() if request.labels is None else request.labels,
         num_images=len(labels),
         checkpoint=str(request.checkpoint),
-        checksum=checksum(weights.params),
+        checksum=pipeline.checksum,
         model=dataclasses.asdict(weights.model),
         diffusion=dataclasses.asdict(weights.diffusion),
         sampling=dataclasses.asdict(weights.sampling),
@@ -316,123 +308,3 @@ def _manifest(request: Request, weights: Weights, labels: np.ndarray) -> dict:
         device=jax.devices()[0].device_kind,
         versions=package_versions(),
     )
-
-
-# --- The drawing ---------------------------------------------------------------------------------
-
-
-def _draw(
-    request: Request, weights: Weights, mesh: Mesh, decode, labels, missing: list[int], out, checksum: str
-) -> tuple[Samples, Plan | None]:
-    """Draw the missing images batch by batch; files are written while the next batch is computed.
-
-    Returns:
-      The last batch's images with the record of the whole job, and the plan of `fast`.
-    """
-    size = -(-min(request.batch_size, len(missing)) // mesh.size) * mesh.size
-    steps = len(steps_of(weights.sampling, weights.diffusion).timestep)
-    batches = [missing[first : first + size] for first in range(0, len(missing), size)]
-    model = build_model(weights.model, precision=request.precision, mesh=mesh)
-    params = jax.device_put(weights.params, replicated(mesh))
-    blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype, platform=model.platform)  # once, not for every batch
-    params = params | dict(blocks=blocks.whole)
-    draw = functools.partial(
-        generate,
-        model,
-        params,
-        sampling=weights.sampling,
-        diffusion=weights.diffusion,
-        seed=request.seed,
-        blocks=blocks,
-        mesh=mesh if mesh.size > 1 else None,
-    )
-    plan, path = None, _plan_path(weights, checksum, request.segments)
-    with jax.set_mesh(mesh):
-        if request.mode == "fast":
-            plan = _plan(path, model, params, weights, request.segments)
-            if len(batches) >= CALIBRATED_FROM_BATCHES:
-                plan = _tuned(plan, model, params, weights, draw, labels, missing, size)
-    segments_are_checked = plan is not None and (plan.form or default_form(model)) in CHECKED_FORMS
-    with (
-        jax.set_mesh(mesh),
-        concurrent.futures.ThreadPoolExecutor(WRITERS) as writers,
-        tqdm(total=len(batches) * steps, unit="step", desc="sampling") as progress,
-    ):
-        written, job, done = [], None, 0
-        for batch in batches:
-            # One shape for all batches; the last one is filled up and cut again.
-            indices = np.asarray(batch + [batch[-1]] * (size - len(batch)))
-            samples = draw(labels[indices], indices=indices, mode=request.mode, plan=plan, report=progress.update)
-            if segments_are_checked:  # where some had to be computed again, the next batch would need them as well
-                plan = _widened(plan, samples)
-            job = samples if job is None else _joined(job, samples, done, len(batch))
-            done += len(batch)
-            pixels = to_uint8(decode(samples.images), indices=indices)
-            if is_main():
-                written += [writers.submit(write_image, image_path(out, i), p) for i, p in zip(batch, pixels)]
-        for future in written:
-            future.result()
-    if plan is not None and is_main():
-        kept = plan if segments_are_checked else _widened(plan, job)
-        _keep_plan(kept, path)
-    return job, plan
-
-
-def _joined(job: Samples, samples: Samples, done: int, count: int) -> Samples:
-    """Add a batch of `count` images to the record of a job of `done`; only its own images are kept."""
-    mean = lambda before, now: (done * before + count * now) / (done + count)
-    return Samples(
-        samples.images,
-        job.timesteps,
-        Routing(job.routing.heads, job.routing.groups, mean(job.routing.tokens, samples.routing.tokens)),
-        mean(job.macs, samples.macs),
-        job.shares.with_more(samples.shares),
-        job.over + samples.over,
-    )
-
-
-def _tuned(plan: Plan, model: Model, params, weights: Weights, draw, labels, missing: list[int], batch: int) -> Plan:
-    """Find out for a long job how many tokens are on and how to run them, unless an earlier one did."""
-    if weights.model.routers == "none":
-        return plan
-    if plan.shares is None:
-        most = max(CALIBRATION_IMAGES, min(MOST_CALIBRATION_IMAGES, batch))
-        count = np.clip(int(len(missing) * CALIBRATED_PART), CALIBRATION_IMAGES, most)
-        count = -(-count // jax.device_count()) * jax.device_count()
-        few = np.asarray(missing)[np.arange(count) % len(missing)]
-        logger.info("Calibrating token capacities on %d images.", len(few))
-        plan = plan.calibrated(draw(labels[few], indices=few, mode="gated").shares)
-    if plan.form is None:
-        images = images_of_pass(model, weights.sampling, -(-batch // jax.device_count()))
-        runs = runs_per_image(weights.sampling)
-        form, forms = fastest_form(model, params, plan, images=images, runs=runs), forms_of(model, images * runs)
-        [number] = from_main([forms.index(form)], len(forms))  # other processes may have found another one
-        plan = dataclasses.replace(plan, form=forms[number])
-    return plan
-
-
-def _widened(plan: Plan, samples: Samples) -> Plan:
-    """Add to a calibrated plan what was on, if it fell short. Other capacities are other programs."""
-    return plan.widened(samples.shares) if plan.shares is not None and samples.over.any() else plan
-
-
-def _plan_path(weights: Weights, checksum: str, segments: int | None):
-    device = jax.devices()[0].device_kind
-    run = map(str, (weights.model, weights.sampling, weights.diffusion))
-    told = json.dumps([checksum, device, segments or CUTTING, *run])
-    return epath.Path(cache_folder() / "plans" / f"{hashlib.sha256(told.encode()).hexdigest()}.npz")
-
-
-def _plan(path, model: Model, params, weights: Weights, segments: int | None) -> Plan:
-    """Return the plan kept from an earlier job, or make it."""
-    plan = None
-    if path.exists() and jax.process_count() == 1:  # other processes may have kept another one, or none
-        try:
-            plan = Plan.load(path, weights.model.macs)
-        except Exception as error:  # whatever a damaged file makes of it
-            logger.warning("Planned again: %s cannot be used (%s).", path, " ".join(str(error).split()))
-    if plan is None:
-        plan = plan_sampling(model, params, sampling=weights.sampling, diffusion=weights.diffusion, segments=segments)
-    timesteps = steps_of(weights.sampling, weights.diffusion).timestep
-    logger.info("Plan: %s.\n%s", plan.in_words(), plan.table(timesteps))
-    return plan

@@ -33,20 +33,28 @@ from dydit_jax.data.sources import batches, examples, open_source
 from dydit_jax.drawing.pictures import draw_grid, save_image, to_uint8
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.endings import about_newest, checkpoint_named, require_finite, require_progress
-from dydit_jax.jobs.sample import make_decode_fn
-from dydit_jax.loading import load_checkpoint, warn_of_start
+from dydit_jax.loading import load_checkpoint, load_decoder, warn_of_start
 from dydit_jax.models.dit import Model
+from dydit_jax.models.precision import build_model
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
 from dydit_jax.runtime.peers import RESTART_CODE
 from dydit_jax.runtime.processes import Notice, is_main, one_for_all, require_same, to_host, together
 from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.settings import own_settings
-from dydit_jax.runtime.sharding import batch_sharding, make_mesh, process_rows, replicated, require_divisible, shardings
+from dydit_jax.runtime.sharding import (
+    batch_sharding,
+    make_mesh,
+    process_rows,
+    replicated,
+    require_divisible,
+    round_up,
+    shardings,
+)
 from dydit_jax.runtime.tracking import Clock, Profile, Watch, best_case, duration, flops_utilisation, make_writers
-from dydit_jax.sampling.generate import generate
+from dydit_jax.sampling.generate import SamplingRun
 from dydit_jax.sampling.noise import image_keys
-from dydit_jax.training.experiment import Experiment, build_model, build_optimizer, differences, read_experiment
+from dydit_jax.training.experiment import Experiment, build_optimizer, differences, read_experiment
 from dydit_jax.training.update import TrainState, all_finite, compile_update, init_state, passes_at, patch_losses
 from dydit_jax.trees import flatten, unflatten
 
@@ -264,7 +272,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     shown, decode = None, None
     if tracking.samples_every_steps:  # an autoencoder that is not there must not end the run days later
         shown = _place_examples(data, experiment, mesh)
-        decode = make_decode_fn(Weights(experiment.model, experiment.diffusion, experiment.sampling, {}, {}), mesh)
+        decode = load_decoder(experiment.sampling.autoencoder, mesh)
     finite = jax.jit(all_finite, out_shardings=replicated(mesh))
     if step < last:
         require_finite(finite, step, state, workdir)
@@ -356,7 +364,7 @@ def _measure_ema(state: TrainState, model: Model, experiment: Experiment, shown:
 def _place_examples(data, experiment: Experiment, mesh: Mesh) -> tuple:
     """Return the images, labels and keys that the EMA is measured on, in their shards."""
     found = examples(data, count=SHOWN_EXAMPLES)
-    rows = np.resize(np.arange(len(found["label"])), -(-SHOWN_EXAMPLES // mesh.size) * mesh.size)
+    rows = np.resize(np.arange(len(found["label"])), round_up(SHOWN_EXAMPLES, mesh.size))
     start, labels, seed = found["image"][rows], found["label"][rows], experiment.train.seed
     place = lambda start, labels, rows: (start, labels, image_keys(seed, rows))
     return jax.jit(place, out_shardings=batch_sharding(mesh))(start, labels, rows)
@@ -369,17 +377,11 @@ def _draw_samples(
     if is_main():
         warn_of_start(dict(config=dataclasses.asdict(experiment), step=step))
     labels = np.asarray(experiment.tracking.sample_labels, np.int32)
-    filled = np.resize(labels, -(-len(labels) // mesh.size) * mesh.size)
-    samples = generate(
-        model,
-        state.ema,
-        filled,
-        sampling=experiment.sampling,
-        diffusion=experiment.diffusion,
-        seed=experiment.train.seed,
-        mode="complete" if experiment.model.routers == "none" else "gated",
-        mesh=mesh if mesh.size > 1 else None,
-    )
+    filled = np.resize(labels, round_up(len(labels), mesh.size))
+    settings = dict(sampling=experiment.sampling, diffusion=experiment.diffusion)
+    run = SamplingRun(model, state.ema, **settings, mesh=mesh if mesh.size > 1 else None)
+    mode = "complete" if experiment.model.routers == "none" else "gated"
+    samples = run.draw(filled, seed=experiment.train.seed, mode=mode)
     pixels = to_uint8(decode(samples.images), what=f"EMA's sample at step {step}, number")[: len(labels)]
     if is_main():
         folder = workdir / SAMPLES_FOLDER

@@ -20,17 +20,16 @@ Sources: DiT, https://arxiv.org/abs/2212.09748; DyDiT, https://arxiv.org/abs/241
 import dataclasses
 import functools
 import itertools
-import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.models import cost, fused, pooled
 from dydit_jax.models.attention import PLATFORMS
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.execution import Dense, Masked, MLPStep, TokenExecution, TopK
 from dydit_jax.models.layers import (
     MLP,
     Attention,
@@ -39,142 +38,12 @@ from dydit_jax.models.layers import (
     Output,
     PatchEmbed,
     TimeEmbed,
-    layer_norm,
-    modulate,
-    modulated_norm_thrice,
     unconstrained,
 )
-from dydit_jax.models.routing import LAYOUTS, Routing, TimeRouter, TokenRouter, straight_through_gate
-from dydit_jax.models.tokens import multiply_by_gates, ranks, run_on_places
-from dydit_jax.records import read_record, require_range
+from dydit_jax.models.routing import TIME_ROUTERS, TOKEN_ROUTERS, Routing, require_result
 
-# The published sizes: depth, width, heads.
-SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-PATCHES = (2, 4, 8)
 MODES = ("complete", "gated")
-POSITIONS = ("sine_cosine", "stored")
 REMATS = ("none", "block", "dots")
-
-
-@dataclasses.dataclass(frozen=True)
-class DiTConfig:
-    """Everything that fixes the parameter tree, its meaning and its initial values.
-
-    Attributes:
-      depth, width, heads: L, D and H; groups of the MLP are as many as heads.
-      patch: P, in pixels of the input.
-      side: side of the square input, in pixels (image side / 8 for latents).
-      channels: C of the input; the output has 2C, noise first, then variance.
-      classes: number of labels; one more row stands for "no class".
-      mlp_ratio: hidden channels of the MLP per channel of the width.
-      routers: "none", "free" or "first_on", see `routing`.
-      positions: "sine_cosine", the fixed table that DiT is trained with, or "stored": a table of the checkpoint's own,
-        which training leaves alone.
-      token_capacity: share of an image's tokens that pass the MLP at most, one number for all blocks or one per block;
-        empty leaves the choice to the routers alone. See `tokens`.
-      label_deviation, time_deviation: standard deviation of the initial label table and timestep layers.
-    """
-
-    depth: int
-    width: int
-    heads: int
-    patch: int
-    side: int
-    channels: int = 4
-    classes: int = 1000
-    mlp_ratio: int = 4
-    routers: str = "none"
-    positions: str = "sine_cosine"
-    token_capacity: tuple[float, ...] = ()
-    label_deviation: float = 0.02
-    time_deviation: float = 0.02
-
-    def __post_init__(self):
-        for name in ("depth", "width", "heads", "patch", "side", "channels", "classes", "mlp_ratio"):
-            require_range(f"model.{name}", getattr(self, name), low=1)
-        for name in ("label_deviation", "time_deviation"):
-            require_range(f"model.{name}", getattr(self, name), low=0.0)
-        require_known("model.routers", self.routers, LAYOUTS)
-        require_known("model.positions", self.positions, POSITIONS)
-        if len(self.token_capacity) not in (0, 1, self.depth):
-            raise InputError(
-                f"model.token_capacity must have no number, one, or one for each of the {self.depth} blocks, not "
-                f"{len(self.token_capacity)}."
-            )
-        if self.token_capacity and self.routers == "none":
-            raise InputError("model.token_capacity needs routers that choose the tokens; model.routers is 'none'.")
-        for share in self.token_capacity:
-            if not 0 < share <= 1:
-                raise InputError(f"model.token_capacity must be above 0 and at most 1, not {share!r}.")
-        if self.width % self.heads:
-            raise InputError(f"model.heads must divide model.width: {self.width} / {self.heads} leaves a rest.")
-        if self.width % 4:
-            raise InputError(f"model.width must be divisible by 4 for the position table, not {self.width}.")
-        if self.side % self.patch:
-            raise InputError(f"model.patch must divide model.side: {self.side} / {self.patch} leaves a rest.")
-        if self.routers != "none" and self.width < 16:
-            raise InputError(f"model.width must be at least 16 with routers, not {self.width}.")
-        if self.routers == "first_on" and self.heads < 2:
-            raise InputError("model.routers 'first_on' needs at least 2 heads; with one there is nothing to switch.")
-        if self.hidden % self.heads:
-            raise InputError(f"model.heads must divide the MLP's {self.hidden} channels, not {self.heads}.")
-
-    @property
-    def tokens(self) -> int:
-        """N, the number of tokens of one image."""
-        return (self.side // self.patch) ** 2
-
-    @property
-    def capacities(self) -> tuple[int, ...]:
-        """How many tokens of an image may pass each block's MLP; N where there is no limit."""
-        shares = self.token_capacity or (1.0,)
-        shares = shares * self.depth if len(shares) == 1 else shares
-        return tuple(math.ceil(round(share * self.tokens, 6)) for share in shares)
-
-    @property
-    def hidden(self) -> int:
-        """Hidden channels of the MLP, G * F."""
-        return self.width * self.mlp_ratio
-
-    @property
-    def null_label(self) -> int:
-        """The label that stands for "no class"."""
-        return self.classes
-
-    @property
-    def macs(self) -> cost.ModelMacs:
-        """MACs of one image's forward pass."""
-        return cost.model_macs(self)
-
-
-def published_config(name: str, **fields) -> DiTConfig:
-    """Make the configuration of a published size.
-
-    Args:
-      name: size and patch, e.g. "XL/2": S, B, L or XL by 2, 4 or 8.
-      **fields: the other fields of `DiTConfig`, e.g. side=32 for 256 px and side=64 for 512 px.
-
-    Raises:
-      InputError: an unknown name, with the known ones.
-    """
-    require_known("model size", name, [f"{size}/{patch}" for size in SIZES for patch in PATCHES])
-    size, patch = name.split("/")
-    depth, width, heads = SIZES[size]
-    return DiTConfig(depth=depth, width=width, heads=heads, patch=int(patch), **fields)
-
-
-def read_model(section: Mapping) -> DiTConfig:
-    """Read the section `model`: either `size` ("XL/2") or depth, width, heads and patch."""
-    section = {key: value for key, value in section.items() if value is not None}
-    if "size" not in section:
-        return read_record(DiTConfig, section, "model")
-    size = section.pop("size")
-    known = published_config(size, side=64)
-    fixed = {"depth", "width", "heads", "patch"} & set(section)
-    if fixed:
-        raise InputError(f"model.size {size!r} fixes {', '.join(sorted(fixed))}; give the one or the others.")
-    return read_record(DiTConfig, dict(dataclasses.asdict(known), **section), "model")
-
 
 # --- The network ---------------------------------------------------------------------------------
 
@@ -188,114 +57,38 @@ class Block(nnx.Module):
         self.attention = Attention(**common, heads=config.heads)
         self.mlp = MLP(**common, groups=config.heads, hidden=config.hidden)
         if config.routers != "none":
-            self.token_router = TokenRouter(width=config.width, dtype=dtype, platform=platform, rngs=rngs)
-        self.platform = platform
+            router = TOKEN_ROUTERS[config.token_router]
+            self.token_router = router(width=config.width, dtype=dtype, platform=platform, rngs=rngs)
 
     def __call__(
-        self,
-        x,
-        modulation,
-        heads,
-        groups,
-        *,
-        routed,
-        noise=None,
-        capacity=None,
-        run_on_tokens=None,
-        paired=False,
-        constrain=unconstrained,
-    ):
+        self, stream, modulation, heads, groups, *, execution: TokenExecution, noise=None, force_open=None
+    ) -> tuple:
         """Run the block.
 
         Args:
-          x: tokens [B,N,D], float32.
+          stream: of the tokens [B,N,D], from `execution.enter` or the block before.
           modulation: of the condition, six of [B,D]: shift, scale and gate of attention, then of the MLP.
           heads, groups: gates [B or 1,H] and [B or 1,G]; None opens all.
-          routed: whether tokens are routed; False opens all.
+          execution: how its tokens run.
           noise: logistic noise for the tokens' logits [B,N], or None.
-          capacity: places for tokens of one image; None or N gives every token one.
-          run_on_tokens: (function, tokens, gates) -> the function's result where a gate is on, zeros elsewhere; None
-            multiplies. Not used where `capacity` is below N.
-          paired: every second image has all gates open; noise and the gates returned are of the others, [B/2,N].
-          constrain: pins the sharding of anything with the leading axis B.
+          force_open: of each image, whether all its tokens are open [B]; None leaves it to the router.
 
         Returns:
-          The new tokens and the token gates [B,N], or None.
+          The new stream and the token gates [B,N], None where no router was asked.
         """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = map(constrain, modulation)
-        norm = functools.partial(layer_norm, single_pass=self.platform == "tpu")
-        if self.platform == "tpu" and run_on_tokens is not None:  # complete blocks: slower on a v6e
-            modulated = modulated_norm_thrice(x, shift_a, scale_a)
-        else:
-            modulated = modulate(norm(x), shift_a, scale_a)
-        attended = self.attention(modulated, heads)
-        x = x + gate_a[:, None] * attended
-        modulated = modulate(norm(x), shift_m, scale_m).astype(self.mlp.dtype)
-        mlp = functools.partial(self.mlp, gates=groups)
-        if not routed:
-            return x + gate_m[:, None] * mlp(modulated), None
-        # The router reads the residual stream as it stands, not its norm.
-        logits = self.token_router(first_of_pairs(x) if paired else x)
-        gates = straight_through_gate(logits, noise)
-        if capacity is None or capacity == x.shape[1]:
-            update = (run_on_tokens or multiply_by_gates)(mlp, modulated, with_open(gates) if paired else gates)
-        else:
-            places = ranks(logits if noise is None else logits + noise)
-            gates = jnp.where(places < capacity, gates, 0)
-            update = run_on_places(mlp, modulated, gates, places, capacity=capacity, platform=self.platform)
-        return x + gate_m[:, None] * update, gates
-
-    def run_fused(self, stream: fused.Stream, modulation, *, capacity: int | None):
-        """Run the block in the kernels of `fused`, all heads and groups that its arrays have.
-
-        Args:
-          stream: the tokens.
-          modulation: as for a call.
-          capacity: places for the tokens of all images that are on; None opens all tokens.
-
-        Returns:
-          The new tokens and the token gates [B,N], or None.
-        """
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        dtype = self.mlp.dtype
-        attended = self.attention(fused.norm(stream, shift_a, scale_a, dtype=dtype), None)
-        if capacity is None:
-            x, normed = fused.add_and_norm(stream, attended, gate_a, shift_m, scale_m, dtype=dtype)
-            return fused.Stream(x, fused.Update(self.mlp(normed, None), None, gate_m)), None
-        x = fused.add(stream, attended, gate_a)
-        router = self.token_router.hidden(x), *self.token_router.last_layer()
-        packed, places, gates = fused.pack(x, *router, shift_m, scale_m, capacity=capacity, dtype=dtype)
-        return fused.Stream(x, fused.Update(self.mlp(packed, None), places, gate_m)), gates
-
-    def run_pooled(self, stream: pooled.Stream, modulation, heads, groups, *, capacity: int):
-        """Run the block with the kernels of `pooled` around its MLP.
-
-        Args:
-          stream: the tokens.
-          modulation, heads, groups: as for a call; gates are the same for all images.
-          capacity: places for the tokens of all images that are on.
-
-        Returns:
-          The new tokens and the token gates [B,N].
-        """
-        batch, tokens, _ = stream.x.shape
-        if capacity == batch * tokens:
-            x, gates = self(stream.x, modulation, heads, groups, routed=True)
-            return pooled.Stream(x), gates
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation
-        modulated = modulated_norm_thrice(stream.x, shift_a, scale_a, stream.statistics)
-        x = stream.x + gate_a[:, None] * self.attention(modulated, heads)
-        gates = straight_through_gate(self.token_router(x), None)
-        places = pooled.places_of(gates, capacity=capacity)
-        packed = pooled.pack(x, places, shift_m, scale_m, capacity=capacity, dtype=self.mlp.dtype)
-        return pooled.spread(x, self.mlp(packed[None], groups)[0], places, gate_m), gates
+        shift_a, scale_a, gate_a, *of_mlp = modulation
+        normed = execution.norm(stream, shift_a, scale_a, dtype=self.attention.dtype)
+        attended = self.attention(normed, heads)
+        stream = execution.add(stream, attended, gate_a)
+        mlp, router = functools.partial(self.mlp, gates=groups), getattr(self, "token_router", None)
+        return execution.update(stream, MLPStep(mlp, router, *of_mlp, self.mlp.dtype, noise, force_open))
 
 
 class DiT(nnx.Module):
     """The whole network: embeddings, stacked blocks, output, and the routers that know only the timestep."""
 
     def __init__(self, config: DiTConfig, *, dtype=jnp.float32, platform: str = "cpu", rngs: nnx.Rngs):
-        width, self.capacities = config.width, config.capacities
+        width = config.width
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.time_embed = TimeEmbed(width=width, deviation=config.time_deviation, rngs=rngs)
         self.label_embed = LabelEmbed(classes=config.classes, width=width, deviation=config.label_deviation, rngs=rngs)
@@ -304,60 +97,63 @@ class DiT(nnx.Module):
         channels = 2 * config.channels
         self.output = Output(width=width, patch=config.patch, channels=channels, dtype=dtype, platform=platform)
         if config.routers != "none":
-            router = dict(layers=config.depth, width=width, units=config.heads, layout=config.routers, rngs=rngs)
-            self.head_router = TimeRouter(**router)
-            self.group_router = TimeRouter(**router)
+            router, sizes = TIME_ROUTERS[config.time_router], dict(layers=config.depth, units=config.heads)
+            self.head_router = router(**sizes, width=width, layout=config.routers, rngs=rngs)
+            self.group_router = router(**sizes, width=width, layout=config.routers, rngs=rngs)
+            self.gates_shape = (config.depth, config.heads)
 
     def time_gates(self, t, noise: Routing | None = None):
         """Return the gates of heads [B,L,H] and groups [B,L,G] at timesteps t [B]."""
-        embedding = self.time_embed(t)
-        heads = self.head_router(embedding, None if noise is None else noise.heads)
-        return heads, self.group_router(embedding, None if noise is None else noise.groups)
+        embedding, noise = self.time_embed(t), noise or Routing(None, None, None)
+        heads = self.head_router(t, embedding, noise.heads)
+        groups = self.group_router(t, embedding, noise.groups)
+        for router, gates in ((self.head_router, heads), (self.group_router, groups)):
+            require_result(gates, (len(t), *self.gates_shape), type(router), "gates [B,L,units]")
+        return heads, groups
 
-    def __call__(self, x, t, labels, *, noise: Routing | None, gated, remat: str, constrain: Callable, paired=False):
-        """Predict noise and variance; see `Model.apply`, for `paired` `Model.apply_both`."""
+    def __call__(self, x, t, labels, *, model: "Model", gated: bool, noise: Routing | None = None, force_open=None):
+        """Predict noise and variance; see `Model.apply`.
+
+        Args:
+          x, t, labels, noise: as for `Model.apply`.
+          model: whose settings the pass is run with.
+          gated: whether the routers are asked; else all gates are open, and the routing returned is None.
+          force_open: of each image, whether all its gates are open [B]; None leaves it to the routers.
+        """
+        constrain = model.constrain
         tokens = constrain(self.patch_embed(x))  # [B,N,D]
         # Pinned, here and in the blocks: for a gradient of split weights, the compiler would gather the batch instead.
         condition = constrain(self.time_embed(t) + self.label_embed(labels))  # [B,D]
-        heads, groups = self.time_gates(first_of_pairs(t) if paired else t, noise) if gated else (None, None)
-        used_heads, used_groups = (with_open(heads), with_open(groups)) if paired else (heads, groups)
+        heads, groups = self.time_gates(t, noise) if gated else (None, None)
+        if force_open is not None:
+            heads, groups = (jnp.where(force_open[:, None, None], 1.0, gates) for gates in (heads, groups))
         by_layer = lambda gates: None if gates is None else gates.swapaxes(0, 1)
         graph, blocks = nnx.split(self.blocks)
-        token_noise = by_layer(noise.tokens) if gated and noise else None
-        layers = (blocks, by_layer(used_heads), by_layer(used_groups), token_noise)
+        layers = (blocks, by_layer(heads), by_layer(groups), by_layer(noise.tokens) if gated and noise else None)
         kept = []
-        for first, last, capacity in capacity_runs(self.capacities):
+        for first, last, execution in execution_runs(model.layer_executions(gated)):
 
-            def run_block(tokens, layer, capacity=capacity):
+            def run_block(stream, layer, execution=execution):
                 block, heads, groups, noise = layer
-                routing = dict(routed=gated, noise=noise, capacity=capacity, paired=paired, constrain=constrain)
                 block = nnx.merge(graph, block)
-                tokens, gates = block(tokens, block.modulation(condition), heads, groups, **routing)
-                return constrain(tokens), gates
+                modulation = map(constrain, block.modulation(condition))
+                routing = dict(execution=execution, noise=noise, force_open=force_open)
+                stream, gates = block(stream, modulation, heads, groups, **routing)
+                return constrain(stream), gates
 
             run = jax.tree.map(lambda leaf, first=first, last=last: leaf[first:last], layers)
-            tokens, gates = jax.lax.scan(_rematerialised(run_block, remat), tokens, run)
+            tokens, gates = jax.lax.scan(_rematerialised(run_block, model.remat), tokens, run)
             kept.append(gates)
         routing = Routing(heads, groups, by_layer(jnp.concatenate(kept))) if gated else None
         return self.output(tokens, self.output.modulation(condition), constrain), routing
 
 
-def first_of_pairs(x):
-    """Return every second row of [2B,...], beginning with the first, [B,...]; each device keeps its own."""
-    return x.reshape(-1, 2, *x.shape[1:])[:, 0]
-
-
-def with_open(gates):
-    """Set an open gate after each row of [B,...]: [2B,...]."""
-    return jnp.stack([gates, jnp.ones_like(gates)], axis=1).reshape(-1, *gates.shape[1:])
-
-
-def capacity_runs(capacities: tuple[int, ...]) -> list[tuple[int, int, int]]:
-    """Return (first, last + 1, capacity) of consecutive layers with the same capacity: each run is one scan."""
+def execution_runs(executions: tuple[TokenExecution, ...]) -> list[tuple[int, int, TokenExecution]]:
+    """Return (first, last + 1, execution) of consecutive layers that run alike: each run is one scan."""
     runs, first = [], 0
-    for capacity, layers in itertools.groupby(capacities):
+    for execution, layers in itertools.groupby(executions):
         last = first + len(list(layers))
-        runs.append((first, last, capacity))
+        runs.append((first, last, execution))
         first = last
     return runs
 
@@ -372,6 +168,22 @@ def _rematerialised(function, remat: str):
 
 
 # --- The model as pure functions -----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One block of a narrowed network.
+
+    Attributes:
+      params: its parameter tree, with the heads and groups that are kept.
+      heads, groups: gates [1,kept] of what is kept, or None where all of it is open.
+      execution: how its tokens run.
+    """
+
+    params: dict
+    heads: jax.Array | None
+    groups: jax.Array | None
+    execution: TokenExecution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,9 +239,7 @@ class Model:
         require_known("mode", mode, MODES)
         gated = mode == "gated" and self.config.routers != "none"
         with jax.default_matmul_precision(self.matmul_precision):
-            prediction, routing = self._network(params)(
-                x, t, labels, noise=noise, gated=gated, remat=self.remat, constrain=self.constrain
-            )
+            prediction, routing = self._network(params)(x, t, labels, model=self, gated=gated, noise=noise)
         return prediction, routing or self.open_routing(x.shape[0])
 
     def apply_both(self, params, x, t, labels, *, noise: Routing | None = None):
@@ -446,105 +256,47 @@ class Model:
         """
         if self.config.routers == "none" or self.config.token_capacity:
             raise InputError("Both passes are run as one only with routers and without model.token_capacity.")
-        pair = lambda leaf: jnp.repeat(leaf, 2, axis=0)  # neighbours, so that each device keeps its own
+        # Neighbours, so that each device keeps its own pairs.
+        pair = lambda leaf: jnp.repeat(leaf, 2, axis=0)
+        force_open = jnp.tile(jnp.asarray([False, True]), len(x))
+        settings = dict(model=self, gated=True, noise=jax.tree.map(pair, noise), force_open=force_open)
         with jax.default_matmul_precision(self.matmul_precision):
-            settings = dict(noise=noise, gated=True, remat=self.remat, constrain=self.constrain, paired=True)
             predictions, routing = self._network(params)(pair(x), pair(t), pair(labels), **settings)
-        gated, complete = jnp.moveaxis(predictions.reshape(-1, 2, *predictions.shape[1:]), 1, 0)
-        return gated, complete, routing
+        both = lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:])  # [B,2,...]
+        gated, complete = jnp.moveaxis(both(predictions), 1, 0)
+        return gated, complete, jax.tree.map(lambda gates: both(gates)[:, 0], routing)
 
-    def apply_layers(self, params, layers, x, t, labels, *, heads, groups, run_on_tokens=None, modulations=None):
+    def layer_executions(self, gated: bool) -> tuple[TokenExecution, ...]:
+        """Return how the tokens of each block run in `apply`: nothing is saved but by top-k."""
+        if not gated:
+            return (Dense(self.platform),) * self.config.depth
+        return tuple(
+            Masked(self.platform) if capacity == self.config.tokens else TopK(self.platform, (capacity,))
+            for capacity in self.config.capacities
+        )
+
+    def apply_layers(self, params, layers: "list[Layer]", x, t, labels, modulations=None):
         """Run the network with blocks of their own, one after the other: narrowed ones have different widths.
 
         Args:
           params: the parameter tree; its blocks are not used.
-          layers: one parameter tree per block, with the heads and groups that are kept.
+          layers: the blocks.
           x, t, labels: as for `apply`.
-          heads, groups: per layer, gates [1,kept] of what is kept, or None where all of it is on.
-          run_on_tokens: per layer, how the MLP runs on the tokens that are on, see `Block`; None opens all tokens.
           modulations: from `modulations`, where they are known already.
-
-        Returns:
-          The prediction [B,side,side,2C] and the token gates [B,L,N].
-        """
-        routed = self.config.routers != "none" and run_on_tokens is not None
-
-        def run_block(block, layer, tokens, modulation):
-            routing = dict(routed=routed, capacity=self.config.capacities[layer])
-            if routed:
-                routing["run_on_tokens"] = run_on_tokens[layer]
-            return block(tokens, modulation, heads[layer], groups[layer], **routing)
-
-        return self._through_layers(params, layers, x, t, labels, modulations, run_block=run_block)
-
-    @property
-    def runs_fused(self) -> bool:
-        """Whether `apply_fused` can be had: on a GPU, for sizes that its kernels accept, without places per image."""
-        suits = self.platform == "gpu" and not self.config.token_capacity
-        return suits and fused.accepts(self.config.tokens, self.config.width)
-
-    def apply_fused(self, params, layers, x, t, labels, *, capacities=None, modulations=None):
-        """Run the network as `apply_layers` does, all heads and groups on, in kernels for GPUs where `runs_fused`.
-
-        Args:
-          params, layers, x, t, labels, modulations: as for `apply_layers`.
-          capacities: per layer, places for the tokens of all images that are on; None opens all tokens. Where more are
-            on, the result is void.
-
-        Returns:
-          The prediction [B,side,side,2C] and the token gates [B,L,N].
-        """
-        routed = self.config.routers != "none" and capacities is not None
-
-        def run_block(block, layer, stream, modulation):
-            return block.run_fused(stream, modulation, capacity=capacities[layer] if routed else None)
-
-        kernels = dict(run_block=run_block, begin=fused.Stream, end=fused.Stream.settled)
-        return self._through_layers(params, layers, x, t, labels, modulations, **kernels)
-
-    def runs_pooled(self, images: int) -> bool:
-        """Tell whether `apply_pooled` can be had for so many images: as `runs_fused`, on a TPU."""
-        suits = self.platform == "tpu" and self.config.routers != "none" and not self.config.token_capacity
-        return suits and pooled.accepts(images, self.config.tokens, self.config.width, self.dtype)
-
-    def apply_pooled(self, params, layers, x, t, labels, *, heads, groups, capacities, modulations=None):
-        """Run the network as `apply_layers` does, in kernels for TPUs where `runs_pooled`.
-
-        Args:
-          params, layers, x, t, labels, heads, groups, modulations: as for `apply_layers`.
-          capacities: per layer, places for the tokens of all images that are on. Where more are on, the result is void.
-
-        Returns:
-          The prediction [B,side,side,2C] and the token gates [B,L,N].
-        """
-
-        def run_block(block, layer, stream, modulation):
-            gates = dict(heads=heads[layer], groups=groups[layer])
-            return block.run_pooled(stream, modulation, **gates, capacity=capacities[layer])
-
-        kernels = dict(run_block=run_block, begin=pooled.Stream, end=operator.attrgetter("x"))
-        return self._through_layers(params, layers, x, t, labels, modulations, **kernels)
-
-    def _through_layers(self, params, layers, x, t, labels, modulations, *, run_block, begin=None, end=None):
-        """Run the network with blocks of their own.
-
-        Args:
-          params, layers, x, t, labels, modulations: as for `apply_layers`.
-          run_block: (block, its number, stream, modulation) -> the new stream and the token gates, or None if all on.
-          begin, end: from tokens to a stream and back; None if it is the tokens.
 
         Returns:
           The prediction [B,side,side,2C] and the token gates [B,L,N].
         """
         part, block = self._parts(params)
         *of_blocks, of_output = modulations or self.modulations(params, layers, t, labels)
+        kept = []
         with jax.default_matmul_precision(self.matmul_precision):
-            tokens, kept = part("patch_embed")(x), []  # [B,N,D]
-            stream = begin(tokens) if begin else tokens
-            for number, (layer, modulation) in enumerate(zip(layers, of_blocks, strict=True)):
-                stream, gates = run_block(block(layer), number, stream, modulation)
+            stream = layers[0].execution.enter(part("patch_embed")(x))  # of tokens [B,N,D]
+            for layer, modulation in zip(layers, of_blocks, strict=True):
+                run = functools.partial(block(layer.params), execution=layer.execution)
+                stream, gates = run(stream, modulation, layer.heads, layer.groups)
                 kept.append(gates)
-            prediction = part("output")(end(stream) if end else stream, of_output)
+            prediction = part("output")(layers[-1].execution.leave(stream), of_output)
         return prediction, self.open_routing(x.shape[0]).tokens if kept[0] is None else jnp.stack(kept, 1)
 
     def modulations(self, params, layers, t, labels) -> tuple:
@@ -557,7 +309,8 @@ class Model:
         part, block = self._parts(params)
         with jax.default_matmul_precision(self.matmul_precision):
             condition = part("time_embed")(t) + part("label_embed")(labels)  # [B,D]
-            return *(block(layer).modulation(condition) for layer in layers), part("output").modulation(condition)
+            of_blocks = [block(layer.params).modulation(condition) for layer in layers]
+            return *of_blocks, part("output").modulation(condition)
 
     def _parts(self, params):
         """Return two functions: from a part's name, and from the parameters of a block, to its module."""

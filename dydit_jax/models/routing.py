@@ -13,11 +13,13 @@ Source: DyDiT, https://arxiv.org/abs/2410.03456, sections 3.2 and 3.3. Three lay
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dydit_jax.errors import InputError
 from dydit_jax.models.layers import constant, xavier_uniform
 
 LAYOUTS = ("none", "free", "first_on")
@@ -70,7 +72,35 @@ def straight_through_gate(logits, noise):
     return hard + (soft - jax.lax.stop_gradient(soft))
 
 
-class TimeRouter(nnx.Module):
+class TimeRouter(typing.Protocol):
+    """What decides which heads, or which groups, are open at a timestep.
+
+    A class of one's own is an `nnx.Module` made by `cls(layers=, width=, units=, layout=, rngs=)` and registered in
+    `TIME_ROUTERS`. Its gates must depend on the timestep alone: a sampling run is planned before its first step.
+    """
+
+    def __call__(self, t, embedding, noise) -> jax.Array:
+        """Return gates [B,L,units], exactly 0 or 1.
+
+        Args:
+          t: timesteps [B].
+          embedding: of the timesteps [B,D], float32.
+          noise: logistic noise [B,L,units] in training, or None.
+        """
+
+
+class TokenRouter(typing.Protocol):
+    """What decides which tokens pass the MLP of a block.
+
+    A class of one's own is an `nnx.Module` made by `cls(width=, dtype=, platform=, rngs=)` and registered in
+    `TOKEN_ROUTERS`.
+    """
+
+    def __call__(self, x) -> jax.Array:
+        """Return the logits [B,N] of tokens x [B,N,D], float32; a token is open where its logit is above 0."""
+
+
+class LinearTimeRouter(nnx.Module):
     """One Linear per layer from the timestep's embedding to the units of that layer."""
 
     def __init__(self, *, layers: int, width: int, units: int, layout: str, rngs: nnx.Rngs):
@@ -83,7 +113,7 @@ class TimeRouter(nnx.Module):
         """Return float32 [B,L,units], or one less where the first unit is always on; embedding [B,D]."""
         return jnp.einsum("bd,ldh->blh", embedding, self.kernel[...], precision="highest") + self.bias[...]
 
-    def __call__(self, embedding, noise):
+    def __call__(self, t, embedding, noise):
         """Return gates [B,L,units] for embedding [B,D]; noise [B,L,units] or None.
 
         Where the first unit is always on, its noise is not used.
@@ -131,7 +161,7 @@ def _in_bfloat16(x):
     return rounded.astype(jnp.bfloat16), (x - rounded).astype(jnp.bfloat16)
 
 
-class TokenRouter(nnx.Module):
+class MLPTokenRouter(nnx.Module):
     """Linear, ReLU, Linear from each token to one logit, in float32: its sign is a discontinuity.
 
     Where the network computes in bfloat16, what reaches the router carries that rounding already. Its product is then
@@ -162,3 +192,39 @@ class TokenRouter(nnx.Module):
         kernel, bias = self.last_layer()
         # A sum, not a product with one column, which a compiler makes a kernel of its own for.
         return (self.hidden(x) * kernel).sum(-1) + bias
+
+
+TIME_ROUTERS = {"linear": LinearTimeRouter}
+TOKEN_ROUTERS = {"mlp": MLPTokenRouter}
+
+
+def register_time_router(name: str):
+    """Return a decorator that adds a class of one's own as `model.time_router`."""
+    return functools.partial(_register, TIME_ROUTERS, name)
+
+
+def register_token_router(name: str):
+    """Return a decorator that adds a class of one's own as `model.token_router`."""
+    return functools.partial(_register, TOKEN_ROUTERS, name)
+
+
+def _register(registry: dict, name: str, cls):
+    registry[name] = cls
+    return cls
+
+
+def require_result(value, shape: tuple[int, ...], cls, returns: str) -> None:
+    """Raise unless a router returned an array of the right shape.
+
+    Args:
+      value: what its `__call__` returned.
+      shape: that it must have.
+      cls: of the router.
+      returns: what it should return, in words.
+
+    Raises:
+      InputError: it is something else.
+    """
+    if getattr(value, "shape", None) != shape:
+        got = f"{type(value).__name__} {getattr(value, 'shape', '')}".strip()
+        raise InputError(f"{cls.__name__}.__call__ must return {returns}, an array of shape {shape}, not {got}.")

@@ -5,6 +5,7 @@ and MLP groups, as whole units: their gates are known everywhere. Parameters, mo
 their paths end alike; a path that no rule matches is an error, never silent replication.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import re
@@ -17,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dydit_jax.errors import InputError
 from dydit_jax.records import require_range
 from dydit_jax.runtime.processes import to_host
+from dydit_jax.runtime.settings import own_settings
 from dydit_jax.trees import path_name
 
 AXES = ("data", "fsdp", "tensor")
@@ -34,8 +36,7 @@ RULES = (
     # Small, or read by an index: copied everywhere.
     (r"(attention/out_bias|mlp/down_bias|modulation/bias)$", ()),
     (r"(patch_embed|label_embed|output|time_embed)/(kernel|bias|table|positions)(_in|_out)?$", ()),
-    (r"(head_router|group_router)/(kernel|bias)$", ()),
-    (r"token_router/(kernel|bias)_(in|out)$", ()),
+    (r"(head|group|token)_router/", ()),
     (r"(^|/)(step|count|skipped|skipped_in_a_row)$", ()),
 )
 
@@ -153,6 +154,17 @@ def require_divisible(mesh: Mesh, batch_size: int) -> None:
         raise InputError(f"A batch of {batch_size} does not divide over {parts} devices (mesh.data x mesh.fsdp).")
 
 
+def round_up(count: int, multiple: int) -> int:
+    """Return the smallest multiple that is not below the count: how many images so many devices share evenly."""
+    return -(-count // multiple) * multiple
+
+
+def run_without_mesh(function):
+    """Return the result of a function that runs in a thread of its own, where a mesh of the caller is not known."""
+    with concurrent.futures.ThreadPoolExecutor(1) as alone:
+        return alone.submit(own_settings()(function)).result()  # settings are known to one thread, too
+
+
 def map_in_slices(function, params, batch: np.ndarray, mesh: Mesh, *, slice_size: int):
     """Apply `function(params, slice)` to slices of a batch, each split over all devices, and join the results.
 
@@ -168,7 +180,7 @@ def map_in_slices(function, params, batch: np.ndarray, mesh: Mesh, *, slice_size
     Returns:
       The function's results for the whole batch, on the host.
     """
-    size = -(-min(slice_size, len(batch)) // mesh.size) * mesh.size
+    size = round_up(min(slice_size, len(batch)), mesh.size)
     filled = np.concatenate([batch, np.repeat(batch[-1:], -len(batch) % size, axis=0)])
     run = _compiled(function, mesh)
     results = [to_host(run(params, filled[first : first + size])) for first in range(0, len(filled), size)]

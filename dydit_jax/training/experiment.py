@@ -9,9 +9,7 @@ import json
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from dydit_jax.checkpoints import CheckpointConfig
 from dydit_jax.data.sources import DataConfig
@@ -19,15 +17,16 @@ from dydit_jax.diffusion.losses import LossConfig
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.models.dit import DiTConfig, Model, read_model
+from dydit_jax.models.config import read_model
+from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.precision import PRECISIONS
 from dydit_jax.records import read_record, require_range
 from dydit_jax.runtime.seeds import require_seed
-from dydit_jax.runtime.sharding import MeshConfig, make_constrain_fn
+from dydit_jax.runtime.sharding import MeshConfig
 from dydit_jax.runtime.tracking import TrackingConfig
 from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.trees import path_name
 
-PRECISIONS = ("auto", "bfloat16", "float32", "highest")
 LEARNING_RATES = ("constant", "cosine")
 
 
@@ -182,28 +181,6 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
             if before.get(key) != after.get(key) and not {section, f"{section}.{key}"} & set(CHANGEABLE):
                 found.append(f"{section}.{key}: {before.get(key)!r} there, {after.get(key)!r} here")
     return found
-
-
-def resolve_precision(name: str) -> tuple[jnp.dtype, str]:
-    """Return the dtype of products and JAX's name of their precision."""
-    require_known("precision", name, PRECISIONS)
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    dtype = jnp.bfloat16 if name == "bfloat16" else jnp.float32
-    return jnp.dtype(dtype), "highest" if name == "highest" else "default"
-
-
-def build_model(config: DiTConfig, *, precision: str, mesh: Mesh, remat: str = "none") -> Model:
-    """Make the model for a mesh.
-
-    Args:
-      config: what it is.
-      precision: one of `PRECISIONS`.
-      mesh: whose devices split the batch.
-      remat: what the backward pass recomputes.
-    """
-    dtype, matmul_precision = resolve_precision(precision)
-    return Model(config, dtype, matmul_precision, remat, make_constrain_fn(mesh))
 
 
 def build_learning_rate(config: OptimizerConfig):

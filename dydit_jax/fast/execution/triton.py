@@ -1,22 +1,22 @@
-"""Kernels for GPUs: all that happens to a token between two products of a block, in one pass over it.
+"""Execution `triton`: kernels for GPUs that do all that happens to a token between two products, in one pass over it.
 
 Norms, residuals, routing and packing move bytes and hardly compute. Beside narrowed products they weigh much, since
 XLA reads and writes the tokens more often than must be. Here, in Pallas for Triton, a row of a program is a warp's and
 stays in its registers:
 
-    norm            what the last MLP made is added; norm, modulation        -> attention
-    add             that, and what attention made, is added                  -> the new residual stream, and the router
-    pack            gates; norm and modulation of the tokens that are on     -> MLP
-    add_and_norm    as `add` and `norm` of the sum, where all tokens are on  -> the new residual stream, and the MLP
+    norm            the last MLP's result is added; norm, modulation             -> attention
+    add             that, and attention's result, is added                       -> the new stream, and the router
+    pack            gates; norm and modulation of the open tokens                -> MLP
+    add_and_norm    as `add` and `norm` of the sum, where all tokens are open    -> the new stream, and the MLP
 
 An MLP's result stays as it is, packed, until a kernel that reads the tokens anyway adds it: `Stream`.
 
 Packed rows are dealt out by a counter that all programs share, in an order of chance. No result depends on it: rows are
-computed each by itself. There are no gradients. JAX means to drop this backend of Pallas one day; where it is missing,
-or refuses, `accepts` says so once, and blocks run as XLA fuses them.
+computed each by itself. There are no gradients, and gates of heads and groups must be multiplied into the weights, see
+`fold_gates`. JAX means to drop this backend of Pallas one day; where it is missing, or refuses, `accepts` says so once,
+and other executions serve.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -27,8 +27,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from dydit_jax.fast.execution.lowering import lowered_once
+from dydit_jax.fast.execution.xla import PackedExecution
+from dydit_jax.models.execution import MLPStep, TokenExecution
 from dydit_jax.models.layers import NORM_EPSILON
-from dydit_jax.runtime.settings import own_settings
 
 try:
     from jax.experimental.pallas import triton
@@ -37,7 +39,6 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-CUSTOM_CALLS = ("__gpu$xla.gpu.triton",)  # what a kernel is to XLA
 ROWS = 4  # of a program, and its warps. A warp that loads four numbers per thread needs no exchange between threads.
 WIDEST_CHUNK = 128  # of the width that is loaded at once, like all sizes in Triton a power of two
 NARROWEST_CHUNK = 32
@@ -49,41 +50,101 @@ class Update:
     """What an MLP made and is still to be added to the residual stream.
 
     Attributes:
-      rows: [B,N,D] of all tokens, or [P,D] of those that are on.
-      places: of each token among the packed rows, negative where it has none [B,N]; None where rows are of all tokens.
+      rows: [B,N,D] of all tokens, or [R,D] of the open ones.
+      row_of: of each token among the packed rows, negative where it has none [B,N]; None where rows are of all tokens.
       gate: of the modulation [B,D].
     """
 
     rows: jax.Array
-    places: jax.Array | None
+    row_of: jax.Array | None
     gate: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """The residual stream: tokens x [B,N,D], float32, and what is still to be added to them."""
+    """The residual stream and what is still to be added to it.
+
+    Attributes:
+      x: tokens [B,N,D], float32.
+      update: of the last MLP, or None.
+      attention: its result [B,N,D] and the gate of its modulation [B,D], or None.
+    """
 
     x: jax.Array
     update: Update | None = None
+    attention: tuple | None = None
 
     def settled(self):
-        """Return the tokens [B,N,D] with everything added."""
+        """Return the tokens [B,N,D] with the MLP's update added."""
         if self.update is None:
             return self.x
-        rows, places = self.update.rows, self.update.places
-        if places is not None:
-            rows = jnp.where(places[..., None] >= 0, rows.at[places].get(mode="clip"), 0)
+        rows, row_of = self.update.rows, self.update.row_of
+        if row_of is not None:
+            rows = jnp.where(row_of[..., None] >= 0, rows.at[row_of].get(mode="clip"), 0)
         return self.x + self.update.gate[:, None] * rows
 
     def flat(self) -> "Stream":
         """Return it with one axis of all tokens instead of [B,N]."""
         update = self.update
-        if update is not None and update.places is None:
+        if update is not None and update.row_of is None:
             update = dataclasses.replace(update, rows=_flat(update.rows))
         elif update is not None:
-            update = dataclasses.replace(update, places=update.places.reshape(-1))
-        return Stream(_flat(self.x), update)
+            update = dataclasses.replace(update, row_of=update.row_of.reshape(-1))
+        attention = None if self.attention is None else (_flat(self.attention[0]), self.attention[1])
+        return Stream(_flat(self.x), update, attention)
+
+
+class _TritonSteps(TokenExecution):
+    """The steps of a block that do not depend on which tokens are open."""
+
+    @classmethod
+    def available(cls, model, images: int) -> bool:
+        """Return whether the kernels can be had: on a GPU, for sizes that they accept, without top-k."""
+        config = model.config
+        suits = model.platform == "gpu" and not config.token_capacity and config.token_router == "mlp"
+        return suits and accepts(config.tokens, config.width)
+
+    def enter(self, tokens):
+        """Return the stream of tokens [B,N,D]."""
+        return Stream(tokens)
+
+    def norm(self, stream, shift, scale, *, dtype):
+        """Return the modulated norm [B,N,D]."""
+        return norm(stream, shift, scale, dtype=dtype)
+
+    def add(self, stream, attended, gate):
+        """Return the stream with the result of attention, to be added by the next kernel that reads the tokens."""
+        return dataclasses.replace(stream, attention=(attended, gate))
+
+    def leave(self, stream):
+        """Return the tokens [B,N,D]."""
+        return stream.settled()
+
+
+class Triton(_TritonSteps, PackedExecution):
+    """Open tokens of all images share one capacity; kernels do everything but the products."""
+
+    name = "triton"
+
+    def update(self, stream, step: MLPStep) -> tuple:
+        """Route, pack, run the MLP; its result is added later."""
+        x = add(stream)
+        router = step.router.hidden(x), *step.router.last_layer()
+        packed, row_of, gates = pack(x, *router, step.shift, step.scale, capacity=self.capacity[0], dtype=step.dtype)
+        return Stream(x, Update(step.mlp(packed), row_of, step.gate)), gates
+
+
+class TritonDense(_TritonSteps):
+    """Every token passes the MLP, in the same kernels."""
+
+    name = "triton_dense"
+    routed = False
+
+    def update(self, stream, step: MLPStep) -> tuple:
+        """Run the MLP on all tokens; its result is added later."""
+        x, normed = add_and_norm(stream, step.shift, step.scale, dtype=step.dtype)
+        return Stream(x, Update(step.mlp(normed), None, step.gate)), None
 
 
 @functools.cache
@@ -98,7 +159,8 @@ def accepts(tokens: int, width: int) -> bool:
     def both(stream, hidden, kernel_out, bias_out, shift, scale):
         arguments = dict(capacity=ROWS, dtype=jnp.bfloat16)
         packed = pack(stream.x, hidden, kernel_out, bias_out, shift, scale, **arguments)
-        return add_and_norm(stream, stream.x, shift, shift, scale, dtype=jnp.bfloat16), packed
+        waiting = dataclasses.replace(stream, attention=(stream.x, shift))
+        return add_and_norm(waiting, shift, scale, dtype=jnp.bfloat16), packed
 
     try:
         jax.jit(both).lower(
@@ -111,81 +173,37 @@ def accepts(tokens: int, width: int) -> bool:
 
 
 def norm(stream: Stream, shift, scale, *, dtype):
-    """Norm and modulate the tokens of a stream.
-
-    Args:
-      stream: of tokens [B,N,D].
-      shift, scale: of the modulation [B,D].
-      dtype: of the result.
-
-    Returns:
-      [B,N,D].
-    """
-    _, normed = _add_and_norm(stream, None, (shift, scale), dtype=dtype, keep=False)
+    """Return the modulated norm [B,N,D] of a stream, in a dtype; shift and scale are of the modulation [B,D]."""
+    _, normed = _add_and_norm(stream, (shift, scale), dtype=dtype, keep=False)
     return normed
 
 
-def add(stream: Stream, attended, gate):
-    """Add what attention made, [B,N,D], times a gate of the modulation [B,D]; return the new tokens [B,N,D]."""
-    x, _ = _add_and_norm(stream, (_flat(attended), gate), None)
+def add(stream: Stream):
+    """Return the tokens [B,N,D] of a stream with everything added."""
+    x, _ = _add_and_norm(stream, None)
     return x
 
 
-def add_and_norm(stream: Stream, attended, gate, shift, scale, *, dtype):
-    """Add as `add` does; norm and modulate the sum as `norm` does; return both."""
-    return _add_and_norm(stream, (_flat(attended), gate), (shift, scale), dtype=dtype)
+def add_and_norm(stream: Stream, shift, scale, *, dtype):
+    """Return the tokens [B,N,D] of a stream with everything added, and their modulated norm in a dtype."""
+    return _add_and_norm(stream, (shift, scale), dtype=dtype)
 
 
-def _lowered_once(*static_argnames: str):
-    """Make a function's calls share what it lowers to, those of the same shapes and settings, in whatever programs.
-
-    Lowering a kernel takes JAX longer than all else of a block, and a run has many programs of many blocks.
-
-    Args:
-      static_argnames: of the settings, all given by name.
-    """
-
-    def decorate(function):
-        jitted = jax.jit(function, static_argnames=static_argnames)
-
-        @functools.cache
-        @own_settings()
-        def lowered(structure, shapes, settings):
-            arguments = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-            checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]  # it is never stored
-            return jax.jit(jax.export.export(jitted, disabled_checks=checks)(*arguments, **dict(settings)).call)
-
-        @functools.wraps(function)
-        def call(*arguments, **settings):
-            leaves, structure = jax.tree.flatten(arguments)
-            shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-            key = structure, shapes, tuple(settings.items())
-            return _lowering.submit(lowered, *key).result()(*arguments)
-
-        return call
-
-    return decorate
-
-
-# A thread of its own, which does not know the mesh that a caller is traced for, and in which nothing is lowered twice.
-_lowering = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="kernels")
-
-
-@_lowered_once("capacity", "dtype")
+@lowered_once("capacity", "dtype")
 def pack(x, hidden, kernel_out, bias_out, shift, scale, *, capacity: int, dtype):
-    """Route tokens; norm, modulate and pack those that are on.
+    """Route tokens; norm, modulate and pack the open ones.
 
     Args:
       x: tokens [B,N,D], float32.
-      hidden: what the first layer of the router makes of them [B,N,R].
+      hidden: of them, from the first layer of the router [B,N,R].
       kernel_out, bias_out: of its second layer, [R] and [1].
       shift, scale: of the modulation [B,D].
-      capacity: P, places for tokens that are on; those beyond get none.
+      capacity: R, rows for open tokens; those beyond get none.
       dtype: of the packed tokens.
 
     Returns:
-      The packed tokens [P,D], arbitrary behind the last that is on; the place of each token, negative where it has
-      none, int32 [B,N]; the gates, float32 [B,N].
+      The packed tokens [R,D], arbitrary behind the last open one; the row of each token, negative where it has none,
+      int32 [B,N]; the gates, float32 [B,N].
     """
     batch, tokens, width = x.shape
     rows = batch * tokens
@@ -200,12 +218,12 @@ def pack(x, hidden, kernel_out, bias_out, shift, scale, *, capacity: int, dtype)
     limit, zero = jnp.full(1, capacity, jnp.int32), jnp.zeros(1, jnp.int32)
     arguments = _flat(x), _flat(hidden), kernel_out, bias_out, shift, scale, limit, zero
     aliases = {len(arguments) - 1: len(outputs) - 1}
-    places, gates, packed, _ = _call(_packing_kernel, outputs, arguments, rows=rows, tokens=tokens, aliases=aliases)
-    return packed, places.reshape(batch, tokens), gates.reshape(batch, tokens)
+    row_of, gates, packed, _ = _call(_packing_kernel, outputs, arguments, rows=rows, tokens=tokens, aliases=aliases)
+    return packed, row_of.reshape(batch, tokens), gates.reshape(batch, tokens)
 
 
-@_lowered_once("dtype", "keep")
-def _add_and_norm(stream: Stream, attention, modulation, *, dtype=None, keep: bool = True):
+@lowered_once("dtype", "keep")
+def _add_and_norm(stream: Stream, modulation, *, dtype=None, keep: bool = True):
     """Return the new tokens, if they are to be kept, and the normed ones, if there is a modulation, else None each."""
     shape = stream.x.shape
     stream = stream.flat()
@@ -213,8 +231,7 @@ def _add_and_norm(stream: Stream, attention, modulation, *, dtype=None, keep: bo
         jax.ShapeDtypeStruct(stream.x.shape, jnp.float32) if keep else None,
         None if modulation is None else jax.ShapeDtypeStruct(stream.x.shape, dtype),
     )
-    arguments = stream, attention, modulation
-    made = _call(_adding_kernel, outputs, arguments, rows=len(stream.x), tokens=shape[1])
+    made = _call(_adding_kernel, outputs, (stream, modulation), rows=len(stream.x), tokens=shape[1])
     return jax.tree.map(lambda leaf: leaf.reshape(shape), made)
 
 
@@ -244,10 +261,10 @@ def _chunk(width: int) -> int:
 # --- In the kernels, whose arguments are references ----------------------------------------------
 
 
-def _adding_kernel(stream, attention, modulation, x, normed, *, tokens: int):
+def _adding_kernel(stream, modulation, x, normed, *, tokens: int):
     """Write the tokens with everything added to x, and normed ones to normed, where these are wanted."""
     own = _Rows(tokens)
-    parts = own.read(stream, attention)
+    parts = own.read(stream)
     if normed is not None:
         parts = list(parts)  # held until their mean is known
     if x is not None:
@@ -258,19 +275,19 @@ def _adding_kernel(stream, attention, modulation, x, normed, *, tokens: int):
 
 
 def _packing_kernel(
-    x, hidden, kernel_out, bias_out, shift, scale, limit, _, places, gates, packed, counter, *, tokens: int
+    x, hidden, kernel_out, bias_out, shift, scale, limit, _, row_of, gates, packed, counter, *, tokens: int
 ):
-    """Write places and gates of all tokens, and normed those that are on to their places."""
+    """Write rows and gates of all tokens, and the normed open ones to their rows."""
     own = _Rows(tokens)
     logits = own.product(hidden, kernel_out) + own.of_all(bias_out)  # [rows,1]
     is_open = (logits > 0).astype(jnp.int32)
     before = triton.atomic_add(counter, (jnp.int32(0),), is_open.sum())
     to, capacity = before + jnp.cumsum(is_open, axis=0) - 1, own.of_all(limit)
     placed = (is_open > 0) & (to < capacity)
-    triton.store(places.at[own.index], jnp.where(placed, to, -1))
+    triton.store(row_of.at[own.index], jnp.where(placed, to, -1))
     triton.store(gates.at[own.index], is_open.astype(jnp.float32))
     to = jnp.where(placed, to, capacity)  # behind the last row, where nothing is written
-    parts = list(own.read(Stream(x), None, wanted=placed))
+    parts = list(own.read(Stream(x), wanted=placed))
     own.write_normed(parts, (shift, scale), packed, to, wanted=placed)
 
 
@@ -298,18 +315,17 @@ class _Rows:
         load = lambda reference, *index: triton.load(reference.at[index], mask=inside, other=0.0)
         return (load(left, self.index, units) * load(right, self.none + units)).sum(1, keepdims=True)
 
-    def read(self, stream, attention, wanted=None) -> Iterator:
+    def read(self, stream: Stream, wanted=None) -> Iterator:
         """Yield the rows of a stream with everything added: pairs of [rows,chunk], float32, and its columns [1,chunk].
 
         Args:
           stream: with references.
-          attention: what it made, and its gate; or None.
           wanted: which rows are read, [rows,1]; None reads all.
         """
         width = stream.x.shape[1]
         chunk, update = _chunk(width), stream.update
-        if update is not None and update.places is not None:
-            places = triton.load(update.places.at[self.index])  # [rows,1]
+        if update is not None and update.row_of is not None:
+            row_of = triton.load(update.row_of.at[self.index])  # [rows,1]
 
         def load(reference, index, columns, where=None):
             if where is not None:
@@ -320,13 +336,13 @@ class _Rows:
         for first in range(0, width, chunk):
             columns = first + jnp.arange(chunk)[None]
             part = load(stream.x, self.index, columns, wanted)
-            if update is not None and update.places is None:
+            if update is not None and update.row_of is None:
                 part += load(update.gate, self.image, columns) * load(update.rows, self.index, columns)
             elif update is not None:
-                made = load(update.rows, jnp.maximum(places, 0), columns, places >= 0)
+                made = load(update.rows, jnp.maximum(row_of, 0), columns, row_of >= 0)
                 part += load(update.gate, self.image, columns) * made
-            if attention is not None:
-                attended, gate = attention
+            if stream.attention is not None:
+                attended, gate = stream.attention
                 part += load(gate, self.image, columns) * load(attended, self.index, columns)
             yield part, columns
 

@@ -1,18 +1,18 @@
-"""Kernels for TPUs: the tokens that are on, of all images of a pass, packed one behind the other, and back.
+"""Execution `mosaic`, experimental: kernels for TPUs that pack the open tokens of all images of a pass together.
 
-What a block does to tokens around its MLP, in two kernels of Pallas that find and leave all tokens in fast memory:
+It was checked interpreted and compiled for several TPUs, and never run on one. What a block does to tokens around its
+MLP, in two kernels of Pallas that find and leave all tokens in fast memory:
 
-    pack      norm, modulation; the tokens that are on go to their places             -> MLP
-    spread    what the MLP made goes back and is added to the residual stream         -> the stream and its statistics
+    pack      norm, modulation; the open tokens go to their rows                      -> MLP
+    spread    the MLP's result goes back and is added to the residual stream          -> the stream and its statistics
 
 A TPU moves short rows by a product with zeros and ones. A unit of `UNIT` tokens, all of one image, is packed by one
 product, into a window of as many rows that begins at a whole tile, which it may share with the units before. While the
 matrix units pack one unit, the vector units norm the next; as programs of XLA both would take turns.
 
-Like `fused`, without gradients. Where the kernels cannot be had, `accepts` says so once, and other forms serve.
+There are no gradients. Where the kernels cannot be had, `accepts` says so once, and other executions serve.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import logging
@@ -23,9 +23,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dydit_jax.models.layers import single_pass_statistics
-from dydit_jax.models.tokens import running_counts
-from dydit_jax.runtime.settings import own_settings
+from dydit_jax.fast.execution.xla import PackedExecution
+from dydit_jax.models.execution import MLPStep, running_counts
+from dydit_jax.models.layers import modulated_norm_thrice, single_pass_statistics
+from dydit_jax.models.routing import straight_through_gate
+from dydit_jax.runtime.sharding import run_without_mesh
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +48,61 @@ class Stream:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """Where packed tokens lie: the row of each unit's first [U]; their order in it [U,n], `NOWHERE` if off; int32."""
+class Rows:
+    """Where packed tokens lie, int32: row of each unit's first [U]; their order in it [U,n], `NOWHERE` if closed."""
 
     first: jax.Array
     order: jax.Array
+
+
+class Mosaic(PackedExecution):
+    """Open tokens of all images of a pass share one capacity, packed by kernels."""
+
+    name = "mosaic"
+
+    @classmethod
+    def available(cls, model, images: int) -> bool:
+        """Return whether the kernels can be had: on a TPU, for so many images, with routers and without top-k."""
+        config = model.config
+        suits = model.platform == "tpu" and config.routers != "none" and not config.token_capacity
+        return suits and accepts(images, config.tokens, config.width, model.dtype)
+
+    def least_capacity(self, tokens: int) -> int:
+        """Return the rows of one unit."""
+        return unit_size(tokens)
+
+    def rows_needed(self, gates):
+        """Return the share of rows that the units of each layer take."""
+        return jnp.minimum(1, rows_reserved(gates.swapaxes(0, 1)).sum(-1) / gates[:, 0].size)
+
+    def enter(self, tokens):
+        """Return the stream of tokens [B,N,D]."""
+        return Stream(tokens)
+
+    def norm(self, stream, shift, scale, *, dtype):
+        """Return the modulated norm three times, for queries, keys and values."""
+        thrice = modulated_norm_thrice(stream.x, shift, scale, stream.statistics)
+        return tuple(normed.astype(dtype) for normed in thrice)
+
+    def add(self, stream, attended, gate):
+        """Return the stream with the result of attention added."""
+        return Stream(stream.x + gate[:, None] * attended)
+
+    def update(self, stream, step: MLPStep) -> tuple:
+        """Route, pack, run the MLP, spread."""
+        batch, tokens, _ = stream.x.shape
+        [capacity] = self.capacity
+        if capacity == batch * tokens:
+            x, gates = super().update(stream.x, step)
+            return Stream(x), gates
+        gates = straight_through_gate(step.logits(stream.x), None)
+        rows = rows_of(gates, capacity=capacity)
+        packed = pack(stream.x, rows, step.shift, step.scale, capacity=capacity, dtype=step.dtype)
+        return spread(stream.x, step.mlp(packed[None])[0], rows, step.gate), gates
+
+    def leave(self, stream):
+        """Return the tokens [B,N,D]."""
+        return stream.x
 
 
 def unit_size(tokens: int) -> int:
@@ -65,15 +117,14 @@ def accepts(images: int, tokens: int, width: int, dtype) -> bool:
     capacity = images * tokens
 
     def both(x, gates, made, vector):
-        places = places_of(gates, capacity=capacity)
-        packed = pack(x, places, vector, vector, capacity=capacity, dtype=dtype)
-        return packed, spread(x, made, places, vector)
+        rows = rows_of(gates, capacity=capacity)
+        packed = pack(x, rows, vector, vector, capacity=capacity, dtype=dtype)
+        return packed, spread(x, made, rows, vector)
 
     arguments = shape(images, tokens, width), shape(images, tokens), shape(capacity, width, dtype=dtype)
     compiled = lambda: jax.jit(both).lower(*arguments, shape(images, width)).compile()
     try:
-        with concurrent.futures.ThreadPoolExecutor(1) as alone:  # where a mesh of the caller is not known
-            alone.submit(own_settings()(compiled)).result()
+        run_without_mesh(compiled)
     except Exception as error:  # of the version of JAX, of its compiler or of the device, in many ways
         logger.warning("Without kernels for TPUs, which cannot be had here: %s", " ".join(str(error).split())[:200])
         return False
@@ -81,28 +132,28 @@ def accepts(images: int, tokens: int, width: int, dtype) -> bool:
 
 
 def rows_reserved(gates):
-    """Return the places that units of tokens take, [...,U], from their gates [...,B,N].
+    """Return the rows that units of tokens take, [...,U], from their gates [...,B,N].
 
-    As many as are on, or a whole unit's where these might reach beyond a window that begins at the tile of the first.
+    One for each open token, or a whole unit's where these might reach beyond a window that begins at the first's tile.
     """
-    on = _by_units(gates > 0)
-    size, counts = on.shape[-1], on.sum(-1, dtype=jnp.int32)
+    is_open = _by_units(gates > 0)
+    size, counts = is_open.shape[-1], is_open.sum(-1, dtype=jnp.int32)
     return jnp.where(counts > size - math.gcd(TILE, size), size, counts)
 
 
-def places_of(gates, *, capacity: int) -> Places:
-    """Give places to the tokens that are on, by gates [B,N]; where they need more than the capacity, wrong ones.
+def rows_of(gates, *, capacity: int) -> Rows:
+    """Give rows to the open tokens, by gates [B,N]; where they need more than the capacity, wrong ones.
 
-    Units that take a whole unit's places come first: each has its own window. The others follow without a gap.
+    Units that take a whole unit's rows come first: each has its own window. The others follow without a gap.
     """
-    on = _by_units(gates > 0)  # [U,n]
-    size, reserved = on.shape[1], rows_reserved(gates)
+    is_open = _by_units(gates > 0)  # [U,n]
+    size, reserved = is_open.shape[1], rows_reserved(gates)
     whole = reserved == size
     before = lambda rows: jnp.cumsum(rows) - rows
     wholes, others = jnp.where(whole, size, 0), jnp.where(whole, 0, reserved)
     first = jnp.where(whole, before(wholes), wholes.sum() + before(others))
-    order = jnp.where(on, running_counts(on) - 1, NOWHERE)
-    return Places(jnp.minimum(first, capacity).astype(jnp.int32), order)
+    order = jnp.where(is_open, running_counts(is_open) - 1, NOWHERE)
+    return Rows(jnp.minimum(first, capacity).astype(jnp.int32), order)
 
 
 def _by_units(gates):
@@ -110,48 +161,48 @@ def _by_units(gates):
     return gates.reshape(*gates.shape[:-2], -1, unit_size(gates.shape[-1]))
 
 
-def pack(x, places: Places, shift, scale, *, capacity: int, dtype):
-    """Norm, modulate and pack the tokens that have a place.
+def pack(x, rows: Rows, shift, scale, *, capacity: int, dtype):
+    """Norm, modulate and pack the tokens that have a row.
 
     Args:
       x: tokens [B,N,D], float32.
-      places: of them.
+      rows: of them.
       shift, scale: of the modulation [B,D].
-      capacity: P, a multiple of `TILE` and at least a unit's tokens.
+      capacity: R, a multiple of `TILE` and at least a unit's tokens.
       dtype: of the result.
 
     Returns:
-      [P,D], arbitrary where no token has its place.
+      [R,D], arbitrary where no token has its row.
     """
     mean, inverse = (_by_units(statistic[..., 0]) for statistic in single_pass_statistics(x))
-    return _pack(x, places, mean, inverse, shift, scale, capacity=capacity, dtype=dtype)
+    return _pack(x, rows, mean, inverse, shift, scale, capacity=capacity, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "dtype"))
-def _pack(x, places, mean, inverse, shift, scale, *, capacity: int, dtype):
-    rows = capacity + places.order.shape[1]  # the last window may reach beyond the capacity
-    result = jax.ShapeDtypeStruct((rows, x.shape[-1]), dtype)
-    arguments = places.first, places.order, x.reshape(-1, x.shape[-1]), mean, inverse, shift, scale
+def _pack(x, rows, mean, inverse, shift, scale, *, capacity: int, dtype):
+    reach = capacity + rows.order.shape[1]  # the last window may reach beyond the capacity
+    result = jax.ShapeDtypeStruct((reach, x.shape[-1]), dtype)
+    arguments = rows.first, rows.order, x.reshape(-1, x.shape[-1]), mean, inverse, shift, scale
     [packed] = _call(_packing_kernel, [result], arguments)
     return packed[:capacity]
 
 
 @jax.jit
-def spread(x, made, places: Places, gate) -> Stream:
-    """Add what the MLP made of packed tokens to the residual stream.
+def spread(x, made, rows: Rows, gate) -> Stream:
+    """Add the MLP's result for packed tokens to the residual stream.
 
     Args:
       x: tokens [B,N,D], float32.
-      made: [P,D].
-      places: of the tokens.
+      made: that result [R,D].
+      rows: of the tokens.
       gate: of the modulation [B,D].
 
     Returns:
       The new tokens, with their statistics.
     """
     shape, flat = x.shape, x.reshape(-1, x.shape[-1])
-    result, statistic = (jax.ShapeDtypeStruct(axes, x.dtype) for axes in (flat.shape, places.order.shape))
-    arguments = places.first, places.order, flat, made, gate
+    result, statistic = (jax.ShapeDtypeStruct(axes, x.dtype) for axes in (flat.shape, rows.order.shape))
+    arguments = rows.first, rows.order, flat, made, gate
     # Were it in place, a v6e's compiler would keep the stream of a deep network in the slow memory.
     x, *statistics = _call(_spreading_kernel, [result, statistic, statistic], arguments)
     return Stream(x.reshape(shape), tuple(leaf.reshape(shape[:2]) for leaf in statistics))
@@ -183,7 +234,7 @@ def _call(kernel, results, arguments: tuple):
 
 
 def _packing_kernel(first, order, x, mean, inverse, shift, scale, packed):
-    """Write the tokens that are on, normed and modulated, to their places."""
+    """Write the open tokens, normed and modulated, to their rows."""
     size = order.shape[1]
     tile = math.gcd(TILE, size)
     exact = jax.lax.Precision.HIGHEST if packed.dtype == jnp.float32 else None
@@ -209,7 +260,7 @@ def _packing_kernel(first, order, x, mean, inverse, shift, scale, packed):
 
 
 def _spreading_kernel(first, order, x, made, gate, result, mean, square):
-    """Write tokens with what the MLP made of them added, and the means of them and of their squares."""
+    """Write tokens with the MLP's result added, and the means of them and of their squares."""
     size = order.shape[1]
     tile = math.gcd(TILE, size)
     exact = jax.lax.Precision.HIGHEST if made.dtype == jnp.float32 else None
@@ -218,10 +269,10 @@ def _spreading_kernel(first, order, x, made, gate, result, mean, square):
         tokens, image = _tokens_of(unit, order, x, gate)
         start = jnp.minimum(_down_to_tile(first[unit], tile), made.shape[0] - size)
         start = pl.multiple_of(start, tile)
-        chosen = _chosen(order, unit, first[unit] - start).astype(made.dtype)  # [places,tokens]
-        contract_places = (((0,), (0,)), ((), ()))
+        chosen = _chosen(order, unit, first[unit] - start).astype(made.dtype)  # [rows,tokens]
+        contract_rows = (((0,), (0,)), ((), ()))
         rows = jax.lax.dot_general(
-            chosen, made[pl.ds(start, size), :], contract_places, precision=exact, preferred_element_type=jnp.float32
+            chosen, made[pl.ds(start, size), :], contract_rows, precision=exact, preferred_element_type=jnp.float32
         )
         new = x[tokens, :] + gate[image, :] * rows
         result[tokens, :] = new
@@ -254,6 +305,6 @@ def _down_to_tile(row, tile: int):
 
 
 def _chosen(order, unit, offset):
-    """Return for each place of a unit's window and each of its tokens whether they belong together [places,tokens]."""
+    """Return for each row of a unit's window and each of its tokens whether they belong together [rows,tokens]."""
     size = order.shape[1]
     return order[pl.ds(unit, 1), :] + offset == jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)

@@ -1,0 +1,307 @@
+"""A model ready to draw: weights cast once, plans, compiled programs, devices and decoder in one object.
+
+    pipe = Pipeline.load("dydit-xl2-256-0.7")
+    drawn = pipe([207, 360], steps=100, guidance=4.0, seed=1)
+    drawn.pictures[0].save("dog.png")
+
+The command-line jobs and people use the same object. Images depend on the weights, the settings, the seed and their
+index alone, not on the batch that they are drawn in.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+from tqdm import tqdm
+
+from dydit_jax.checkpoints import Weights, checksum
+from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.schedules import make_schedule
+from dydit_jax.drawing.pictures import draw_grid, image_of, to_uint8
+from dydit_jax.errors import InputError
+from dydit_jax.fast.plan import Plan
+from dydit_jax.latents import decode_latents, encode_images
+from dydit_jax.loading import load_autoencoder, load_checkpoint
+from dydit_jax.models.cost import ModelMacs
+from dydit_jax.models.precision import build_model
+from dydit_jax.models.routing import Routing
+from dydit_jax.records import read_record
+from dydit_jax.runtime.processes import is_main
+from dydit_jax.runtime.settings import own_settings
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh, replicated, round_up
+from dydit_jax.sampling.generate import Samples, SamplingRun
+from dydit_jax.sampling.guidance import require_no_class
+from dydit_jax.sampling.noise import first_noise, image_keys
+from dydit_jax.sampling.planning import JobPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawJob:
+    """Images to draw.
+
+    Attributes:
+      labels: of all images of the job [n]; `classes` stands for "no class".
+      indices: of the images that are wanted, below n.
+      sampling: sampler, steps, guidance.
+      seed: with an image's index it fixes all its noise.
+      mode: "fast", "gated" or "complete".
+      batch_size: images drawn at once.
+      segments: into how many programs `fast` cuts the schedule; None decides by itself.
+    """
+
+    labels: np.ndarray
+    indices: np.ndarray
+    sampling: SamplingConfig
+    seed: int = 0
+    mode: str = "fast"
+    batch_size: int = 100
+    segments: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawResult:
+    """What a job has done so far.
+
+    Attributes:
+      samples: the last batch's images, with the record of all images; None before the first batch.
+      plan: of `fast`, as it is now, or None.
+      images: how many were drawn.
+      seconds: that it took.
+    """
+
+    samples: Samples | None = None
+    plan: Plan | None = None
+    images: int = 0
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Images of a job that were drawn together.
+
+    Attributes:
+      indices: of the images [b].
+      pixels: uint8 [b,side,side,1 or 3].
+      result: of the job so far.
+    """
+
+    indices: np.ndarray
+    pixels: np.ndarray
+    result: DrawResult
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Pictures and what they cost.
+
+    Attributes:
+      pixels: uint8 [B,side,side,1 or 3].
+      samples: how they were computed: gates, MACs, tokens.
+    """
+
+    pixels: np.ndarray
+    samples: Samples
+
+    @property
+    def pictures(self) -> list[Image.Image]:
+        """The images as pictures."""
+        return [image_of(pixels) for pixels in self.pixels]
+
+    @property
+    def routing(self) -> Routing:
+        """Open gates, means over the batch: heads [S,L,H], groups [S,L,G], tokens [S,L,N]."""
+        return self.samples.routing
+
+    @property
+    def macs(self) -> float:
+        """Mean MACs of one image's forward pass; guidance runs two passes per step."""
+        return float(self.samples.macs.mean())
+
+    def grid(self, columns: int) -> Image.Image:
+        """Return all pictures in one, row by row."""
+        return draw_grid(self.pixels, columns=columns)
+
+
+class Pipeline:
+    """A model that can be sampled, and all that its images share.
+
+    Attributes:
+      weights: the model, its process, its own way to be sampled.
+      mesh: whose devices share a batch.
+      model: the network, in its precision.
+    """
+
+    def __init__(self, weights: Weights, *, precision: str = "auto", mesh: Mesh | None = None):
+        """Prepare weights for drawing.
+
+        Args:
+          weights: from `load_checkpoint`, or of a training.
+          precision: "auto", "bfloat16", "float32" or "highest".
+          mesh: from `make_mesh`; all devices by default.
+        """
+        self.weights, self.mesh = weights, mesh or make_mesh(MeshConfig())
+        self.model = build_model(weights.model, precision=precision, mesh=self.mesh)
+        self._runs = {}
+
+    @classmethod
+    def load(cls, checkpoint, *, precision: str = "auto", mesh: Mesh | None = None) -> "Pipeline":
+        """Load a checkpoint.
+
+        Args:
+          checkpoint: a `.safetensors` file, a folder with one, a training's work directory, or a known name, which is
+            fetched and converted once.
+          precision, mesh: as for the class.
+
+        Raises:
+          InputError: none of these.
+        """
+        return cls(load_checkpoint(checkpoint), precision=precision, mesh=mesh)
+
+    @property
+    def macs(self) -> ModelMacs:
+        """MACs of one image's forward pass, by part; `macs.complete` is the static model's."""
+        return self.weights.model.macs
+
+    @own_settings()
+    def __call__(self, labels, *, steps=None, guidance: float | None = None, seed: int = 0, mode: str = "fast"):
+        """Draw one image per label.
+
+        Args:
+          labels: [B], 0 .. classes; `classes` itself stands for "no class".
+          steps: spacing of the schedule, such as 250, "ddim50" or "10,20,30"; None for the checkpoint's own.
+          guidance: scale of classifier-free guidance, 1 for none; None for the checkpoint's own.
+          seed: of all noise.
+          mode: "fast" (only open gates are computed), "gated" or "complete"; see docs/fast.md.
+
+        Returns:
+          `Drawn`: the pictures, decoded where the model's images are latents, with routing and cost.
+
+        Raises:
+          InputError: labels out of range, or settings that are not allowed.
+        """
+        labels = np.atleast_1d(np.asarray(labels, np.int32))
+        sampling = self.sampling(steps=steps if steps is None else str(steps), guidance=guidance)
+        trained = self.weights.about.get("config", {})
+        require_no_class(trained, sampling, labels=labels, classes=self.weights.model.classes)
+        job = DrawJob(labels, np.arange(len(labels)), sampling, seed=seed, mode=mode)
+        batches = list(self.draw(job))
+        return Drawn(np.concatenate([batch.pixels for batch in batches]), batches[-1].result.samples)
+
+    def sampling(self, **overrides) -> SamplingConfig:
+        """Return the checkpoint's sampling settings, with those replaced that are not None.
+
+        Raises:
+          InputError: an unknown setting, or a value that is not allowed.
+        """
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        return read_record(SamplingConfig, dataclasses.asdict(self.weights.sampling) | overrides, "sampling")
+
+    def draw(self, job: DrawJob) -> Iterator[Batch]:
+        """Draw the images of a job batch by batch, with a progress bar; the plan is calibrated, corrected and kept.
+
+        Args:
+          job: what is wanted.
+
+        Yields:
+          Each batch as soon as it is there.
+
+        Raises:
+          InputError: labels out of range, or settings that are not allowed.
+          StopError: an image that is not finite.
+        """
+        run = self.prepare(job.sampling)
+        size = round_up(min(job.batch_size, len(job.indices)), run.devices)
+        plan = JobPlan(run, self.checksum, segments=job.segments) if job.mode == "fast" else None
+        if plan is not None:
+            plan.tune(job.labels, job.indices, seed=job.seed, batch=size)
+        steps = -(-len(job.indices) // size) * len(run.schedule.step)
+        record, done = None, 0
+        with tqdm(total=steps, unit="step", desc="sampling") as progress:
+            for first in range(0, len(job.indices), size):
+                wanted = job.indices[first : first + size]
+                # One shape for all batches; the last one is filled up and cut again.
+                indices = np.concatenate([wanted, np.repeat(wanted[-1:], size - len(wanted))])
+                settings = dict(seed=job.seed, indices=indices, mode=job.mode, plan=plan and plan.plan)
+                samples = run.draw(job.labels[indices], **settings, report=progress.update)
+                if plan is not None:
+                    plan.observe(samples)
+                done += len(wanted)
+                record = samples if record is None else record.merge(samples, weight=len(wanted) / done)
+                pixels = to_uint8(self.decode(samples.images, job.sampling), indices=indices)[: len(wanted)]
+                yield Batch(wanted, pixels, DrawResult(record, plan and plan.plan, images=done))
+        if plan is not None and is_main():
+            plan.keep(record)
+
+    def prepare(self, sampling: SamplingConfig) -> SamplingRun:
+        """Return what all batches with these settings share; made once, the decoder too.
+
+        Raises:
+          InputError: steps that the schedule does not have, or an autoencoder that can't be read.
+        """
+        if sampling not in self._runs:
+            if sampling.autoencoder:
+                self._autoencoder(sampling.autoencoder)
+            mesh = self.mesh if self.mesh.size > 1 else None
+            settings = dict(sampling=sampling, diffusion=self.weights.diffusion, mesh=mesh)
+            run = SamplingRun(self.model, self._params, **settings)
+            self._params = run.params  # cast and placed once
+            self._runs[sampling] = run
+        return self._runs[sampling]
+
+    @functools.cached_property
+    def checksum(self) -> str:
+        """SHA-256 of the parameters."""
+        return checksum(self.weights.params)
+
+    @functools.cached_property
+    def _params(self) -> dict:
+        return jax.device_put(self.weights.params, replicated(self.mesh))
+
+    def decode(self, samples, sampling: SamplingConfig | None = None) -> np.ndarray:
+        """Turn samples [B,side,side,C] into images [B,side,side,1 or 3], about [-1, 1]."""
+        name = (sampling or self.weights.sampling).autoencoder
+        return decode_latents(self._autoencoder(name), samples, self.mesh) if name else np.asarray(samples)
+
+    def encode(self, images) -> np.ndarray:
+        """Turn images [B,side,side,1 or 3] in [-1, 1] into what the model denoises [B,side,side,C]."""
+        name = self.weights.sampling.autoencoder
+        return encode_images(self._autoencoder(name), images, self.mesh) if name else np.asarray(images, np.float32)
+
+    @own_settings()
+    def routing(self, images, labels, timestep: int, *, seed: int = 0) -> Routing:
+        """Return the gates of images at one noise level: heads [B,L,H], groups [B,L,G], tokens [B,L,N].
+
+        Args:
+          images: [B,side,side,1 or 3] in [-1, 1].
+          labels: [B].
+          timestep: of the training schedule, 0 (no noise) and up.
+          seed: of the noise.
+
+        Raises:
+          InputError: a timestep that the schedule does not have.
+        """
+        table = coefficients(make_schedule(self.weights.diffusion))
+        if not 0 <= timestep < len(table.step):
+            raise InputError(f"timestep must be from 0 to {len(table.step) - 1}, not {timestep}.")
+        latents, labels = jnp.asarray(self.encode(images)), jnp.asarray(labels, jnp.int32)
+        t = jnp.full(len(latents), timestep, jnp.int32)
+        noise = first_noise(image_keys(seed, np.arange(len(latents))), latents.shape[1:])
+        model = dataclasses.replace(self.model, constrain=lambda x: x)
+        noisy = diffuse(latents, noise, at_steps(table, t))
+        _, routing = _apply_gated(model)(self.weights.params, noisy, t, labels)
+        return jax.device_get(routing)
+
+    @functools.cached_property
+    def _autoencoder(self) -> Callable[[str], dict]:
+        return functools.cache(lambda name: jax.device_put(load_autoencoder(name), replicated(self.mesh)))
+
+
+@functools.cache
+def _apply_gated(model) -> Callable:
+    return jax.jit(functools.partial(model.apply, mode="gated"))
