@@ -32,7 +32,7 @@ from dydit_jax.fast.plan import make_plan
 from dydit_jax.fast.usage import TokenUsage
 from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
-from dydit_jax.runtime.aot import call_of, compiled_ahead
+from dydit_jax.runtime.aot import compiled_ahead, describe_call
 from dydit_jax.runtime.console import run
 from dydit_jax.sampling.generate import schedule_coefficients
 from dydit_jax.sampling.segment import SegmentProgram, SegmentSettings, run_segment, segment_inputs
@@ -103,7 +103,7 @@ def start() -> dict:
         program = SegmentProgram(segment, layer_executions(execution, config, required[steps], images=BATCH_SIZE.value))
         settings = SegmentSettings(model, sampling, program.executions, mesh=None)
         inputs = segment_inputs(program, blocks=blocks, **rest)
-        calls.append(call_of(run_segment, (inputs,), dict(settings=settings)))
+        calls.append(describe_call(run_segment, (inputs,), dict(settings=settings)))
     seconds = []
     with compiled_ahead(calls) as programs:
         for program in programs:

@@ -25,8 +25,10 @@ def get_config():
     config.model.routers = "none"  # none: static DiT; first_on, free: DyDiT
     config.model.positions = "sine_cosine"
     config.model.token_capacity = ()  # (0.5,): at most half of each image's tokens pass an MLP; or one share per block
-    config.model.label_deviation = 0.02
-    config.model.time_deviation = 0.02
+    config.model.time_router = "linear"  # opens heads and groups by the timestep
+    config.model.token_router = "mlp"  # opens tokens by their content
+    config.model.label_init_std = 0.02
+    config.model.time_init_std = 0.02
 
     # The diffusion process: dydit_jax/diffusion/schedules.py, DiffusionConfig.
     config.diffusion = ml_collections.ConfigDict()

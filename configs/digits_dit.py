@@ -14,8 +14,8 @@ def get_config():
 
     config.model.update(depth=4, width=96, heads=6, patch=2, side=8, channels=1, classes=10)
     # With DiT's own 0.02 the labels are barely learnt in a run this short.
-    config.model.label_deviation = 1.0
-    config.model.time_deviation = 0.1
+    config.model.label_init_std = 1.0
+    config.model.time_init_std = 0.1
 
     config.data.name = "digits"
     config.data.batch_size = 64

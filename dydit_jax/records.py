@@ -31,6 +31,7 @@ def read_record(cls, mapping: Mapping, where: str):
     """
     if not isinstance(mapping, Mapping):
         raise InputError(f"{where} must be a section with keys, not {mapping!r}.")
+    mapping = with_current_names(cls, mapping)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values = {}
@@ -44,6 +45,12 @@ def read_record(cls, mapping: Mapping, where: str):
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}.")
     return cls(**values)
+
+
+def with_current_names(cls, mapping: Mapping) -> dict:
+    """Return a mapping in which keys of earlier versions, listed in `cls.RENAMED`, have the names of today."""
+    renamed = getattr(cls, "RENAMED", {})
+    return {renamed.get(key, key): value for key, value in mapping.items()}
 
 
 def _required(field) -> bool:

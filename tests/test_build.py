@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import DYNAMIC, ROOT, changed
 
 from dydit_jax.errors import InputError
 from dydit_jax.models.precision import resolve_precision
@@ -116,3 +116,13 @@ def test_precision_follows_the_backend():
     assert resolve_precision("auto") == (jnp.dtype("float32"), "default")
     assert resolve_precision("bfloat16")[0] == jnp.dtype("bfloat16")
     assert resolve_precision("highest") == (jnp.dtype("float32"), "highest")
+
+
+def test_configs_of_earlier_versions_are_read_and_continued():
+    config = changed(DYNAMIC, model=dict(label_init_std=0.5))
+    earlier = changed(DYNAMIC, model=dict(label_deviation=0.5, time_deviation=0.02))
+    assert read_experiment(earlier) == read_experiment(config)
+    assert differences(earlier, config) == []
+    assert differences(changed(earlier, model=dict(label_deviation=0.4)), config) == [
+        "model.label_init_std: 0.4 there, 0.5 here"
+    ]

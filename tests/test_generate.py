@@ -17,7 +17,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.models.dit import Layer
 from dydit_jax.models.execution import Dense
-from dydit_jax.runtime.aot import call_of
+from dydit_jax.runtime.aot import describe_call
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh, shardings
 from dydit_jax.sampling import runner, segment
 from dydit_jax.sampling.generate import SamplingRun
@@ -75,10 +75,10 @@ def test_every_program_is_compiled_once(tiny, monkeypatch, program_folder):
     lowered = []
 
     def counted(function, arguments, settings):
-        call = call_of(function, arguments, settings)
+        call = describe_call(function, arguments, settings)
         return dataclasses.replace(call, lower=lambda: (lowered.append(call.name), call.lower())[1])
 
-    monkeypatch.setattr(runner, "call_of", counted)
+    monkeypatch.setattr(runner, "describe_call", counted)
     run = SamplingRun(model, params, **settings)
     plan = run.plan(3)
     first = run.draw([1, 2], plan=plan)

@@ -95,7 +95,7 @@ def test_bound_at_step_zero_is_accurate_to_float32():
     )
     share = (output[..., 4:] + 1) / 2
     log_variance = share * np.log(schedule.betas[0]) + (1 - share) * schedule.posterior_log_variance[0]
-    mean = schedule.posterior_mean_of_start[0] * predicted + schedule.posterior_mean_of_current[0] * current
+    mean = schedule.posterior_mean_coef_x0[0] * predicted + schedule.posterior_mean_coef_xt[0] * current
     cdf = lambda x: 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
     above, below = (cdf((start - mean + side / 255) * np.exp(-0.5 * log_variance)) for side in (1, -1))
     probability = np.where(start < -0.999, above, np.where(start > 0.999, 1 - below, above - below))
@@ -110,7 +110,7 @@ def bound_in_float64(output, start, current) -> np.ndarray:
     start, current, share = np.float64(start), np.float64(current), (v + 1) / 2
     log_variance = share * np.log(schedule.betas[0]) + (1 - share) * schedule.posterior_log_variance[0]
     predicted = np.sqrt(1 / schedule.alphas_cumprod[0]) * current - np.sqrt(1 / schedule.alphas_cumprod[0] - 1) * noise
-    mean = schedule.posterior_mean_of_start[0] * predicted + schedule.posterior_mean_of_current[0] * current
+    mean = schedule.posterior_mean_coef_x0[0] * predicted + schedule.posterior_mean_coef_xt[0] * current
     argument = lambda x: 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)  # (1 + tanh(u)) / 2 = expit(2 u)
     above, below = (argument((start - mean + side / 255) * np.exp(-0.5 * log_variance)) for side in (1, -1))
     left, right = special.expit(above) - special.expit(below), special.expit(-below) - special.expit(-above)

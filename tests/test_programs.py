@@ -22,7 +22,7 @@ from jax.experimental import serialize_executable
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.runtime import aot
-from dydit_jax.runtime.aot import call_of, compile_for, compiled, compiled_ahead
+from dydit_jax.runtime.aot import compile_for, compiled, compiled_ahead, describe_call
 from dydit_jax.runtime.cache import program_folder as program_folder_of_scripts
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 from dydit_jax.sampling import runner
@@ -44,7 +44,7 @@ def forbidden():
 
 def test_a_program_is_found_by_the_next_start_without_being_made(program_folder):
     x = np.arange(3.0, dtype=np.float32)
-    call = call_of(scaled, (x,), dict(factor=2))
+    call = describe_call(scaled, (x,), dict(factor=2))
     np.testing.assert_array_equal(made(call)(x)["scaled"], [0, 2, 4])
     assert [path.name for path in program_folder.iterdir()] == [f"{call.name}.program"]
     compiled.cache_clear()  # as if the process had ended
@@ -54,7 +54,7 @@ def test_a_program_is_found_by_the_next_start_without_being_made(program_folder)
 
 def test_what_jax_finds_in_its_own_cache_is_not_written_again(program_folder):
     x = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
-    call = call_of(jax.jit(lambda x: jnp.sort(jnp.tanh(x @ x))), (x,), {})
+    call = describe_call(jax.jit(lambda x: jnp.sort(jnp.tanh(x @ x))), (x,), {})
     first = np.asarray(made(call)(x))
     next(program_folder.iterdir()).unlink()
     for _ in range(2):
@@ -66,7 +66,9 @@ def test_what_jax_finds_in_its_own_cache_is_not_written_again(program_folder):
 
 def test_what_differs_has_another_name(monkeypatch):
     x = jax.ShapeDtypeStruct((3,), jnp.float32)
-    name = lambda *arguments, function=scaled, **settings: call_of(function, arguments, dict(factor=2) | settings).name
+    name = lambda *arguments, function=scaled, **settings: (
+        describe_call(function, arguments, dict(factor=2) | settings).name
+    )
     names = [
         name(x),
         name(x, factor=3),
@@ -93,7 +95,7 @@ from dydit_jax.fast.execution.xla import Switch
 from dydit_jax.sampling.segment import SegmentSettings, run_segment
 from dydit_jax.models.dit import DiTConfig, Model
 from dydit_jax.runtime import aot
-from dydit_jax.runtime.aot import call_of
+from dydit_jax.runtime.aot import describe_call
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh
 
 mesh = make_mesh(MeshConfig(data=4))
@@ -101,7 +103,7 @@ model = Model(DiTConfig(depth=2, width=32, heads=4, patch=2, side=8, channels=1,
 executions = (Switch("cpu", (8, 16)),) * 2
 settings = dict(settings=SegmentSettings(model, SamplingConfig(), executions, mesh))
 shape = jax.ShapeDtypeStruct((4, 8), np.float32, sharding=batch_sharding(mesh))
-name = call_of(run_segment, (shape, {"kernel": np.zeros(3)}), settings).name
+name = describe_call(run_segment, (shape, {"kernel": np.zeros(3)}), settings).name
 """
 
 
@@ -115,7 +117,9 @@ def test_a_name_is_the_same_in_another_process():
 
 def test_arrays_and_their_shapes_have_one_name():
     x = jnp.zeros(3)
-    names = {call_of(scaled, (leaf,), {}).name for leaf in (x, np.zeros(3, np.float32), jax.eval_shape(lambda: x))}
+    names = {
+        describe_call(scaled, (leaf,), {}).name for leaf in (x, np.zeros(3, np.float32), jax.eval_shape(lambda: x))
+    }
     assert len(names) == 1
 
 
@@ -138,7 +142,7 @@ def flipped(part: float):
 )
 def test_a_damaged_file_is_made_again(damage, program_folder, caplog):
     x = np.ones(2, np.float32)
-    call = call_of(scaled, (x,), dict(factor=5))
+    call = describe_call(scaled, (x,), dict(factor=5))
     made(call)
     (path,) = program_folder.iterdir()
     path.write_bytes(damage(path.read_bytes()))
@@ -152,7 +156,7 @@ def test_a_damaged_file_is_made_again(damage, program_folder, caplog):
 
 def test_a_whole_file_under_the_name_of_another_program_is_not_run(program_folder, caplog):
     x = np.ones(2, np.float32)
-    two, three = (call_of(scaled, (x,), dict(factor=factor)) for factor in (2, 3))
+    two, three = (describe_call(scaled, (x,), dict(factor=factor)) for factor in (2, 3))
     made(two)
     (program_folder / f"{two.name}.program").rename(program_folder / f"{three.name}.program")
     np.testing.assert_array_equal(made(three)(x)["scaled"], [3, 3])
@@ -169,7 +173,7 @@ class Planted:
 @pytest.mark.parametrize("opened", ["the folder", "JAX's folder", "the owner of the folder", "the file"])
 def test_what_others_could_have_put_there_is_never_unpickled(opened, program_folder, caplog, monkeypatch):
     x = np.ones(2, np.float32)
-    call = call_of(scaled, (x,), dict(factor=11))
+    call = describe_call(scaled, (x,), dict(factor=11))
     made(call)
     assert program_folder.stat().st_mode & 0o777 == 0o700
     (path,) = program_folder.iterdir()
@@ -192,7 +196,7 @@ def test_what_others_could_have_put_there_is_never_unpickled(opened, program_fol
 def test_programs_are_not_read_from_a_bucket(program_folder):
     jax.config.update("jax_compilation_cache_dir", "gs://bucket/programs")
     x = np.ones(2, np.float32)
-    call = call_of(scaled, (x,), dict(factor=12))
+    call = describe_call(scaled, (x,), dict(factor=12))
     assert aot._path_of(call) is None
     jax.config.update("jax_compilation_cache_dir", str(program_folder.parent))
     assert aot._path_of(call) == program_folder / f"{call.name}.program"
@@ -218,7 +222,7 @@ def test_scripts_give_jax_a_folder_of_this_user_alone_or_none(tmp_path, monkeypa
 def test_a_folder_that_cannot_be_written_costs_only_the_file(program_folder, caplog):
     program_folder.write_text("a file where the folder should be")
     x = np.ones(2, np.float32)
-    np.testing.assert_array_equal(made(call_of(scaled, (x,), dict(factor=7)))(x)["scaled"], [7, 7])
+    np.testing.assert_array_equal(made(describe_call(scaled, (x,), dict(factor=7)))(x)["scaled"], [7, 7])
     assert f"Compiled programs are not kept in {program_folder}" in caplog.text
 
 
@@ -228,13 +232,13 @@ def test_what_cannot_be_written_runs_all_the_same(program_folder, monkeypatch):
 
     monkeypatch.setattr(serialize_executable, "serialize", refuse)
     x = np.ones(2, np.float32)
-    np.testing.assert_array_equal(made(call_of(scaled, (x,), dict(factor=9)))(x)["scaled"], [9, 9])
+    np.testing.assert_array_equal(made(describe_call(scaled, (x,), dict(factor=9)))(x)["scaled"], [9, 9])
     assert not program_folder.exists()
 
 
 def test_calls_of_one_name_are_one_program_and_errors_reach_the_caller(program_folder):
     x = np.ones(2, np.float32)
-    two, three = (call_of(scaled, (x,), dict(factor=factor)) for factor in (2, 3))
+    two, three = (describe_call(scaled, (x,), dict(factor=factor)) for factor in (2, 3))
     with compiled_ahead([two, three, two]) as programs:
         programs = list(programs)
         assert not concurrent.futures.wait(programs, timeout=60).not_done  # all of them, before the first has run
@@ -267,7 +271,7 @@ def test_images_of_a_second_start_are_those_of_the_first(devices, tiny, program_
     compiled.cache_clear()
     monkeypatch.setattr(
         runner,
-        "call_of",
-        lambda *described: dataclasses.replace(call_of(*described), lower=forbidden),
+        "describe_call",
+        lambda *described: dataclasses.replace(describe_call(*described), lower=forbidden),
     )
     np.testing.assert_array_equal(draw().images, first.images)

@@ -14,7 +14,7 @@ from dydit_jax.diffusion.gaussian import coefficients
 from dydit_jax.diffusion.samplers import SAMPLERS, SamplingConfig, make_sampler, run_sampler
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError
-from dydit_jax.sampling.generate import guided
+from dydit_jax.sampling.guidance import guide
 
 GUIDANCE = 2.0
 RUNS = {
@@ -44,7 +44,7 @@ def test_guided_trajectory_equals_the_original_at_every_step(golden_v2, name):
     run = functools.partial(golden_v2.model.apply, golden_v2.params, mode="gated")
 
     def predict(x, c, _):
-        output, _ = guided(run, x, c.timestep, labels[:half], sampling=sampling, config=golden_v2.config)
+        output, _ = guide(run, x, c.timestep, labels[:half], sampling=sampling, config=golden_v2.config)
         return output, x
 
     state = make_sampler(sampling).init(jnp.asarray(get("z"))[:half])
@@ -52,10 +52,10 @@ def test_guided_trajectory_equals_the_original_at_every_step(golden_v2, name):
     state, visited = run_sampler(
         make_sampler(sampling), state, steps, predict=predict, noise_at=lambda step: noise[count - 1 - step]
     )
-    trajectory = [*visited[1:], state.current]
+    trajectory = [*visited[1:], state.xt]
     for ours, theirs in zip(trajectory, get("samples"), strict=True):
         assert relative_error(ours, theirs[:half]) < 1e-4
-    assert relative_error(state.start, get("last_pred_xstart")[:half]) < 1e-4
+    assert relative_error(state.x0, get("last_pred_xstart")[:half]) < 1e-4
 
 
 def perfect_output(current, c, start, log_variance_share=1.0):
@@ -73,8 +73,8 @@ def test_sampler_finds_the_image_that_a_perfect_network_knows(name):
     for row in range(20):
         c = jax.tree.map(operator.itemgetter(row), steps)
         noise = jax.random.normal(jax.random.key(row), start.shape)
-        state = sampler.step(state, perfect_output(state.current, c, start), c, noise)
-    np.testing.assert_allclose(state.current, start, atol=1e-4)
+        state = sampler.step(state, perfect_output(state.xt, c, start), c, noise)
+    np.testing.assert_allclose(state.xt, start, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
@@ -88,7 +88,7 @@ def test_sampler_state_survives_a_cut(name):
     whole = run(sampler.init(first), steps)
     state = run(sampler.init(first), jax.tree.map(lambda column: column[:5], steps))
     state = run(state, jax.tree.map(lambda column: column[5:], steps))
-    np.testing.assert_array_equal(state.current, whole.current)
+    np.testing.assert_array_equal(state.xt, whole.xt)
 
 
 def test_ddim_with_full_noise_has_the_variance_of_ddpms_posterior():
@@ -97,8 +97,8 @@ def test_ddim_with_full_noise_has_the_variance_of_ddpms_posterior():
     sampler = make_sampler(SamplingConfig(sampler="ddim", eta=1.0))
     state = sampler.init(jnp.zeros((1, 2, 2, 1)))
     output = jnp.zeros((1, 2, 2, 2))
-    spread = sampler.step(state, output, c, jnp.ones((1, 2, 2, 1))).current - (
-        sampler.step(state, output, c, jnp.zeros((1, 2, 2, 1))).current
+    spread = sampler.step(state, output, c, jnp.ones((1, 2, 2, 1))).xt - (
+        sampler.step(state, output, c, jnp.zeros((1, 2, 2, 1))).xt
     )
     np.testing.assert_allclose(spread**2, schedule.posterior_variance[5], rtol=1e-4)
 
@@ -107,7 +107,7 @@ def test_clipping_bounds_the_estimate(tiny):
     sampler = make_sampler(SamplingConfig(sampler="ddim", clip=1.0))
     state = sampler.init(100 * jnp.ones((1, 2, 2, 1)))
     c = jax.tree.map(lambda column: jnp.asarray(column)[3], coefficients(make_schedule(DiffusionConfig())))
-    assert float(sampler.step(state, jnp.zeros((1, 2, 2, 2)), c, 0.0).start.max()) == 1.0
+    assert float(sampler.step(state, jnp.zeros((1, 2, 2, 2)), c, 0.0).x0.max()) == 1.0
 
 
 @pytest.mark.parametrize(

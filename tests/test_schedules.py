@@ -12,8 +12,8 @@ NAMES = {
     "alphas_cumprod": "alphas_cumprod",
     "posterior_variance": "posterior_variance",
     "posterior_log_variance_clipped": "posterior_log_variance",
-    "posterior_mean_coef1": "posterior_mean_of_start",
-    "posterior_mean_coef2": "posterior_mean_of_current",
+    "posterior_mean_coef1": "posterior_mean_coef_x0",
+    "posterior_mean_coef2": "posterior_mean_coef_xt",
 }
 
 

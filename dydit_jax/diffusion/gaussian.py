@@ -26,13 +26,13 @@ class Coefficients:
     step: jax.Array
     timestep: jax.Array
     alpha_cumprod: jax.Array
-    alpha_cumprod_before: jax.Array
+    alpha_cumprod_prev: jax.Array
     sqrt_alpha_cumprod: jax.Array
     sqrt_one_minus_alpha_cumprod: jax.Array
-    start_of_current: jax.Array
-    start_of_noise: jax.Array
-    mean_of_start: jax.Array
-    mean_of_current: jax.Array
+    recip_sqrt_alpha_cumprod: jax.Array
+    noise_signal_ratio: jax.Array
+    posterior_mean_coef_x0: jax.Array
+    posterior_mean_coef_xt: jax.Array
     log_variance_low: jax.Array
     log_variance_high: jax.Array
 
@@ -47,13 +47,13 @@ def coefficients(schedule: Schedule) -> Coefficients:
     alphas_cumprod = schedule.alphas_cumprod
     table = dict(
         alpha_cumprod=alphas_cumprod,
-        alpha_cumprod_before=schedule.alphas_cumprod_before,
+        alpha_cumprod_prev=schedule.alphas_cumprod_prev,
         sqrt_alpha_cumprod=np.sqrt(alphas_cumprod),
         sqrt_one_minus_alpha_cumprod=np.sqrt(1.0 - alphas_cumprod),
-        start_of_current=np.sqrt(1.0 / alphas_cumprod),
-        start_of_noise=np.sqrt(1.0 / alphas_cumprod - 1.0),
-        mean_of_start=schedule.posterior_mean_of_start,
-        mean_of_current=schedule.posterior_mean_of_current,
+        recip_sqrt_alpha_cumprod=np.sqrt(1.0 / alphas_cumprod),
+        noise_signal_ratio=np.sqrt(1.0 / alphas_cumprod - 1.0),
+        posterior_mean_coef_x0=schedule.posterior_mean_coef_x0,
+        posterior_mean_coef_xt=schedule.posterior_mean_coef_xt,
         log_variance_low=schedule.posterior_log_variance,
         log_variance_high=np.log(schedule.betas),
     )
@@ -73,17 +73,17 @@ class Prediction:
     """A network's output in words, each [B,side,side,C]."""
 
     noise: jax.Array
-    start: jax.Array
+    x0: jax.Array
     mean: jax.Array
     log_variance: jax.Array
 
 
-def interpret(output, current, c: Coefficients, clip: float | None) -> Prediction:
+def interpret(output, xt, c: Coefficients, clip: float | None) -> Prediction:
     """Turn a network's output at x_t into x_0 and the Gaussian of x_{t-1}.
 
     Args:
       output: [B,side,side,2C], noise then v.
-      current: x_t [B,side,side,C].
+      xt: x_t [B,side,side,C].
       c: the step's coefficients.
       clip: bound on |x_0|, or None; where it binds, the noise is the one that fits the clipped x_0.
 
@@ -91,19 +91,19 @@ def interpret(output, current, c: Coefficients, clip: float | None) -> Predictio
       The prediction; its mean is that of q(x_{t-1} | x_t, x_0).
     """
     noise, v = jnp.split(output, 2, axis=-1)
-    start = c.start_of_current * current - c.start_of_noise * noise
+    x0 = c.recip_sqrt_alpha_cumprod * xt - c.noise_signal_ratio * noise
     if clip is not None:
-        start = jnp.clip(start, -clip, clip)
-        noise = (c.start_of_current * current - start) / c.start_of_noise
+        x0 = jnp.clip(x0, -clip, clip)
+        noise = (c.recip_sqrt_alpha_cumprod * xt - x0) / c.noise_signal_ratio
     share = (v + 1.0) / 2.0
     return Prediction(
         noise=noise,
-        start=start,
-        mean=c.mean_of_start * start + c.mean_of_current * current,
+        x0=x0,
+        mean=c.posterior_mean_coef_x0 * x0 + c.posterior_mean_coef_xt * xt,
         log_variance=share * c.log_variance_high + (1.0 - share) * c.log_variance_low,
     )
 
 
-def diffuse(start, noise, c: Coefficients):
+def diffuse(x0, noise, c: Coefficients):
     """Return x_t, a draw of q(x_t | x_0) with the given noise, equation 4 of DDPM."""
-    return c.sqrt_alpha_cumprod * start + c.sqrt_one_minus_alpha_cumprod * noise
+    return c.sqrt_alpha_cumprod * x0 + c.sqrt_one_minus_alpha_cumprod * noise

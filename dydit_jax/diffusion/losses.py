@@ -84,22 +84,22 @@ def denoising_error(output, noise):
     return _mean_per_image((noise - predicted) ** 2)
 
 
-def variational_bound(output, start, current, c: Coefficients):
+def variational_bound(output, x0, xt, c: Coefficients):
     """Return the variational bound of each image, [B], in bits per dimension.
 
     Its gradient reaches the variance channels only: the noise channels answer to the squared error.
 
     Args:
       output: [B,side,side,2C].
-      start, current: x_0 and x_t, [B,side,side,C].
+      x0, xt: x_0 and x_t, [B,side,side,C].
       c: coefficients of each image's step, [B,1,1,1].
     """
     noise, variance = jnp.split(output, 2, axis=-1)
     frozen = jnp.concatenate([jax.lax.stop_gradient(noise), variance], axis=-1)
-    prediction = interpret(frozen, current, c, clip=None)
-    true_mean = c.mean_of_start * start + c.mean_of_current * current
+    prediction = interpret(frozen, xt, c, clip=None)
+    true_mean = c.posterior_mean_coef_x0 * x0 + c.posterior_mean_coef_xt * xt
     divergence = _gaussian_divergence(true_mean, c.log_variance_low, prediction.mean, prediction.log_variance)
-    likelihood = _discretised_log_likelihood(start, prediction.mean, 0.5 * prediction.log_variance)
+    likelihood = _discretised_log_likelihood(x0, prediction.mean, 0.5 * prediction.log_variance)
     nats = jnp.where(c.step == 0, -likelihood, divergence)
     return _mean_per_image(nats) / math.log(2.0)
 

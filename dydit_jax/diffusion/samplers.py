@@ -1,7 +1,7 @@
 """Samplers: ways from noise to images, each an `(init, step)` pair, like an optimiser in optax.
 
 `init(noise)` makes a state, `step(state, output, c, noise)` moves it by one step of the schedule, given the network's
-output at the state's `current`. A sampler knows no network and no loop, and its state survives being handed from one
+output at the state's `xt`. A sampler knows no network and no loop, and its state survives being handed from one
 compiled program to the next.
 
 Sources: DDPM, https://arxiv.org/abs/2006.11239; learned variance, https://arxiv.org/abs/2102.09672; DDIM,
@@ -61,12 +61,12 @@ class SamplerState:
     """Where a sampling run stands.
 
     Attributes:
-      current: x_t, where the network is asked next [B,side,side,C].
-      start: the latest estimate of x_0 [B,side,side,C].
+      xt: x_t, where the network is asked next [B,side,side,C].
+      x0: the latest estimate of x_0 [B,side,side,C].
     """
 
-    current: jax.Array
-    start: jax.Array
+    xt: jax.Array
+    x0: jax.Array
 
 
 class Sampler(NamedTuple):
@@ -77,17 +77,17 @@ class Sampler(NamedTuple):
 
 
 def _init(noise) -> SamplerState:
-    return SamplerState(current=noise, start=jnp.zeros_like(noise))
+    return SamplerState(xt=noise, x0=jnp.zeros_like(noise))
 
 
 def ddpm(*, clip: float | None) -> Sampler:
     """Ancestral sampling with the learned variance."""
 
     def step(state, output, c, noise):
-        prediction = interpret(output, state.current, c, clip)
+        prediction = interpret(output, state.xt, c, clip)
         # The last step ends on the mean: there is no x_{-1} to be uncertain of.
         noise = (1.0 - c.is_final) * jnp.exp(0.5 * prediction.log_variance) * noise
-        return SamplerState(prediction.mean + noise, prediction.start)
+        return SamplerState(prediction.mean + noise, prediction.x0)
 
     return Sampler(_init, step)
 
@@ -96,11 +96,11 @@ def ddim(*, eta: float, clip: float | None) -> Sampler:
     """Implicit sampling: deterministic at eta 0, DDPM's posterior noise at eta 1."""
 
     def step(state, output, c, noise):
-        prediction = interpret(output, state.current, c, clip)
-        before, after = c.alpha_cumprod_before, c.alpha_cumprod
+        prediction = interpret(output, state.xt, c, clip)
+        before, after = c.alpha_cumprod_prev, c.alpha_cumprod
         deviation = eta * jnp.sqrt((1 - before) / (1 - after) * (1 - after / before))
-        mean = jnp.sqrt(before) * prediction.start + jnp.sqrt(1 - before - deviation**2) * prediction.noise
-        return SamplerState(mean + (1.0 - c.is_final) * deviation * noise, prediction.start)
+        mean = jnp.sqrt(before) * prediction.x0 + jnp.sqrt(1 - before - deviation**2) * prediction.noise
+        return SamplerState(mean + (1.0 - c.is_final) * deviation * noise, prediction.x0)
 
     return Sampler(_init, step)
 
@@ -122,7 +122,7 @@ def run_sampler(sampler: Sampler, state: SamplerState, steps: Coefficients, extr
 
     def body(state, row):
         c, extra = row
-        output, kept = predict(state.current, c, extra)
+        output, kept = predict(state.xt, c, extra)
         return sampler.step(state, output, c, noise_at(c.step)), kept
 
     return jax.lax.scan(body, state, (steps, extra))

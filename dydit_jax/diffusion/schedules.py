@@ -52,14 +52,14 @@ class Schedule:
         return np.cumprod(1.0 - self.betas)
 
     @property
-    def alphas_cumprod_before(self) -> np.ndarray:
+    def alphas_cumprod_prev(self) -> np.ndarray:
         """Share that is left before each step: 1 before the first."""
         return np.append(1.0, self.alphas_cumprod[:-1])
 
     @property
     def posterior_variance(self) -> np.ndarray:
         """Variance of q(x_{t-1} | x_t, x_0), equation 7 of DDPM."""
-        return self.betas * (1.0 - self.alphas_cumprod_before) / (1.0 - self.alphas_cumprod)
+        return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
     @property
     def posterior_log_variance(self) -> np.ndarray:
@@ -68,14 +68,14 @@ class Schedule:
         return np.log(np.append(variance[1 if len(variance) > 1 else 0], variance[1:]))
 
     @property
-    def posterior_mean_of_start(self) -> np.ndarray:
+    def posterior_mean_coef_x0(self) -> np.ndarray:
         """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
-        return self.betas * np.sqrt(self.alphas_cumprod_before) / (1.0 - self.alphas_cumprod)
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
     @property
-    def posterior_mean_of_current(self) -> np.ndarray:
+    def posterior_mean_coef_xt(self) -> np.ndarray:
         """Weight of x_t in the mean of q(x_{t-1} | x_t, x_0)."""
-        return (1.0 - self.alphas_cumprod_before) * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_cumprod)
+        return (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_cumprod)
 
 
 def linear_betas(steps: int) -> np.ndarray:

@@ -6,6 +6,7 @@ Sources: DiT, https://arxiv.org/abs/2212.09748; DyDiT, https://arxiv.org/abs/241
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models import cost
@@ -35,8 +36,10 @@ class DiTConfig:
       token_capacity: share of an image's tokens that pass the MLP at most, one number for all blocks or one per block;
         empty leaves the choice to the routers alone. See `execution`.
       time_router, token_router: keys of `TIME_ROUTERS` and `TOKEN_ROUTERS`; published models have "linear" and "mlp".
-      label_deviation, time_deviation: standard deviation of the initial label table and timestep layers.
+      label_init_std, time_init_std: standard deviation of the initial label table and timestep layers.
     """
+
+    RENAMED: ClassVar = {"label_deviation": "label_init_std", "time_deviation": "time_init_std"}
 
     depth: int
     width: int
@@ -51,13 +54,13 @@ class DiTConfig:
     token_capacity: tuple[float, ...] = ()
     time_router: str = "linear"
     token_router: str = "mlp"
-    label_deviation: float = 0.02
-    time_deviation: float = 0.02
+    label_init_std: float = 0.02
+    time_init_std: float = 0.02
 
     def __post_init__(self):
         for name in ("depth", "width", "heads", "patch", "side", "channels", "classes", "mlp_ratio"):
             require_range(f"model.{name}", getattr(self, name), low=1)
-        for name in ("label_deviation", "time_deviation"):
+        for name in ("label_init_std", "time_init_std"):
             require_range(f"model.{name}", getattr(self, name), low=0.0)
         require_known("model.routers", self.routers, LAYOUTS)
         require_known("model.positions", self.positions, POSITIONS)

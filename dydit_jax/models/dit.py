@@ -90,8 +90,8 @@ class DiT(nnx.Module):
     def __init__(self, config: DiTConfig, *, dtype=jnp.float32, platform: str = "cpu", rngs: nnx.Rngs):
         width = config.width
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
-        self.time_embed = TimeEmbed(width=width, deviation=config.time_deviation, rngs=rngs)
-        self.label_embed = LabelEmbed(classes=config.classes, width=width, deviation=config.label_deviation, rngs=rngs)
+        self.time_embed = TimeEmbed(width=width, deviation=config.time_init_std, rngs=rngs)
+        self.label_embed = LabelEmbed(classes=config.classes, width=width, deviation=config.label_init_std, rngs=rngs)
         make_block = lambda rngs: Block(config, dtype=dtype, platform=platform, rngs=rngs)
         self.blocks = nnx.vmap(make_block)(rngs.split(config.depth))  # every parameter [L,...]
         channels = 2 * config.channels

@@ -45,7 +45,7 @@ PROCESSORS = pathlib.Path("/proc/cpuinfo")
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class CompileRequest:
     """A call of a jitted function, without its arrays.
 
     Attributes:
@@ -59,7 +59,7 @@ class Call:
     lower: Callable = dataclasses.field(compare=False)
 
 
-def call_of(function, arguments: tuple, settings: dict) -> Call:
+def describe_call(function, arguments: tuple, settings: dict) -> CompileRequest:
     """Describe a call.
 
     Args:
@@ -79,7 +79,7 @@ def call_of(function, arguments: tuple, settings: dict) -> Call:
 
     arrays = [(leaf.shape, _name_of(leaf.dtype), leaf.sharding) for leaf in leaves]
     described = (function.__qualname__, arrays, structure, sorted(settings.items()), devices, _surroundings())
-    return Call(hashlib.sha256(repr(described).encode()).hexdigest(), devices, lower)
+    return CompileRequest(hashlib.sha256(repr(described).encode()).hexdigest(), devices, lower)
 
 
 _name_of = functools.cache(str)
@@ -106,7 +106,7 @@ def shape_of(leaf, placed_as=None) -> jax.ShapeDtypeStruct:
 
 
 @contextlib.contextmanager
-def compiled_ahead(calls: Iterable[Call]):
+def compiled_ahead(calls: Iterable[CompileRequest]):
     """Compile calls in their order, the first by itself, so that it is there soon, the others while it runs.
 
     Args:
@@ -117,7 +117,7 @@ def compiled_ahead(calls: Iterable[Call]):
     """
     calls, programs = iter(calls), {}
 
-    def submit(call: Call) -> concurrent.futures.Future:
+    def submit(call: CompileRequest) -> concurrent.futures.Future:
         if call.name not in programs:
             programs[call.name] = pool.submit(compiled, call)
         return programs[call.name]
@@ -144,7 +144,7 @@ def compiled_ahead(calls: Iterable[Call]):
 
 
 @functools.lru_cache(maxsize=KEPT_IN_MEMORY)
-def compiled(call: Call) -> "Executable":
+def compiled(call: CompileRequest) -> "Executable":
     """Return a compiled program: from memory, from its file, or newly compiled."""
     path = _path_of(call)
     if path is not None and path.exists():
@@ -200,7 +200,7 @@ def _note_what_jax_finds(event: str, **_) -> None:
 jax.monitoring.register_event_listener(_note_what_jax_finds)
 
 
-def _read(path: pathlib.Path, call: Call):
+def _read(path: pathlib.Path, call: CompileRequest):
     """Load a program from its file.
 
     Raises:
@@ -217,7 +217,7 @@ def _read(path: pathlib.Path, call: Call):
     return serialize_executable.deserialize_and_load(program, inputs, outputs, **places)
 
 
-def _keep(call: Call, future: concurrent.futures.Future) -> None:
+def _keep(call: CompileRequest, future: concurrent.futures.Future) -> None:
     """Write a program to its file, unless it is there or not worth it."""
     path = _path_of(call)
     if future.exception() is not None or not future.result().worth_keeping or path is None or path.exists():
@@ -235,12 +235,12 @@ def _keep(call: Call, future: concurrent.futures.Future) -> None:
         warn_once(f"Compiled programs are not kept in {path.parent} ({error.__cause__ or error}).")
 
 
-def _digest(call: Call, content: bytes) -> bytes:
+def _digest(call: CompileRequest, content: bytes) -> bytes:
     """Return the checksum of a program's file; under another call's name it is wrong as well."""
     return hashlib.sha256(call.name.encode() + content).digest()
 
 
-def _path_of(call: Call) -> pathlib.Path | None:
+def _path_of(call: CompileRequest) -> pathlib.Path | None:
     """Return where a program is kept.
 
     Returns:

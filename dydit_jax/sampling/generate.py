@@ -196,7 +196,7 @@ class SamplingRun:
             report=report,
         )
         state, committed = runner.run(programs, state)
-        return self._samples(to_host(state.current), committed, mode)
+        return self._samples(to_host(state.xt), committed, mode)
 
     def programs(self, images: int, *, mode: str = "fast", plan: Plan | None = None) -> tuple[list, Callable]:
         """Return the programs of a batch, and the function from one of them to dense programs for its steps.

@@ -16,7 +16,7 @@ import numpy as np
 
 from dydit_jax.diffusion.gaussian import Coefficients
 from dydit_jax.fast.narrow import NarrowedBlocks
-from dydit_jax.runtime.aot import Call, call_of, compiled_ahead, shape_of
+from dydit_jax.runtime.aot import CompileRequest, compiled_ahead, describe_call, shape_of
 from dydit_jax.runtime.processes import to_host
 from dydit_jax.sampling.segment import SegmentProgram, SegmentSettings, StepRecord, run_segment, segment_inputs
 
@@ -113,8 +113,8 @@ class SegmentRunner:
         shapes = jax.tree.map(shape_of, dict(self.arrays, state=state))
         return (self._call(program, shapes) for program in programs)
 
-    def _call(self, program: SegmentProgram, shapes: dict) -> Call:
+    def _call(self, program: SegmentProgram, shapes: dict) -> CompileRequest:
         blocks = self.blocks.shapes(*program.segment.kept)
         inputs = segment_inputs(program, schedule=self.schedule, blocks=blocks, **shapes)
         settings = dataclasses.replace(self.settings, executions=program.executions)
-        return call_of(run_segment, (inputs,), dict(settings=settings))
+        return describe_call(run_segment, (inputs,), dict(settings=settings))

@@ -112,7 +112,7 @@ def _run_on_a_device(inputs: SegmentInputs, *, settings: SegmentSettings):
             output, tokens = guide(network, x, c.timestep, labels, sampling=sampling, config=model.config)
             return output, record_step(settings.executions, tokens)
 
-        noise_at = lambda step: step_noise(keys, step, state.current.shape[1:])
+        noise_at = lambda step: step_noise(keys, step, state.xt.shape[1:])
         extra = heads, groups, ahead
         return run_sampler(make_sampler(sampling), state, inputs.steps, extra, predict=predict, noise_at=noise_at)
 

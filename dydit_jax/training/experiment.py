@@ -20,7 +20,7 @@ from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.config import read_model
 from dydit_jax.models.dit import DiTConfig
 from dydit_jax.models.precision import PRECISIONS
-from dydit_jax.records import read_record, require_range
+from dydit_jax.records import read_record, require_range, with_current_names
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.sharding import MeshConfig
 from dydit_jax.runtime.tracking import TrackingConfig
@@ -171,16 +171,25 @@ def read_experiment(config: Mapping) -> Experiment:
 def differences(old: Mapping, new: Mapping) -> list[str]:
     """List the keys in which two configs differ, other than those that may change when a run goes on.
 
-    Tuples count as the lists that JSON makes of them.
+    A key that one of them lacks has its default there; keys of earlier versions have the names of today; tuples count
+    as the lists that JSON makes of them.
     """
-    old, new = (json.loads(json.dumps(config)) for config in (old, new))
     found = []
-    for section in sorted(set(old) | set(new)):
-        before, after = old.get(section) or {}, new.get(section) or {}
+    for section in (field.name for field in dataclasses.fields(Experiment)):
+        before, after = (_filled_in(section, config.get(section) or {}) for config in (old, new))
         for key in sorted(set(before) | set(after)):
             if before.get(key) != after.get(key) and not {section, f"{section}.{key}"} & set(CHANGEABLE):
                 found.append(f"{section}.{key}: {before.get(key)!r} there, {after.get(key)!r} here")
     return found
+
+
+def _filled_in(section: str, values: Mapping) -> dict:
+    """Return a section with the names of today and with its defaults, as JSON has it."""
+    cls = {field.name: field.type for field in dataclasses.fields(Experiment)}[section]
+    fields = [field for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING]
+    defaults = {field.name: field.default for field in fields}
+    given = {key: value for key, value in with_current_names(cls, values).items() if value is not None}
+    return json.loads(json.dumps(defaults | given))
 
 
 def build_learning_rate(config: OptimizerConfig):

@@ -74,13 +74,13 @@ def draw_examples(batch, key, *, model: Model, experiment: Experiment, passes: t
       model, experiment, passes: as for `objective`.
 
     Returns:
-      Arrays with the leading axis B, or None: "start", "noise", "t", "labels" and "router_noise".
+      Arrays with the leading axis B, or None: "x0", "noise", "t", "labels" and "router_noise".
     """
     size = len(batch["label"])
     time_key, noise_key, label_key, router_key = jax.random.split(key, 4)
     dropout = dict(null_label=model.config.null_label, probability=experiment.loss.label_dropout)
     return dict(
-        start=batch["image"],
+        x0=batch["image"],
         noise=jax.random.normal(noise_key, batch["image"].shape, jnp.float32),
         t=stratified_timesteps(time_key, size, experiment.diffusion.train_steps),
         labels=drop_labels(label_key, batch["label"], **dropout),
@@ -101,21 +101,21 @@ def objective(params, examples, step, *, model: Model, experiment: Experiment, p
     Returns:
       The scalar loss and a dict of scalar metrics.
     """
-    start, noise, t, labels = (examples[name] for name in ("start", "noise", "t", "labels"))
+    x0, noise, t, labels = (examples[name] for name in ("x0", "noise", "t", "labels"))
     c = at_steps(coefficients(make_schedule(experiment.diffusion)), t)
-    current = diffuse(start, noise, c)
+    xt = diffuse(x0, noise, c)
     loss, metrics = 0.0, {}
     router_noise = examples["router_noise"]
     if passes == ("gated", "complete") and not model.config.token_capacity:
-        *outputs, routing = model.apply_both(params, current, t, labels, noise=router_noise)
+        *outputs, routing = model.apply_both(params, xt, t, labels, noise=router_noise)
     else:
         noises = [router_noise if mode == "gated" else None for mode in passes]
-        found = [model.apply(params, current, t, labels, mode=mode, noise=own) for mode, own in zip(passes, noises)]
+        found = [model.apply(params, xt, t, labels, mode=mode, noise=own) for mode, own in zip(passes, noises)]
         outputs, routing = [output for output, _ in found], found[0][1]
     for mode, output in zip(passes, outputs):
         terms = {
             f"loss/{mode}_mse": denoising_error(output, noise).mean(),
-            f"loss/{mode}_vb": variational_bound(output, start, current, c).mean(),
+            f"loss/{mode}_vb": variational_bound(output, x0, xt, c).mean(),
         }
         if mode == "gated":
             ratio = routed_ratio(routing, attention=model.config.macs.attention, mlp=model.config.macs.mlp)
@@ -254,7 +254,7 @@ def compile_update(model: Model, experiment: Experiment, passes: tuple[str, ...]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "diffusion", "mode"))
-def patch_losses(params, start, labels, keys, timestep, *, model: Model, diffusion: DiffusionConfig, mode: str):
+def patch_losses(params, x0, labels, keys, timestep, *, model: Model, diffusion: DiffusionConfig, mode: str):
     """Return the squared error of the predicted noise, mean over the values of each patch, [B,N].
 
     Args:
@@ -267,11 +267,11 @@ def patch_losses(params, start, labels, keys, timestep, *, model: Model, diffusi
       mode: "gated" or "complete".
     """
     config = model.config
-    t = jnp.full(len(start), timestep)
-    draw = lambda key: jax.random.normal(jax.random.fold_in(key, timestep), start.shape[1:], jnp.float32)
+    t = jnp.full(len(x0), timestep)
+    draw = lambda key: jax.random.normal(jax.random.fold_in(key, timestep), x0.shape[1:], jnp.float32)
     noise = jax.vmap(draw)(keys)
-    current = diffuse(start, noise, at_steps(coefficients(make_schedule(diffusion)), t))
-    output, _ = model.apply(params, current, t, labels, mode=mode)
+    xt = diffuse(x0, noise, at_steps(coefficients(make_schedule(diffusion)), t))
+    output, _ = model.apply(params, xt, t, labels, mode=mode)
     error = jnp.square(output[..., : config.channels] - noise)
     side = config.side // config.patch
     patches = error.reshape(-1, side, config.patch, side, config.patch, config.channels)
