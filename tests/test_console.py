@@ -22,7 +22,7 @@ def program(monkeypatch):
     known = flags.FlagValues()
     monkeypatch.setattr(console.flags, "FLAGS", known)
     monkeypatch.setattr(console.logging, "basicConfig", lambda **_: None)
-    for name in ("DISTRIBUTED", "COORDINATOR"):
+    for name in ("DISTRIBUTED", "COORDINATOR", "NUM_PROCESSES", "PROCESS_ID"):
         monkeypatch.setattr(console, name, types.SimpleNamespace(value=None))
     # What absl does around it can be done only once in a process.
     monkeypatch.setattr(app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))

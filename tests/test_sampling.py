@@ -96,6 +96,18 @@ def test_damaged_image_of_a_finished_job_is_drawn_again(checkpoint, tmp_path, da
     assert len(list((out / "images").iterdir())) == 4
 
 
+def test_image_that_can_not_be_written_ends_the_job_soon(checkpoint, tmp_path):
+    out, request = tmp_path / "out", dict(checkpoint=checkpoint, num_images=12, batch_size=4)
+    sample(Request(out=str(out), **request))
+    for path in (out / "images").iterdir():
+        path.unlink()
+    (out / "images/000000.png").mkdir()
+    with pytest.raises(InputError, match="Can't write .*000000.png"):
+        sample(Request(out=str(out), **request))
+    drawn = sorted(int(path.stem) for path in (out / "images").iterdir() if path.is_file())
+    assert drawn == [1, 2, 3]  # the next batch was on its way, the third one was not begun
+
+
 @pytest.mark.parametrize("content", ["", '{"seed": 0, "mo', "[]", "\0\0\0\0"])
 def test_damaged_manifest_is_one_clear_line(checkpoint, tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)

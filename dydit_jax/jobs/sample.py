@@ -174,8 +174,10 @@ def _draw(pipeline: Pipeline, job: DrawJob, out) -> DrawResult:
     began, written, result = time.monotonic(), [], DrawResult()
     with concurrent.futures.ThreadPoolExecutor(WRITERS) as writers:
         for batch in pipeline.draw(job):
+            for future in written:  # a full disk ends the job now, not after its last batch
+                future.result()
             if is_main():
-                written += [
+                written = [
                     writers.submit(write_image, image_path(out, index), pixels)
                     for index, pixels in zip(batch.indices, batch.pixels)
                 ]

@@ -16,6 +16,10 @@ from dydit_jax.records import read_record, require_range
 # The published sizes: depth, width, heads.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 PATCHES = (2, 4, 8)
+# Far beyond any model, and small enough to be described.
+MOST = dict(
+    depth=1024, width=65_536, heads=1024, patch=4096, side=4096, channels=4096, classes=10_000_000, mlp_ratio=64
+)
 POSITIONS = ("sine_cosine", "stored")
 
 
@@ -58,8 +62,8 @@ class DiTConfig:
     time_init_std: float = 0.02
 
     def __post_init__(self):
-        for name in ("depth", "width", "heads", "patch", "side", "channels", "classes", "mlp_ratio"):
-            require_range(f"model.{name}", getattr(self, name), low=1)
+        for name, most in MOST.items():
+            require_range(f"model.{name}", getattr(self, name), low=1, high=most)
         for name in ("label_init_std", "time_init_std"):
             require_range(f"model.{name}", getattr(self, name), low=0.0)
         require_known("model.routers", self.routers, LAYOUTS)
