@@ -207,7 +207,7 @@ def test_every_way_is_compared_with_gated(benchmark, begin, sizes):
     session = begin("a")
     benchmark("gpu_parts").run_part("a", session, sizes, "")
     assert session.state == "finished"
-    assert set(session.rows) == {f"{way}, highest" for way in ("switch", "fixed", "one_hot", "multiply")}
+    assert set(session.rows) == {f"{way}, highest" for way in ("switch", "gather", "one_hot", "masked")}
     for row in session.rows.values():
         assert row["agrees"] and row["token_gates_unlike_per_million"] == 0
         assert row["largest_difference"] < 1e-5
