@@ -4,10 +4,10 @@
 #
 #     launch/until_done.sh python train.py --config configs/dydit_xl2_07.py --workdir gs://bucket/run
 #
-# SIGTERM to this script goes on to the command; then nothing is started again, and its code is returned.
-set -u
+# SIGTERM or Ctrl-C to this script goes on to the command, once; then nothing is started again, and its code is returned.
+set -um
 told=0
-trap 'told=1; kill -TERM "$child"' TERM
+trap 'told=1; kill -TERM "$child"' TERM INT
 while true; do
   "$@" &
   child=$!

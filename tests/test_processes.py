@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -159,19 +161,90 @@ def test_every_mesh_and_number_of_processes_gives_the_same_losses_and_images(tmp
         np.testing.assert_allclose(images[name], images[first], atol=1e-5, err_msg=name)
 
 
+def wait_for_steps(log, count: int) -> None:
+    """Wait until a training has reported so many steps."""
+    deadline = time.monotonic() + 200
+    while not (log.exists() and len(log.read_text().splitlines()) >= count):
+        assert time.monotonic() < deadline, "the training does not begin"
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
-def test_notice_to_one_process_stops_both_at_the_same_step(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_notice_to_one_process_stops_both_at_the_same_step(tmp_path, number):
     config = changed(
         CONFIG, train=dict(steps=100_000), checkpoint=dict(every_steps=100_000), tracking=dict(every_steps=1)
     )
     processes = start("train", dict(config=[config] * 2, workdir=[str(tmp_path / "run")] * 2))
-    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 200
-    while not log.exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    processes[1].send_signal(signal.SIGTERM)
+    wait_for_steps(tmp_path / "run" / "metrics.jsonl", 1)
+    processes[1].send_signal(number)
     said = finish(processes, code=75)
     [step] = {text.split("Told to stop: step ")[1].split()[0] for text in said}
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [step]
+
+
+# --- One for all -----------------------------------------------------------------------------------
+
+
+def meet(monkeypatch, count: int, **told) -> list[subprocess.Popen]:
+    """Start processes that do nothing but meet, and wait until they have."""
+    monkeypatch.setenv("WORKER_PEERS", json.dumps(dict(BEAT_SECONDS=0.5, SILENT_SECONDS=10.0, GRACE_SECONDS=1.0)))
+    processes = start("meet", told, count, devices=1)
+    for process in processes:
+        while process.stderr.readline() not in ("met\n", ""):
+            pass
+    return processes
+
+
+def ends(processes: list[subprocess.Popen], left: list[int]) -> list[str]:
+    """Wait for those that are left, end the others, and return what those left said."""
+    try:
+        said = {number: processes[number].communicate(timeout=60)[1] for number in left}
+    finally:
+        for process in processes:
+            process.kill()
+    assert [processes[number].returncode for number in left] == [75] * len(left), said
+    return list(said.values())
+
+
+def test_death_of_one_of_three_processes_ends_the_others(monkeypatch):
+    """Processes 1 and 2 know of each other by process 0 alone."""
+    processes = meet(monkeypatch, 3)
+    processes[1].kill()
+    for said in ends(processes, [0, 2]):
+        assert "Process 1 has ended without a word" in said and "checkpoint is of step 5" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, how", [(signal.SIGKILL, "ended without a word"), (signal.SIGSTOP, "not been heard")])
+def test_loss_of_the_first_process_ends_the_other(monkeypatch, number, how):
+    processes = meet(monkeypatch, 2)
+    processes[0].send_signal(number)
+    [said] = ends(processes, [1])
+    assert f"Process 0 has {how}" in said and "checkpoint is of step 5" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", ["0", "1"])
+def test_exception_in_one_process_ends_both_with_its_message(monkeypatch, failing):
+    for said in finish(meet(monkeypatch, 2, **{failing: "no luck"}), code=1):
+        assert f"Process {failing}: RuntimeError: no luck. The newest whole checkpoint is of step 5." in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_full_disk_under_one_process_ends_both(tmp_path, failing):
+    config = changed(CONFIG, train=dict(steps=10**6), checkpoint=dict(every_steps=5), tracking=dict(every_steps=1))
+    processes = start("train", dict(config=[config] * 2, workdir=[str(tmp_path / "run")] * 2))
+    wait_for_steps(tmp_path / "run" / "metrics.jsonl", 12)
+    # From now on this process can't write a byte.
+    resource.prlimit(processes[failing].pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    said = finish(processes, code=1)
+    newest = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal())
+    for text in said:
+        [line] = [line for line in text.splitlines() if f"Process {failing}: " in line]
+        assert "File too large" in line or "FSIZE" in line
+        assert int(re.search(r"whole (?:one|checkpoint) is of step (\d+)", line).group(1)) in (newest - 5, newest)
 
 
 def test_another_configuration_of_one_process_ends_both():

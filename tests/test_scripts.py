@@ -1,6 +1,7 @@
 """The command lines, as a new user types them, with wrong input too."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,15 +52,20 @@ def test_convert_check_and_export(tmp_path):
     assert back.exists()
 
 
-def test_command_told_to_stop_is_started_again_until_it_is_done(tmp_path):
-    counting = f"echo >> {tmp_path}/runs; [ $(wc -l < {tmp_path}/runs) -ge 3 ] && exit 4; exit 75"
+@pytest.mark.parametrize("code", [75, 134])
+def test_command_is_started_again_until_it_is_done(tmp_path, code):
+    counting = f"echo >> {tmp_path}/runs; [ $(wc -l < {tmp_path}/runs) -ge 3 ] && exit 4; exit {code}"
     done = subprocess.run(["launch/until_done.sh", "bash", "-c", counting], cwd=ROOT, timeout=60)
     assert done.returncode == 4 and len((tmp_path / "runs").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_command_told_to_stop_is_not_started_again(tmp_path, number):
     waiting = f"trap 'exit 75' TERM; echo >> {tmp_path}/begun; while true; do sleep 0.1; done"
     process = subprocess.Popen(["launch/until_done.sh", "bash", "-c", waiting], cwd=ROOT)
     while not (tmp_path / "begun").exists():
         time.sleep(0.05)
-    process.terminate()
+    process.send_signal(number)
     assert process.wait(timeout=60) == 75 and len((tmp_path / "begun").read_text().splitlines()) == 1
 
 

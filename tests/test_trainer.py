@@ -4,10 +4,13 @@ import dataclasses
 import errno
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 from unittest import mock
 
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DYNAMIC, STATIC, changed
+from conftest import DYNAMIC, ROOT, STATIC, changed
 from PIL import Image
 
 from dydit_jax.checkpoints import save_weights
@@ -227,6 +230,35 @@ def test_samples_and_profile_are_left_on_the_way(tmp_path):
     assert measured["step"] == 2 and measured["loss/total"] > 0 and measured["ema/macs_share"] == 1
     # A model that has hardly learnt predicts next to nothing: the loss is about the noise's variance.
     assert all(0.5 < measured[f"ema/loss_t{t}"] < 1.5 for t in (100, 300, 500, 700, 900))
+
+
+PROGRAM = """
+import json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from dydit_jax.jobs.train import train_and_evaluate
+from dydit_jax.runtime.console import run
+config, workdir = sys.argv[1:]
+sys.argv[1:] = []
+run(lambda: train_and_evaluate(json.loads(config), workdir))
+"""
+
+
+@pytest.mark.slow
+def test_full_disk_is_one_line_on_the_terminal(tmp_path):
+    """Without the pages that Orbax's threads drop, which a full disk under a checkpoint makes."""
+    config = changed(STATIC, train=dict(steps=10**6), mesh=dict(data=1, fsdp=1), checkpoint=dict(every_steps=50))
+    config = changed(config, tracking=dict(every_steps=10**6))
+    command = [sys.executable, "-c", PROGRAM, json.dumps(config), str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while not (tmp_path / "run" / "checkpoints" / "100").exists():
+        time.sleep(0.05)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    said = process.communicate(timeout=120)[1].splitlines()
+    assert process.returncode == 1
+    [line] = [line for line in said if not re.match(r"\d\d:\d\d:\d\d  ", line)]
+    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal()]
+    assert "could not be written" in line and f"newest whole one is of step {max(steps)}" in line
 
 
 KILLED = """

@@ -1,4 +1,4 @@
-"""One of several processes: trains, samples or packs latents as told, for `test_processes.py`."""
+"""One of several processes: trains, samples, packs latents or only meets the others, for `test_processes.py`."""
 
 import json
 import os
@@ -6,17 +6,24 @@ import sys
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(os.environ.get("WORKER_DEVICES", 4)))
 
-from stand_ins import mean_for_autoencoder  # noqa: E402 (after the devices are fixed)
+from dydit_jax.runtime import peers  # noqa: E402 (after the devices are fixed)
+from dydit_jax.runtime.processes import joined_processes, one_for_all  # noqa: E402
 
-from dydit_jax.jobs import prepare_latents as preparation  # noqa: E402
-from dydit_jax.jobs.sample import Request, sample  # noqa: E402
-from dydit_jax.jobs.train import train_and_evaluate  # noqa: E402
-from dydit_jax.runtime import peers  # noqa: E402
-from dydit_jax.runtime.processes import joined_processes  # noqa: E402
+
+def meet(error: str) -> None:
+    """Meet the other processes again and again; fail after a while where an error is told."""
+    with one_for_all(lambda: "The newest whole checkpoint is of step 5."):
+        for count in range(10**6):
+            multihost_utils.sync_global_devices("again")
+            if count == 3:
+                sys.stderr.write("met\n")
+            if count == 5 and error:
+                raise RuntimeError(error)
 
 
 def main():
@@ -25,12 +32,22 @@ def main():
     for name, seconds in json.loads(os.environ.get("WORKER_PEERS", "{}")).items():
         setattr(peers, name, seconds)
     with joined_processes(f"localhost:{port}", int(count), int(number)):
-        if action == "train":
+        if action == "meet":  # without the imports of the others, which take seconds
+            meet(told.get(number, ""))
+        elif action == "train":
+            from dydit_jax.jobs.train import train_and_evaluate
+
             train_and_evaluate(told["config"][int(number)], told["workdir"][int(number)])
         elif action == "latents":
+            from stand_ins import mean_for_autoencoder
+
+            from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents
+
             with mean_for_autoencoder():
-                preparation.prepare_latents(preparation.LatentsRequest(**told))
+                prepare_latents(LatentsRequest(**told))
         else:
+            from dydit_jax.jobs.sample import Request, sample
+
             samples = sample(Request(**told))
             np.save(f"{told['out']}/process_{number}.npy", samples.images)
 

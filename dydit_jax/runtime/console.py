@@ -42,6 +42,7 @@ def run(main: Callable[[], None]) -> None:
         absl.logging.set_verbosity(absl.logging.WARNING)
         # Says on every machine without a TPU that there is none.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
+        _hush_storage()
         # A second start finds its programs compiled.
         jax.config.update("jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or program_folder())
         try:
@@ -57,6 +58,17 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(ending[1])
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _hush_storage() -> None:
+    """Keep off the terminal what Orbax drops when a write fails, a page for every array, in threads of its own.
+
+    The error itself is raised where the run waits for the checkpoint, and ends it with one line.
+    """
+    absl.logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # "Task exception was never retrieved"
+    shown = sys.unraisablehook
+    sys.unraisablehook = lambda dropped: shown(dropped) if "loop is closed" not in str(dropped.exc_value) else None
 
 
 def read_config(flag) -> dict:
