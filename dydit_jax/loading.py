@@ -21,7 +21,7 @@ from dydit_jax.checkpoints import (
     split_step,
 )
 from dydit_jax.convert.conversion import AUTOENCODER_FORMAT, Conversion, convert, output_file
-from dydit_jax.convert.published import PUBLISHED, converted_file, fetch
+from dydit_jax.convert.published import SHIPPED, converted_file, fetch, known_names
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, require_known
@@ -46,7 +46,7 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
     Args:
       checkpoint: a `.safetensors` file of ours, a folder with one, a training's work directory (its newest step, EMA
         weights; nothing is changed in it), one of its checkpoints (`<workdir>/checkpoints/<step>`), or the name of a
-        published model, which is fetched and converted once.
+        known model: "digits", which comes with the package, or a published one, which is fetched and converted once.
       from_step: another step than the newest, of a work directory.
       weights: "ema", which is warned of where it is still near its start, or "params", the raw parameters of a work
         directory.
@@ -57,7 +57,7 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
     require_known("weights", weights, WEIGHTS)
     if from_step is None:
         checkpoint, from_step = split_step(checkpoint)
-    path = _resolved(checkpoint)
+    path = _resolved(checkpoint, "model")
     if not is_run(path):
         if from_step is not None:
             raise InputError(f"--from_step={from_step} needs a training's work directory; {path} is none.")
@@ -99,7 +99,7 @@ def load_autoencoder(autoencoder) -> dict:
     Raises:
       InputError: neither.
     """
-    path = _resolved(autoencoder)
+    path = _resolved(autoencoder, "autoencoder")
     leaves, _ = read_arrays(output_file(path) if path.is_dir() else path, AUTOENCODER_FORMAT)
     return unflatten(leaves)
 
@@ -117,18 +117,18 @@ def load_decoder(autoencoder: str, mesh: Mesh) -> Callable:
     return functools.partial(decode_latents, params, mesh=mesh)
 
 
-def _resolved(checkpoint) -> epath.Path:
-    """Return the path that a checkpoint means."""
+def _resolved(checkpoint, holds: str) -> epath.Path:
+    """Return the path that the name of a "model" or "autoencoder" means."""
     path = epath.Path(checkpoint)
     if path.exists():
         if path.is_dir() and not is_run(path) and not (path / WEIGHTS_FILE).is_file():
             raise InputError(f"{path} is neither a run's work directory nor a folder with {WEIGHTS_FILE}.")
         return path
-    name = str(checkpoint)
-    if name not in PUBLISHED:
-        raise InputError(
-            f"There is no file {path}, and no published model of that name; known: {', '.join(PUBLISHED)}."
-        )
+    name, known = str(checkpoint), known_names(holds)
+    if name not in known:
+        raise InputError(f"There is no file {path}, and no published {holds} of that name; known: {', '.join(known)}.")
+    if name in SHIPPED:
+        return epath.Path(SHIPPED[name])
     converted = converted_file(name)
     if not converted.exists():
         # Processes of one machine that start together need it once.

@@ -204,7 +204,10 @@ def test_images_made_otherwise_are_left_alone(checkpoint, tmp_path):
         (dict(labels=["one"]), "numbers from 0 to 9 .*, not one"),
         (dict(labels=[]), "not nothing"),
         (dict(labels_file="/nowhere"), "There is no file /nowhere"),
-        (dict(labels=["1"], overrides=dict(autoencoder="sd-vae")), "no published model of that name"),
+        (
+            dict(labels=["1"], overrides=dict(autoencoder="sd-vae")),
+            "no published autoencoder of that name; known: sd-vae-ft-ema, sd-vae-ft-mse",
+        ),
         (dict(labels=["11"]), "from 0 to 9"),
         (dict(labels=["1"], rows=0), "--rows must be from 1 to 10000, not 0"),
         (dict(labels=["1"], rows=10**12), "--rows must be from 1 to 10000, not 10+"),

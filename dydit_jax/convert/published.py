@@ -40,6 +40,7 @@ class Published:
       file: its name there.
       address, repository: where it is.
       sha256: the beginning of its checksum, where it is known.
+      holds: "model", "autoencoder" or "judge" (the network that `evaluate.py` looks through).
     """
 
     licence: str
@@ -47,6 +48,7 @@ class Published:
     address: str = ""
     repository: str = ""
     sha256: str = ""
+    holds: str = "model"
 
 
 _DIT_ADDRESS = "https://dl.fbaipublicfiles.com/DiT/models"
@@ -59,15 +61,26 @@ PUBLISHED = {
     "dydit-xl2-256-0.7": Published(DYDIT_LICENCE, f"{_DYDIT_FOLDER}/new_dydit0.7.pt", repository=_DYDIT_REPOSITORY),
     "dydit-xl2-256-0.7-v1": Published(DYDIT_LICENCE, "dydit_0.7.pth", repository=_DYDIT_REPOSITORY),
     "dydit-xl2-256-0.5": Published(DYDIT_LICENCE, f"{_DYDIT_FOLDER}/new_dydit0.5.pt", repository=_DYDIT_REPOSITORY),
-    "sd-vae-ft-ema": Published(AUTOENCODER_LICENCE, _AUTOENCODER_FILE, repository="stabilityai/sd-vae-ft-ema"),
-    "sd-vae-ft-mse": Published(AUTOENCODER_LICENCE, _AUTOENCODER_FILE, repository="stabilityai/sd-vae-ft-mse"),
+    **{
+        name: Published(AUTOENCODER_LICENCE, _AUTOENCODER_FILE, repository=f"stabilityai/{name}", holds="autoencoder")
+        for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")
+    },
     "inception-2015": Published(
         INCEPTION_LICENCE,
         "pt_inception-2015-12-05-6726825d.pth",
         address="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights",
         sha256="6726825d",  # its name ends with the beginning of its checksum
+        holds="judge",
     ),
 }
+
+# Models that come with the package, already converted.
+SHIPPED = {"digits": Path(__file__).parents[1] / "assets" / "digits_dydit.safetensors"}
+
+
+def known_names(holds: str) -> list[str]:
+    """List the names by which "model", "autoencoder" or "judge" can be asked for."""
+    return [*(SHIPPED if holds == "model" else ()), *(name for name, it in PUBLISHED.items() if it.holds == holds)]
 
 
 def converted_file(name: str) -> Path:

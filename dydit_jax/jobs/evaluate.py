@@ -16,7 +16,7 @@ from etils import epath
 from tqdm import tqdm
 
 from dydit_jax.checkpoints import checksum, package_versions
-from dydit_jax.convert.published import PUBLISHED, fetch
+from dydit_jax.convert.published import fetch, known_names
 from dydit_jax.convert.torch_files import read_tensors
 from dydit_jax.data.image_sets import IMAGES_ENTRY, ZIP_ERRORS, ImageSet, npz_shapes, open_images
 from dydit_jax.drawing.report import EVALUATION_FILE, write_report
@@ -41,14 +41,15 @@ class Evaluation:
     """What a user asks of `evaluate.py`.
 
     Attributes:
-      samples: sets of images, see `image_sets.open_images`.
-      reference: another set, an ADM reference batch, or statistics that were saved; "" gives the Inception score alone.
-      out: file for the results; "" writes none.
+      samples: sets of images to judge, with commas between them.
+      reference: set to compare with: images, an ADM reference batch, or statistics that were saved; without one only
+        the Inception score is given.
+      out: file for the results, JSON.
       inception: file of the published PyTorch port of the network, or its name to have it fetched.
-      save_statistics: file for the reference's statistics, "" for none.
-      batch_size: images at once.
-      side: pictures of folders and datasets are cropped to it; 0 leaves them as they are.
-      report: whether results also go into the folder that a set lies in, as evaluation.json and on its page.
+      save_statistics: file for the statistics of the reference, to be reused.
+      batch_size: images at once; does not change the results.
+      side: crop pictures of folders and datasets to this side, as ADM does; 0 leaves them as they are.
+      report: also write the results into the folder of each set, as evaluation.json and on its page.
     """
 
     samples: tuple[str, ...]
@@ -147,7 +148,7 @@ def load_inception(inception: str) -> tuple[dict, str]:
     """
     path = epath.Path(inception)
     if not path.exists():
-        if inception not in PUBLISHED:
+        if inception not in known_names("judge"):
             raise InputError(
                 f"There is no file {inception}; --inception wants one, or {DEFAULT_INCEPTION} to fetch it."
             )

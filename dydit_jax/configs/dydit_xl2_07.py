@@ -8,7 +8,7 @@ complete pass throughout. Published: FID 2.12 with guidance 1.5 and 250 DDPM ste
 batch). This project has not trained it. Here a batch is one optimiser step; the official first stage takes two.
 """
 
-from configs import dit_xl2
+from dydit_jax.configs import dit_xl2
 
 
 def get_config():

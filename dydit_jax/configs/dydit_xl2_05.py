@@ -9,7 +9,7 @@ steps (50,000 images, ADM's reference batch). This project has not trained it. H
 official first stage takes two.
 """
 
-from configs import dydit_xl2_07
+from dydit_jax.configs import dydit_xl2_07
 
 
 def get_config():

@@ -5,7 +5,7 @@
 What the dynamic model must be compared with: fine-tuning alone makes a model better.
 """
 
-from configs import digits_dydit
+from dydit_jax.configs import digits_dydit
 
 
 def get_config():

@@ -6,7 +6,7 @@
 in docs/digits.md.
 """
 
-from configs import default
+from dydit_jax.configs import default
 
 
 def get_config():

@@ -7,7 +7,7 @@ faster than the rest: their biases start far from the threshold, and at one rate
 this short.
 """
 
-from configs import digits_dit
+from dydit_jax.configs import digits_dit
 
 
 def get_config():

@@ -7,7 +7,7 @@ Published: FID 2.27 with guidance 1.5 and 250 DDPM steps (50,000 images, ADM's r
 trained it.
 """
 
-from configs import default
+from dydit_jax.configs import default
 
 
 def get_config():

@@ -5,7 +5,7 @@
 The other way to half the cost: what a dynamic model has to beat.
 """
 
-from configs import digits_dit
+from dydit_jax.configs import digits_dit
 
 
 def get_config():

@@ -93,7 +93,7 @@ def get_config():
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
 
-    # Saving: dydit_jax/checkpoints.py, CheckpointConfig.
+    # Saving: dydit_jax/checkpoints/runs.py, CheckpointConfig.
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every_steps = 5000
     config.checkpoint.keep = 2

@@ -1,0 +1,1 @@
+"""One file = one experiment, each with a function `get_config`; default.py lists every key."""
