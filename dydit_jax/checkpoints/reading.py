@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -43,6 +42,8 @@ def checkpoint_folder(workdir, step: int | None = None) -> epath.Path:
 
 def saved_steps(workdir) -> list[int]:
     """Return the steps of the checkpoints that were written to their end, ascending; whole or damaged since."""
+    import orbax.checkpoint as ocp  # here and below: it takes seconds, and only runs need it
+
     folder = checkpoint_folder(workdir)
     found = ocp.path.step.checkpoint_steps_paths(folder) if folder.is_dir() else []
     return sorted(int(path.name) for path in found if path.name.isdecimal())
@@ -105,6 +106,8 @@ def read_about(workdir, step: int) -> dict:
 
 
 def _read_record(path: epath.Path) -> dict:
+    import orbax.checkpoint as ocp
+
     record = _read(path, ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
     checksum = record.pop(SUM_KEY, None) if isinstance(record, dict) else "none"
     if checksum != (_checksum(record) if ARRAYS_KEY in record else None):
@@ -113,6 +116,8 @@ def _read_record(path: epath.Path) -> dict:
 
 
 def _read_item(path: epath.Path, tree):
+    import orbax.checkpoint as ocp
+
     return _read(path, ocp.StandardCheckpointHandler, ocp.args.StandardRestore(tree))
 
 
@@ -122,6 +127,8 @@ def _read(path: epath.Path, handler: type, arguments):
     Raises:
       DamageError: a file is missing or damaged; names it where the storage does.
     """
+    import orbax.checkpoint as ocp
+
     alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
     with _quiet_storage():
         try:

@@ -15,7 +15,6 @@ import dataclasses
 import logging
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from dydit_jax.checkpoints.reading import (
@@ -44,7 +43,12 @@ SET_ASIDE_FOLDER = "set_aside"
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When a run is saved: every so many steps, and how many of these are kept beside the newest."""
+    """When a run is saved.
+
+    Attributes:
+      every_steps: steps between two checkpoints.
+      keep: how many of the newest are kept.
+    """
 
     every_steps: int = 1000
     keep: int = 2
@@ -67,6 +71,8 @@ class Run:
     def __init__(
         self, workdir, config: CheckpointConfig, *, lock: FolderLock | None = None, from_step: int | None = None
     ):
+        import orbax.checkpoint as ocp  # here and below: it takes seconds, and only runs need it
+
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(config.keep),
             enable_async_checkpointing=True,
@@ -101,6 +107,8 @@ class Run:
           StopError: this checkpoint or the one before could not be written, a full disk for example; or another
             program has taken over the work directory.
         """
+        import orbax.checkpoint as ocp
+
         if self.latest_step == step or not (force or step % self._every == 0):
             return False
         if self._lock is not None:

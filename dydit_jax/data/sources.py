@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 
-import grain
 import numpy as np
 from etils import epath
 
@@ -34,11 +33,11 @@ class DataConfig:
     """Which examples, in which order.
 
     Attributes:
-      name: a key of `SOURCES`.
-      path: of a dataset that lies in files, "" for the others; see the sources for what it names.
+      name: digits, images, latents, synthetic or tfds, a key of `SOURCES`.
+      path: of a dataset that lies in files, empty for the others; see the sources for what it names.
       batch_size: B over all devices and processes, at most `MOST_BATCH`.
-      seed: of the order.
-      threads: that read ahead, per process, at most `MOST_THREADS`; 0 reads when asked.
+      seed: seed of the order.
+      threads: threads that read ahead, per process, at most `MOST_THREADS`; 0 reads when asked.
       max_bad: unreadable pictures that are replaced by their neighbours before the run stops.
     """
 
@@ -371,6 +370,8 @@ def batches(source, config: DataConfig, *, start: int, rows=None):
     Returns:
       An iterator of {"image": [rows,side,side,C], "label": [rows]}; every epoch is shuffled anew.
     """
+    import grain  # here: only training needs it
+
     dataset = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
     if hasattr(source, "draw"):
         # Before rows are chosen, so that the draws belong to the global batch.

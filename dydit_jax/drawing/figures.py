@@ -9,12 +9,17 @@ import io
 
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 
 from dydit_jax.runtime.files import write_atomically
 
 LINES = (("black", "-"), ("0.5", "-"), ("black", "--"), ("0.5", "--"), ("black", ":"), ("0.5", ":"))
 NOISE_LEFT = "timestep: noise on the left, image on the right"
+
+
+def _figure(width: float, height: float):
+    from matplotlib.figure import Figure  # here: most programs draw none
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(path, figure) -> None:
@@ -71,7 +76,7 @@ def draw_routing(samples, macs):
       A figure, readable in grey.
     """
     routing, timesteps = samples.routing, np.asarray(samples.timesteps)
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure = _figure(12, 9)
     axes = figure.subplots(4, 1, sharex=True, height_ratios=[3, 3, 3, 2])
     edges = np.arange(len(timesteps) + 1) - 0.5
     panels = (
@@ -111,7 +116,7 @@ def draw_plan(plan, timesteps):
     Returns:
       A figure, readable in grey: black is on, light grey is kept but off (padding), white is left out.
     """
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = _figure(12, 7)
     axes = figure.subplots(2, 1, sharex=True)
     steps, layers, _ = plan.heads.shape
     for axis, gates, name in zip(axes, (plan.heads, plan.groups), ("heads", "groups")):
@@ -151,7 +156,7 @@ def plan_table(plan, timesteps) -> list[dict]:
     ]
 
 
-def draw_tokens(images: np.ndarray, tokens: np.ndarray, timesteps, layers) -> Figure:
+def draw_tokens(images: np.ndarray, tokens: np.ndarray, timesteps, layers):
     """Draw which tokens passed the MLPs over the images that came out.
 
     Args:
@@ -165,7 +170,7 @@ def draw_tokens(images: np.ndarray, tokens: np.ndarray, timesteps, layers) -> Fi
     """
     count, columns = tokens.shape[:2]
     rows = [*layers, None] if count == 1 else [None]
-    figure = Figure(figsize=(1.3 * (columns + 1) + 0.9, 1.35 * len(rows) * count + 0.8), layout="constrained")
+    figure = _figure(1.3 * (columns + 1) + 0.9, 1.35 * len(rows) * count + 0.8)
     axes = figure.subplots(len(rows) * count, columns + 1, squeeze=False)
     side = int(round(tokens.shape[-1] ** 0.5))
     for index, image in enumerate(images):
@@ -204,14 +209,14 @@ def token_table(tokens: np.ndarray, timesteps) -> list[dict]:
     ]
 
 
-def draw_macs(timesteps: dict, macs: dict, complete: dict) -> Figure:
+def draw_macs(timesteps: dict, macs: dict, complete: dict):
     """Draw the cost of a pass over the timesteps.
 
     Args:
       timesteps, macs: by model, what the network was told [S] and MACs per image and pass [S].
       complete: by model, MACs of a pass with every gate open.
     """
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    figure = _figure(8, 3.8)
     axis = figure.subplots()
     for (name, cost), (color, style) in zip(macs.items(), LINES * len(macs)):
         told = f"{name}: {100 * np.mean(cost) / complete[name]:.0f} % of complete"
@@ -229,7 +234,7 @@ def draw_macs(timesteps: dict, macs: dict, complete: dict) -> Figure:
 # --- Losses --------------------------------------------------------------------------------------
 
 
-def draw_losses(timesteps: np.ndarray, losses: dict) -> Figure:
+def draw_losses(timesteps: np.ndarray, losses: dict):
     """Draw the loss of several models over the timesteps, and below what each lacks to the first.
 
     Args:
@@ -237,7 +242,7 @@ def draw_losses(timesteps: np.ndarray, losses: dict) -> Figure:
       losses: by model, mean squared error of the predicted noise per example [n,T], the same examples for all.
     """
     names = list(losses)
-    figure = Figure(figsize=(8, 6.4 if len(names) > 1 else 3.8), layout="constrained")
+    figure = _figure(8, 6.4 if len(names) > 1 else 3.8)
     axes = figure.subplots(2 if len(names) > 1 else 1, 1, sharex=True, squeeze=False)[:, 0]
     for name, (color, style) in zip(names, LINES * len(names)):
         axes[0].plot(timesteps, losses[name].mean(0), style, color=color, label=name)
@@ -278,14 +283,14 @@ def loss_table(timesteps: np.ndarray, losses: dict) -> list[dict]:
     ]
 
 
-def draw_loss_maps(timesteps, maps: dict) -> Figure:
+def draw_loss_maps(timesteps, maps: dict):
     """Draw where in the image the loss lies.
 
     Args:
       timesteps: the T that are shown.
       maps: by model, mean loss of each patch [T,N].
     """
-    figure = Figure(figsize=(1.5 * len(timesteps) + 1.6, 1.7 * len(maps) + 0.7), layout="constrained")
+    figure = _figure(1.5 * len(timesteps) + 1.6, 1.7 * len(maps) + 0.7)
     axes = figure.subplots(len(maps), len(timesteps), squeeze=False)
     relative = {name: field / field.mean(-1, keepdims=True) for name, field in maps.items()}
     top = max(field.max() for field in relative.values())
