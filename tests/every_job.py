@@ -51,7 +51,7 @@ def prepare(folder: pathlib.Path) -> None:
         mock.patch.object(preparation, "load_autoencoder", lambda name: {"weight": np.ones(3)}),
     ):
         out, pictures = str(folder / "latents"), str(folder / "pictures")
-        request = preparation.LatentsRequest("images", pictures, out=out, side=16, chunk=4, autoencoder="mean")
+        request = preparation.LatentsRequest(out, pictures, side=16, chunk=4, autoencoder="mean")
         preparation.prepare_latents(request)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import DYNAMIC, ROOT, changed
 
+from dydit_jax.cli.train import known_configs
 from dydit_jax.errors import InputError
 from dydit_jax.models.precision import resolve_precision
 from dydit_jax.training.experiment import (
@@ -18,24 +19,17 @@ from dydit_jax.training.experiment import (
     read_experiment,
 )
 
-CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "default")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def from_root():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT))
-        yield
+CONFIGS = [name for name in known_configs() if name != "default"]
 
 
 def config_of(name: str) -> dict:
-    return importlib.import_module(f"configs.{name}").get_config().to_dict()
+    return importlib.import_module(f"dydit_jax.configs.{name}").get_config().to_dict()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_is_valid_and_explains_itself(name):
     read_experiment(config_of(name))
-    text = (ROOT / "configs" / f"{name}.py").read_text()
+    text = (ROOT / "dydit_jax" / "configs" / f"{name}.py").read_text()
     assert "python train.py --config" in text.split('"""')[1]
 
 

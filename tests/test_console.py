@@ -2,12 +2,11 @@
 
 import pathlib
 import sys
-import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import app, flags
+from absl import flags
 from conftest import ROOT
 from ml_collections import config_flags
 
@@ -20,19 +19,15 @@ def program(monkeypatch):
     """Return a function that runs a program with flags of its own, as typed."""
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the last test's file
     known = flags.FlagValues()
-    monkeypatch.setattr(console.flags, "FLAGS", known)
     monkeypatch.setattr(console.logging, "basicConfig", lambda **_: None)
-    for name in ("DISTRIBUTED", "COORDINATOR", "NUM_PROCESSES", "PROCESS_ID"):
-        monkeypatch.setattr(console, name, types.SimpleNamespace(value=None))
-    # What absl does around it can be done only once in a process.
-    monkeypatch.setattr(app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
+    monkeypatch.setattr(console, "_hush_storage", lambda: None)
     config = config_flags.DEFINE_config_file("config", None, "", flag_values=known)
     flags.DEFINE_integer("batch_size", 1, "", flag_values=known)
 
     def run(*arguments, main=lambda config: console.read_config(config)) -> int:
         monkeypatch.setattr(sys, "argv", ["program", *arguments])
         with pytest.raises(SystemExit) as end:
-            console.run(lambda: main(config))
+            console.run(lambda: main(config), known)
         return end.value.code
 
     return run
@@ -68,7 +63,7 @@ def test_config_that_does_not_run_is_named_with_its_line(program, tmp_path, caps
         (("2", "3"), "Unknown argument '2'"),
         (("--batch_size=many",), "many"),
         (("--batch_size=1e3",), "1e3"),
-        (("--bath_size=1",), "Did you mean: batch_size"),
+        (("--bath_size=1",), "Unknown flag --bath_size. Did you mean --batch_size?"),
         (
             ("--config=configs/digits_dit.py", "--config.train.stepz=1"),
             "Unknown config key 'stepz'. Did you mean 'steps'?",

@@ -44,7 +44,7 @@ def encoded():
 
 def request(folder, out, **settings):
     settings = dict(dict(side=16, chunk=4, autoencoder="vae"), **settings)
-    return LatentsRequest("images", str(folder), out=str(out), **settings)
+    return LatentsRequest(str(out), str(folder), **settings)
 
 
 def test_latents_are_those_of_the_pictures_and_their_mirror_images(folder, encoded, tmp_path):

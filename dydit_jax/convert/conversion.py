@@ -55,17 +55,20 @@ class Conversion:
     """What a user asks of `convert_torch_weights.py`.
 
     Attributes:
-      source: a file of PyTorch weights.
-      out: a `.safetensors` file, or a folder for one and its report.
-      weights: "ema" or "model", of a training file.
-      heads, classes, image_size, space, routers: what the tensors of a DiT leave open, or None: H; the labels that are
-        classes; the side of the images in pixels; "latent" or "pixels"; the layout of its routers.
-      latent_scale: by which an autoencoder's latents are multiplied, or None.
-      add_routers: layout of fresh routers for a static DiT, "" for none: the start of fine-tuning.
-      order: whether heads and MLP channels are put in order of magnitude first.
-      seed: of fresh routers.
-      overwrite: whether an output that exists is replaced.
-      verify: whether the source's network is run in PyTorch and compared.
+      source: file of PyTorch weights (.pt, .pth, .bin, .safetensors); with --export, of ours.
+      out: a .safetensors file, or a folder for one and its report.
+      weights: which weights of a training file: ema or model.
+      heads: number of heads, which the tensors of a static DiT do not show.
+      classes: number of classes: all rows of the label table, or all but one.
+      image_size: side of the images in pixels, also of a model in latents.
+      space: what the model draws: latent or pixels.
+      routers: layout of the routers, where the tensors leave it open: first_on or free.
+      latent_scale: of an autoencoder: the factor of its latents.
+      add_routers: give a static DiT fresh routers, the start of fine-tuning: first_on or free.
+      order: put heads and MLP channels of a static DiT in order of magnitude.
+      seed: seed of fresh routers.
+      overwrite: replace an output that exists.
+      verify: run both networks and print the largest difference; needs PyTorch.
     """
 
     source: str

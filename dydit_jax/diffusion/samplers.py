@@ -27,13 +27,13 @@ class SamplingConfig:
     """How images are drawn.
 
     Attributes:
-      sampler: a key of `SAMPLERS`.
-      steps: spacing of the training schedule, see `schedules.respace`: "250", "ddim50", "10,20,30".
+      sampler: ddpm or ddim, a key of `SAMPLERS`.
+      steps: timesteps that are kept: 250, ddim50, or sections such as 10,20,30; see `schedules.respace`.
       eta: share of DDPM's noise in DDIM, 0 .. 1; DDPM has no such choice and wants 0.
       clip: bound on the estimate of |x_0|, or None. Images in pixels are bounded, latents are not.
       guidance: scale of classifier-free guidance; 1 is none, and then the network runs once per step, not twice.
-      guided_channels: "first_three" (as the published models do) or "all".
-      autoencoder: whose decoder turns latents into images, a file or a published name; "" for models in pixels.
+      guided_channels: first_three (as the published models do) or all.
+      autoencoder: whose decoder turns latents into images, a file or a published name; empty for models in pixels.
     """
 
     sampler: str = "ddpm"

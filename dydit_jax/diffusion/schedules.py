@@ -21,7 +21,12 @@ MAX_BETA = 0.999
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The process that a model was trained on: a key of `SCHEDULES` and its number of steps T."""
+    """The process that a model was trained on.
+
+    Attributes:
+      schedule: linear or squared_cosine, a key of `SCHEDULES`.
+      train_steps: number of its steps, T.
+    """
 
     schedule: str = "linear"
     train_steps: int = 1000

@@ -54,17 +54,18 @@ class Analysis:
     """What a user asks of `analyze.py`.
 
     Attributes:
-      checkpoints: of the models, see `load_checkpoint`; the first is what the others are compared with.
-      out: folder for the results, new or empty.
-      data: examples to measure losses on, see `data.sources.SOURCES`; "" takes what the first model was trained on.
-      data_path: their folder, where they lie in files.
-      num_examples: spread evenly over the data.
-      num_timesteps: spread evenly over the schedule.
-      labels: of the images to draw with each dynamic model, as numbers or their text.
-      seed: of the noise.
+      checkpoints: models, with commas between them, each as for `sample.py --checkpoint`; the first is what the others
+        are compared with.
+      out: folder for the pictures; must be new or empty.
+      data: dataset to measure losses on; the first model's training data by default.
+      data_path: folder of these examples, where they lie in files.
+      num_examples: examples, spread evenly over the data.
+      num_timesteps: timesteps, spread evenly over the schedule.
+      labels: labels of the images to draw with each dynamic model.
+      seed: seed of all noise.
       batch_size: examples at once; does not change the results.
-      precision: see `build.PRECISIONS`.
-      report: whether all of it is also collected in one page.
+      precision: auto, bfloat16, float32 or highest.
+      report: also collect everything in one page, report.html.
     """
 
     checkpoints: tuple[str, ...]

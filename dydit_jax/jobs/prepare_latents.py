@@ -59,25 +59,28 @@ class LatentsRequest:
     """What a user asks of `tools/prepare_latents.py`.
 
     Attributes:
-      data, path: the pictures, as `data.name` ("images" or "tfds") and `data.path` of a config.
+      out: folder for the latents, on a disk that all processes share.
+      path: where the pictures are: their folder, or <folder or name>/<split> of a prepared dataset.
+      data: "images" (a folder per class) or "tfds" (a prepared dataset).
       autoencoder: a file or a published name.
-      out: folder for the results, on a disk that all processes share.
-      side: of the cropped pictures, in pixels.
+      side: side of the cropped pictures, in pixels.
       chunk: pictures that a process makes at once, between two points to go on from.
-      threads: that read pictures.
+      threads: threads that read pictures.
       max_bad: unreadable pictures that are replaced by their neighbours before the job stops.
     """
 
-    data: str
-    path: str
-    autoencoder: str
     out: str
+    path: str = ""
+    data: str = "images"
+    autoencoder: str = "sd-vae-ft-ema"
     side: int = 256
     chunk: int = 1024
     threads: int = 4
     max_bad: int = 100
 
     def __post_init__(self):
+        if not self.path:
+            raise InputError("--path is empty; name the pictures.")
         if self.data not in ("images", "tfds"):
             raise InputError(f"--data must be images or tfds, not {self.data!r}.")
         if self.side < 8 or self.side % 8:

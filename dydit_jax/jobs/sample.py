@@ -60,24 +60,25 @@ class Request:
     """What a user asks of `sample.py`.
 
     Attributes:
-      checkpoint: where the weights are.
-      from_step: of a work directory's checkpoint; None takes the newest.
-      weights: of a work directory: "ema" or "params", the raw parameters.
-      out: folder for the results.
-      labels: of a grid's columns; or None.
-      rows: of the grid.
-      num_images: images with uniform labels; or None.
-      labels_file: file with one label per line, for a set with these labels; or None. Exactly one of `labels`,
-        `num_images` and `labels_file` is given.
-      seed: of noise and uniform labels.
-      batch_size: images at once.
-      mode: "fast", "gated" or "complete".
-      segments: into how many programs `fast` cuts the schedule; None decides by itself.
-      token_capacity: shares of an image's tokens, see `DiTConfig`; None leaves the checkpoint's.
-      precision: see `precision.PRECISIONS`.
-      draw_routing: whether routing.png and plan.png are drawn, and their numbers written as .csv.
-      report: whether a page about the job is written; it shows the routing too.
+      checkpoint: a .safetensors file, a folder with one, a training's work directory, or a known name such as digits.
+      out: folder for the images: new, empty, or of the same job, which goes on.
+      labels: labels of a grid, one column each: 0,1,2. Exactly one of this, `num_images` and `labels_file` is given.
+      rows: rows of the grid: images of each label.
+      num_images: number of images with uniform labels, also as samples.npz.
+      labels_file: file with one label per line: a set with these labels.
+      seed: seed of all noise and of uniform labels, 0 to 2^64 - 1.
+      batch_size: images at once; does not change them.
+      mode: "fast" (only what is on is computed), "gated" (computed and multiplied by its gate) or "complete" (all gates
+        open).
+      segments: programs that fast cuts the schedule into; it decides by itself where this is not given.
+      token_capacity: share of each image's tokens that pass an MLP at most: one number, or one per block; the
+        checkpoint's own by default.
+      precision: auto, bfloat16, float32 or highest.
+      routing: also draw what was on over the timesteps: routing.png and plan.png, with their numbers as .csv.
+      report: also write one page about the job, report.html; it shows the routing too.
       overrides: sampling settings that win over the checkpoint's.
+      from_step: step of a work directory's checkpoint; the newest by default.
+      weights: of a work directory: ema, or params, the raw parameters.
     """
 
     checkpoint: str
@@ -92,7 +93,7 @@ class Request:
     segments: int | None = None
     token_capacity: list | None = None
     precision: str = "auto"
-    draw_routing: bool = False
+    routing: bool = False
     report: bool = False
     overrides: dict = dataclasses.field(default_factory=dict)
     from_step: int | None = None
@@ -197,7 +198,7 @@ def _finish(request: Request, weights: Weights, labels, out, drawn: DrawResult) 
         save_image(out / "grid.png", draw_grid(pixels, columns=len(request.labels)))
     else:
         write_set(out, labels)
-    if (request.draw_routing or request.report) and samples is not None:
+    if (request.routing or request.report) and samples is not None:
         figures.save_figure(out / "routing.png", figures.draw_routing(samples, weights.model.macs))
         figures.save_table(out / "routing.csv", figures.routing_table(samples))
         if plan is not None:

@@ -1,7 +1,6 @@
 """How a program ends for an error: with one line and an exit code, wherever one line says it all."""
 
 import jax
-from absl import flags
 
 from dydit_jax.errors import InputError, StopError
 
@@ -11,6 +10,7 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # in the text of JAX's error, which has no
 MEMORY_FLAGS = dict(
     batch_size="--batch_size", chunk="--chunk", config="--config.data.batch_size, or raise --config.train.accumulate"
 )
+PROGRAM_FLAGS = []  # names of the flags that this program has
 SHOWN = 200  # letters of a library's message
 
 
@@ -24,7 +24,7 @@ def ending_of(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, KeyboardInterrupt):
         return "Stopped by Ctrl-C.", INTERRUPTED_CODE
     if isinstance(error, MemoryError) or (isinstance(error, jax.errors.JaxRuntimeError) and OUT_OF_MEMORY in message):
-        names = [name for flag, name in MEMORY_FLAGS.items() if flag in flags.FLAGS]
+        names = [name for flag, name in MEMORY_FLAGS.items() if flag in PROGRAM_FLAGS]
         return f"Out of memory; lower {' or '.join(names) or 'what is computed at once'} ({message[:SHOWN]}).", 1
     if isinstance(error, OSError):
         return f"{message.rstrip('.') or type(error).__name__}.", 1

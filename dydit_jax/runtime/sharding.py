@@ -43,7 +43,13 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices on each axis of the mesh; one of them may be -1 and takes what is left."""
+    """Devices on each axis of the mesh; one of them may be -1 and takes what is left.
+
+    Attributes:
+      data: devices that split the batch and hold all of the state.
+      fsdp: devices that split the batch and the state.
+      tensor: devices that split heads and MLP groups.
+    """
 
     data: int = -1
     fsdp: int = 1

@@ -35,13 +35,13 @@ class OptimizerConfig:
     """AdamW and what happens to gradients before it.
 
     Attributes:
-      learning_rate: peak, for everything but the routers.
+      learning_rate: peak of the learning rate, for everything but the routers.
       router_multiplier: the routers' learning rate in units of `learning_rate`. Their biases start far from the
         threshold; a short run needs about 10, the published long runs 1.
       decay: "constant" or "cosine" to 5 % of the peak.
-      warmup_steps: linear from 0 to the peak.
+      warmup_steps: steps in which the learning rate grows from 0 to the peak.
       decay_steps: step at which the cosine ends.
-      beta1, beta2, weight_decay: of AdamW.
+      beta1, beta2, weight_decay: AdamW's parameter of this name.
       clip_norm: gradients of a larger global norm are scaled down to it; None does not clip.
       skip_norm: a batch whose norm is not below it is skipped and counted; None skips non-finite ones alone.
     """
@@ -78,9 +78,9 @@ class TrainConfig:
 
     Attributes:
       steps: updates in all.
-      seed: of initial values and of every random draw but the data's order, 0 to 2^64 - 1.
-      ema_decay: of the exponential moving average of the parameters, which is what gets sampled.
-      init_from: weights to start from (anything that `sample.py --checkpoint` takes), "" for random ones. Routers
+      seed: seed of initial values and of every random draw but the data's order, 0 to 2^64 - 1.
+      ema_decay: decay of the exponential moving average of the parameters, which is what gets sampled.
+      init_from: weights to start from (anything that `sample.py --checkpoint` takes), empty for random ones. Routers
         that these lack are initialised afresh: the start of fine-tuning a DiT into a DyDiT.
       precision: "bfloat16", "float32", "highest" (float32 products in full, for comparisons) or "auto": bfloat16
         on accelerators, float32 on CPUs.
