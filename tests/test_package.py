@@ -65,7 +65,7 @@ def test_wheel_runs_away_from_the_clone(tmp_path):
     assert {"dydit_jax/py.typed", "dydit_jax/assets/digits_dydit.safetensors"} <= set(names)
     run("-m", "pip", "install", *quiet, "--target", installed, wheel)
 
-    said = run("-c", "import dydit_jax; print(dydit_jax.__file__, dydit_jax.__version__, dydit_jax.Model)")
+    said = run("-c", "import dydit_jax; print(dydit_jax.__file__, dydit_jax.__version__, dydit_jax.Pipeline)")
     assert said.startswith(str(installed)) and dydit_jax.__version__ in said
     run(installed / "bin" / "dydit-sample", "--checkpoint", "digits", "--labels", "0,1,2", "--out", "out")
     assert (elsewhere / "out" / "grid.png").is_file()

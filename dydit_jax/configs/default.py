@@ -11,7 +11,7 @@ from ml_collections import config_dict
 def get_config():
     config = ml_collections.ConfigDict()
 
-    # The network: dydit_jax/models/dit.py, DiTConfig. Either a published size, or the four numbers.
+    # The network: dydit_jax/models/config.py, DiTConfig. Either a published size, or the four numbers.
     config.model = ml_collections.ConfigDict()
     config.model.size = config_dict.placeholder(str)  # "XL/2": S, B, L or XL by 2, 4 or 8
     config.model.depth = config_dict.placeholder(int)

@@ -28,10 +28,12 @@ class DiTConfig:
     """Everything that fixes the parameter tree, its meaning and its initial values.
 
     Attributes:
-      depth, width, heads: L, D and H; groups of the MLP are as many as heads.
-      patch: P, in pixels of the input.
+      depth: number of blocks, L.
+      width: channels of a token, D.
+      heads: attention heads, H; the MLP has one group of channels for each.
+      patch: side of a patch, P, in pixels of the input.
       side: side of the square input, in pixels (image side / 8 for latents).
-      channels: C of the input; the output has 2C, noise first, then variance.
+      channels: channels of the input, C; the output has 2C, noise first, then variance.
       classes: number of labels; one more row stands for "no class".
       mlp_ratio: hidden channels of the MLP per channel of the width.
       routers: "none", "free" or "first_on", see `routing`.
