@@ -7,7 +7,7 @@ The same arithmetic three times, with the axes in the order that costs no copies
     gpu   plain matrix products that take their biases along; between them cuDNN's fused attention where it accepts the
           head size and the dtype, XLA's own kernels elsewhere
 
-Scores are in the dtype of the products, the softmax in float32. Their costs: docs/benchmarks.md.
+Scores are in the dtype of the products, the softmax in float32. Their costs: docs/speed/README.md.
 """
 
 import functools

@@ -73,7 +73,7 @@ def modulated_norm_thrice(x, shift, scale, statistics=None):
     """Return the modulated norm of x three times, written in three ways, for queries, keys and values.
 
     A TPU's compiler cannot tell that they are equal. It would make one, and keep it for three products in fast memory,
-    which the attention scores need. Where it gains and where not: docs/benchmarks.md.
+    which the attention scores need. Where it gains and where not: docs/speed/README.md.
 
     Args:
       x: tokens [B,N,D], float32.
