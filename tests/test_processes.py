@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import resource
 import signal
 import socket
 import subprocess
@@ -163,7 +161,7 @@ def test_every_mesh_and_number_of_processes_gives_the_same_losses_and_images(tmp
 
 def wait_for_steps(log, count: int) -> None:
     """Wait until a training has reported so many steps."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (log.exists() and len(log.read_text().splitlines()) >= count):
         assert time.monotonic() < deadline, "the training does not begin"
         time.sleep(0.1)
@@ -232,19 +230,14 @@ def test_exception_in_one_process_ends_both_with_its_message(monkeypatch, failin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failing", [0, 1])
-def test_full_disk_under_one_process_ends_both(tmp_path, failing):
-    config = changed(CONFIG, train=dict(steps=10**6), checkpoint=dict(every_steps=5), tracking=dict(every_steps=1))
-    processes = start("train", dict(config=[config] * 2, workdir=[str(tmp_path / "run")] * 2))
-    wait_for_steps(tmp_path / "run" / "metrics.jsonl", 12)
-    # From now on this process can't write a byte.
-    resource.prlimit(processes[failing].pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
-    said = finish(processes, code=1)
+@pytest.mark.parametrize("full", [0, 1])
+def test_full_disk_under_one_process_ends_both(tmp_path, full):
+    """Also where it is the writing behind the training that fails, while the other waits for it."""
+    said = finish(start("save", dict(workdir=str(tmp_path / "run"), full=full), devices=1), code=1)
     newest = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdecimal())
     for text in said:
-        [line] = [line for line in text.splitlines() if f"Process {failing}: " in line]
-        assert "File too large" in line or "FSIZE" in line
-        assert int(re.search(r"whole (?:one|checkpoint) is of step (\d+)", line).group(1)) in (newest - 5, newest)
+        [line] = [line for line in text.splitlines() if f"Process {full}: " in line]
+        assert "could not be written" in line and f"newest whole one is of step {newest};" in line
 
 
 def test_another_configuration_of_one_process_ends_both():

@@ -1,7 +1,8 @@
-"""One of several processes: trains, samples, packs latents or only meets the others, for `test_processes.py`."""
+"""One of several processes: trains, samples, packs latents, only saves or only meets the others; for test_processes.py."""
 
 import json
 import os
+import resource
 import sys
 
 import jax
@@ -26,6 +27,20 @@ def meet(error: str) -> None:
                 raise RuntimeError(error)
 
 
+def save(workdir: str, full: int) -> None:
+    """Save a small array every five steps; one process can't write a byte any more after a while."""
+    from dydit_jax.checkpoints import CheckpointConfig, Run
+    from dydit_jax.jobs.endings import about_newest
+
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    array = jax.jit(lambda: np.ones(64), out_shardings=jax.NamedSharding(mesh, jax.P("data")))()
+    with Run(workdir, CheckpointConfig(every_steps=5)) as run, one_for_all(lambda: about_newest(workdir)):
+        for step in range(1, 100):
+            run.save(step, dict(params=dict(array=array)), {})
+            if step == 12 and jax.process_index() == full:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+
 def main():
     port, count, number, action, told = sys.argv[1:]
     told = json.loads(told)
@@ -34,6 +49,8 @@ def main():
     with joined_processes(f"localhost:{port}", int(count), int(number)):
         if action == "meet":  # without the imports of the others, which take seconds
             meet(told.get(number, ""))
+        elif action == "save":
+            save(**told)
         elif action == "train":
             from dydit_jax.jobs.train import train_and_evaluate
 
