@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -266,3 +267,14 @@ def test_mistake_of_one_process_ends_both(tmp_path):
 def test_missing_coordinator_is_said():
     with pytest.raises(InputError, match="--coordinator"), joined_processes():
         pass
+
+
+@pytest.mark.slow
+def test_two_processes_pass_over_a_damaged_checkpoint_together(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    for path in (run / "checkpoints" / "6" / "params").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-9])
+    train(run, steps=6)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["4", "6"]
+    assert [path.name for path in (run / "set_aside").iterdir()] == ["6"]
+    require_same_run(run, trained)

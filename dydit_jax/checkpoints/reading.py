@@ -5,9 +5,7 @@ the model is known from the record alone; what then can't be read, or has anothe
 before digests have no such record: they are read, and what fails is called damaged.
 """
 
-import contextlib
 import functools
-import gc
 import hashlib
 import json
 import logging
@@ -129,17 +127,15 @@ def _read(path: epath.Path, handler: type, arguments):
     """
     import orbax.checkpoint as ocp
 
+    _mute_storage()
     alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
-    with _quiet_storage():
-        try:
-            with ocp.Checkpointer(handler(), multiprocessing_options=alone) as reader:
-                return reader.restore(path, args=arguments)
-        except (MemoryError, jax.errors.JaxRuntimeError):  # nothing is wrong with the files
-            raise
-        except Exception as error:  # noqa: BLE001 (the storage below has no common error)
-            reason = _reason(error, path)
-        gc.collect()  # the storage's error is gone by now; what it held complains here, where nothing listens
-        raise DamageError(reason)
+    try:
+        with ocp.Checkpointer(handler(), multiprocessing_options=alone) as reader:
+            return reader.restore(path, args=arguments)
+    except (MemoryError, jax.errors.JaxRuntimeError):  # nothing is wrong with the files
+        raise
+    except Exception as error:  # noqa: BLE001 (the storage below has no common error)
+        raise DamageError(_reason(error, path)) from None
 
 
 def _reason(error: Exception, path: epath.Path) -> str:
@@ -149,20 +145,22 @@ def _reason(error: Exception, path: epath.Path) -> str:
         chain.append(chain[-1].__cause__ or chain[-1].__context__)
     said = " ".join(" ".join(str(link) for link in chain).split())
     files = re.findall(re.escape(str(path)) + r"[^\s\"':,]*", said)
-    kind = re.search(r"NOT_FOUND|DATA_LOSS|PERMISSION_DENIED|not found|[Dd]ecod\w+|checksum|[Pp]ermission denied", said)
+    kind = re.search(r"\b[A-Z]+_[A-Z_]+\b(?=: )|not found|[Pp]ermission denied", said)
     reason = kind.group().lower().replace("_", " ") if kind else f"{type(error).__name__}: {said[:100]}"
     return f"{max(files, key=len, default=path)} can't be read ({reason})"
 
 
-@contextlib.contextmanager
-def _quiet_storage():
-    """Keep what Orbax drops on the way out of a failure, a page for every array, off the terminal."""
+@functools.cache
+def _mute_storage() -> None:
+    """Keep off the terminal what Orbax drops after a failure, a page for every array; all else is heard as before."""
     before = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
+
+    def hear(unraisable):
+        dropped = str(unraisable.exc_value).startswith(("Encountered error while reading", "Event loop is closed"))
+        if not dropped:
+            before(unraisable)
+
+    sys.unraisablehook = hear
 
 
 def _agreed(read: Callable):
