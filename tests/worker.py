@@ -1,4 +1,4 @@
-"""One of several processes: trains, samples, packs latents, only saves or only meets the others; for test_processes.py."""
+"""One of several processes: trains, samples, packs latents, only saves, or only meets the others."""
 
 import json
 import os

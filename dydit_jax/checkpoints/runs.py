@@ -66,6 +66,8 @@ def _make_barrier_fn() -> Callable:
     Orbax waits there also in a process that has failed, before it says so; but the others wait where that process did
     not come, for 20 minutes. What is raised here instead is what went wrong.
     """
+    import orbax.checkpoint as ocp  # here and below: it takes seconds, and only runs need it
+
     wait = ocp.multihost.get_barrier_sync_fn()
 
     def wait_unless_failed(*, key: str, timeout_ms: int) -> None:
@@ -90,7 +92,7 @@ class Run:
     def __init__(
         self, workdir, config: CheckpointConfig, *, lock: FolderLock | None = None, from_step: int | None = None
     ):
-        import orbax.checkpoint as ocp  # here and below: it takes seconds, and only runs need it
+        import orbax.checkpoint as ocp
 
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(config.keep),
