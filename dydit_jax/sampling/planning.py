@@ -52,7 +52,7 @@ class JobPlan:
         """
         self._run, self._path = run, _plan_path(run, checksum, segments)
         self.plan = self._load() or run.plan(segments)
-        logger.info("Plan: %s.\\n%s", self.plan.summary(), self.plan.table(run.schedule.timestep))
+        logger.info("Plan: %s.\n%s", self.plan.summary(), self.plan.table(run.schedule.timestep))
 
     def tune(self, labels, indices: np.ndarray, *, seed: int, batch: int) -> None:
         """Calibrate and choose the execution, if the job is long enough and no earlier one did.
