@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 import subprocess
 import sys
 
@@ -27,11 +28,11 @@ COMMANDS = ["train", "sample", "evaluate", "analyze", "convert", "prepare_latent
 FILLED = [
     (Training, ["--workdir=w"], dict(workdir="w")),
     (Training, ["--workdir=w", "--from_step=3"], dict(workdir="w", from_step=3)),
-    (Request, ["--checkpoint=c", "--out=o", "--labels=1,2"], dict(checkpoint="c", out="o", labels=("1", "2"))),
+    (Request, ["--checkpoint=c", "--out=o", "--labels=1,2"], dict(checkpoint="c", out="o", labels=["1", "2"])),
     (
         Request,
         ["--checkpoint=c", "--out=o", "--num_images=3", "--token_capacity=0.5", "--report", "--mode=gated"],
-        dict(checkpoint="c", out="o", num_images=3, token_capacity=("0.5",), report=True, mode="gated"),
+        dict(checkpoint="c", out="o", num_images=3, token_capacity=["0.5"], report=True, mode="gated"),
     ),
     (Evaluation, ["--samples=a,b"], dict(samples=("a", "b"))),
     (Analysis, ["--checkpoints=a", "--out=o"], dict(checkpoints=("a",), out="o", labels=("0", "1", "2", "3"))),
@@ -85,10 +86,8 @@ def test_flags_fill_their_dataclass(cls, arguments, expected):
     required = define_flags(cls, values)
     values(["program", *arguments])
     assert read_flags(cls, values) == cls(**expected)
-    assert (
-        required
-        == [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING][: len(required)]
-    )
+    parameters = inspect.signature(cls).parameters
+    assert required == [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
 
 
 @pytest.mark.parametrize("cls", {cls for cls, _, _ in FILLED} | {SamplingConfig}, ids=lambda cls: cls.__name__)

@@ -30,6 +30,7 @@ def program(monkeypatch):
             console.run(lambda: main(config), known)
         return end.value.code
 
+    run.known = known
     return run
 
 
@@ -108,3 +109,9 @@ def test_errors_of_ours_end_with_their_code(program, capsys, error, code):
 def test_a_bug_keeps_its_traceback(program):
     with pytest.raises(ZeroDivisionError):
         program(main=lambda config: 1 / 0)
+
+
+def test_flag_that_a_benchmark_requires_is_named_with_its_meaning(program, capsys):
+    flags.DEFINE_string("out", None, "File for the results.", flag_values=program.known, required=True)
+    assert program("--batch_size=2") == 2
+    assert capsys.readouterr().err == "program: --out is required. File for the results.\n"

@@ -50,8 +50,10 @@ def read_flags(cls, values: flags.FlagValues, **others):
     Raises:
       InputError: a value that the dataclass refuses.
     """
+    hints = typing.get_type_hints(cls)
     given = {field.name: values[field.name].value for field, _ in _fields(cls)}
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}, **others)
+    tuples = {name: tuple(value) for name, value in given.items() if value is not None and _kind(hints[name]) is tuple}
+    return cls(**given | tuples, **others)
 
 
 def define_overrides(cls, section: str, values: flags.FlagValues) -> None:

@@ -15,6 +15,7 @@ from absl import flags
 PACKAGE = pathlib.Path(__file__).parents[1]
 HELP, VERSION = ("--help", "-help", "-h"), ("--version", "-version")
 HELP_WIDTH = 100
+LIBRARIES = ("absl", "chex")  # whose flags are for themselves
 KINDS = {"int": "integer", "float": "number", "comma separated list of strings": "a,b,c"}
 
 
@@ -46,7 +47,7 @@ def parse_flags(
             raise
     missing = [name for name in required if not message and values[name].using_default_value]
     if missing:
-        message = f"--{missing[0]} is required. {values[missing[0]].help.rstrip('.')}."
+        message = _missing_flag(missing[0], values)
     if message:
         _end(2, f"{arguments[0]}: {message}")
 
@@ -65,7 +66,7 @@ def format_help(
     """Return what a program does and what each of its flags means, those of every program last."""
     own, shared = [], []
     for module, found in values.flags_by_module_dict().items():
-        if not module.startswith("absl."):
+        if module.split(".")[0] not in LIBRARIES:
             (shared if module == "dydit_jax.runtime.console" else own).extend(found)
     sections = {
         "Flags": [_describe(flag, flag.name in required) for flag in own],
@@ -127,6 +128,10 @@ def _stray_argument(arguments: list[str], first: int, values: flags.FlagValues, 
     return f"Unknown argument {stray!r}; a value follows its flag, as in --name=value."
 
 
+def _missing_flag(name: str, values: flags.FlagValues) -> str:
+    return f"--{name} is required. {values[name].help.rstrip('.')}."
+
+
 def _unknown_flag(name: str, values: flags.FlagValues, keys: Mapping[str, str]) -> str:
     """Name a flag that there is not, and those that were likely meant."""
     if name in keys:
@@ -144,6 +149,9 @@ def _mistake(error: Exception, values: flags.FlagValues, keys: Mapping[str, str]
     message, place = " ".join(str(error).split()), _config_line(error)
     if isinstance(error, flags.UnrecognizedFlagError):
         return _unknown_flag(error.flagname, values, keys)
+    missing = isinstance(error, flags.IllegalFlagValueError) and re.match(r"flag --(\w+)=None: ", message)
+    if missing:  # what absl says of a flag that it was told is required
+        return _missing_flag(missing[1], values)
     if isinstance(error, SyntaxError):
         return f"{place or 'The file of --config'} is no Python: {error.msg}."
     if "get_config" in message:
