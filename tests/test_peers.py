@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.runtime import peers
+from dydit_jax.runtime import peers, processes
 from dydit_jax.runtime.processes import Notice
 
 PATIENCE_SECONDS = 20.0
@@ -125,6 +125,22 @@ def test_checkpoint_that_can_not_be_found_out_keeps_no_process_from_ending(ends,
     with pytest.raises(SystemExit), peers.Line().one_for_all(0, newest):
         raise KeyboardInterrupt
     assert caplog.records[-1].message == "Process 0: Stopped by Ctrl-C."
+
+
+def test_process_that_waits_for_others_in_vain_says_so(monkeypatch, caplog):
+    ended = queue.Queue()
+    waiting = threading.Event()
+
+    def leave(code):
+        ended.put(code)
+        waiting.set()
+
+    monkeypatch.setattr(processes, "os", types.SimpleNamespace(_exit=leave, environ={}))
+    monkeypatch.setattr(processes, "START_SECONDS", 0.05)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: waiting.wait(PATIENCE_SECONDS))
+    with processes.joined_processes("localhost:1", 2, 0):
+        assert ended.get_nowait() == 2
+    assert "did not come together: not all were there after" in caplog.text
 
 
 def test_interrupt_of_one_of_several_processes_is_a_notice_to_all(monkeypatch):

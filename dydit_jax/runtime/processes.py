@@ -24,6 +24,11 @@ from dydit_jax.runtime.peers import Line
 logger = logging.getLogger(__name__)
 
 MESSAGE_BYTES = 1000
+START_SECONDS = 300.0  # that processes wait for each other at the start
+WHO_THEY_ARE = (
+    "Where no pod or SLURM says who they are, every process needs --coordinator=HOST:PORT --num_processes=N "
+    "--process_id=I."
+)
 _line: Line | None = None  # of this process, where there are several
 
 
@@ -43,19 +48,33 @@ def joined_processes(coordinator: str | None = None, num_processes: int | None =
       InputError: nothing found, or the others did not come.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    late = threading.Timer(START_SECONDS, _leave_late)
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        # JAX's own limit ends the process with SIGABRT and a page of addresses.
+        limit = round(START_SECONDS) + 60
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=limit)
     except (RuntimeError, ValueError) as error:
         raise InputError(
-            f"The processes did not come together ({' '.join(str(error).split())[:300]}). Where no pod or SLURM says "
-            "who they are, every process needs --coordinator=HOST:PORT --num_processes=N --process_id=I."
+            f"The processes did not come together ({' '.join(str(error).split())[:300]}). {LATE}"
         ) from error
+    finally:
+        late.cancel()
     if jax.process_count() > 1:
         _join_line((coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")).rpartition(":")[0])
     with one_for_all():
         yield
     if _line is not None:
         _line.goodbye()
+
+
+def _leave_late() -> None:
+    """End this process, which still waits for the others: nothing else gets it out of there."""
+    logger.error(
+        "The processes did not come together: not all were there after %.0f s. %s", START_SECONDS, WHO_THEY_ARE
+    )
+    os._exit(2)
 
 
 def _join_line(host: str) -> None:
