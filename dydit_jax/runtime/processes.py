@@ -56,9 +56,8 @@ def joined_processes(coordinator: str | None = None, num_processes: int | None =
         limit = round(START_SECONDS) + 60
         jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=limit)
     except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"The processes did not come together ({' '.join(str(error).split())[:300]}). {LATE}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"The processes did not come together ({reason}). {WHO_THEY_ARE}") from error
     finally:
         late.cancel()
     if jax.process_count() > 1:
