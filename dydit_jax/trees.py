@@ -16,7 +16,7 @@ def flatten(tree) -> dict:
 
 
 def unflatten(leaves: Mapping) -> dict:
-    """Return the nested dict whose leaves stand under these paths."""
+    """Return the nested dict whose leaves have these paths."""
     tree = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")

@@ -102,7 +102,7 @@ class Conversion:
 
     @property
     def said(self) -> dict:
-        """What the user says of the model by field; None is silence."""
+        """The user's values of the model's fields; None where none was given."""
         return {name: getattr(self, name) for name in (*SAID_OF_DITS, "latent_scale")}
 
 
@@ -118,7 +118,7 @@ class Report:
       dtypes: of the source.
       checksum: SHA-256 of the converted weights.
       config: of a DiT, as a dict; None for an autoencoder.
-      sources: who says what the tensors leave open, by field.
+      sources: where the value of each field comes from that the tensors leave open.
       doubts: what is guessed, a sentence each: look at them.
       macs: of one image and pass with every gate open; None for an autoencoder.
       largest_difference: to PyTorch, relative to the output's scale; None if not verified.
@@ -169,7 +169,7 @@ def convert(request: Conversion) -> Report:
     """Convert a PyTorch file.
 
     Returns:
-      The report; for a folder as output it also lies there as JSON.
+      The report; if the output is a folder it is also written there as JSON.
 
     Raises:
       InputError: anything wrong with the file or the request; nothing is written then.
@@ -295,10 +295,10 @@ def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
 def compare_with_torch(tensors: Mapping, params, config: DiTConfig, evidence: Evidence) -> float:
     """Run both networks on random input, gated and complete; return the largest difference relative to the scale.
 
-    PyTorch's is built from the file alone, and from what is said of its heads, which its tensors do not show.
+    PyTorch's is built from the file alone, and from the number of heads, which its tensors do not show.
 
     Raises:
-      InputError: nobody says how many heads there are: both sides would share a guess.
+      InputError: the number of heads is a guess, which both sides would share.
     """
     if evidence.sources["heads"] == GUESS:
         raise InputError(f"--verify can't know the number of heads, {config.heads} is a guess; give --heads.")
@@ -314,7 +314,7 @@ def compare_with_torch(tensors: Mapping, params, config: DiTConfig, evidence: Ev
 
 
 def _prepared(params: dict, config: DiTConfig, request: Conversion) -> tuple[DiTConfig, dict]:
-    """Order a static DiT and give it routers, where asked for."""
+    """Order a static DiT and give it routers, as requested."""
     if (request.order or request.add_routers) and config.routers != "none":
         raise InputError("This model has routers already; --add_routers and --order are for a static DiT.")
     if request.order:

@@ -1,4 +1,4 @@
-"""Which model a set of PyTorch tensors is: what their shapes show, and what has to be said by someone else."""
+"""Which model a set of PyTorch tensors is: what their shapes show, and what only other sources can say."""
 
 import math
 from collections.abc import Mapping
@@ -20,18 +20,18 @@ IMAGE_CHANNELS = (1, 3)
 
 
 def detect_config(tensors: Mapping[str, np.ndarray], evidence: Evidence | None = None) -> DiTConfig:
-    """Read the configuration of a DiT or DyDiT from its tensors, and from what else is said where they leave it open.
+    """Read the configuration of a DiT or DyDiT from its tensors, and from other sources where they leave it open.
 
     Args:
       tensors: by their PyTorch names; beyond shapes, only the position table is looked at.
-      evidence: what others say; what the tensors say and what is guessed is added.
+      evidence: of the other sources; what the tensors show and what is guessed is added.
 
     Returns:
       The configuration. It counts a row for "no class", whether or not the source has one: see `evidence`'s `null_row`.
 
     Raises:
-      InputError: tensors of something else, someone who says what they contradict, or a choice that nobody makes; names
-        the flag that decides.
+      InputError: tensors of something else, a source that they contradict, or a choice that no source makes; names the
+        flag that decides.
     """
     evidence = Evidence() if evidence is None else evidence
     width, channels, patch, columns = _shape(tensors, "x_embedder.proj.weight", 4)

@@ -1,8 +1,8 @@
 """What is known of a source's model, and from where: its tensors, its training's options, a config.json, the user.
 
 Tensors leave things open: how many heads share a width, whether the last row of the label table is a class, what a
-network predicts. Whatever says something about it is heard, those who disagree end the conversion, and what nobody says
-is a guess that is called one.
+network predicts. All other sources are read. Sources that disagree end the conversion, and what none of them says is
+guessed and reported as a guess.
 """
 
 import re
@@ -39,7 +39,7 @@ class Evidence:
     """Values by field, each with who says it; see the module.
 
     Attributes:
-      sources: who settled each field, in words.
+      sources: for people: where the value of each field comes from.
       doubts: what was guessed or not believed, a sentence each.
       named_size: what the training calls its model, e.g. "XL/2"; None where it does not.
     """
@@ -48,7 +48,7 @@ class Evidence:
         self.sources, self.doubts, self.named_size, self._values = {}, [], None, {}
 
     def say(self, field: str, value, source: str) -> None:
-        """Note what a source says of a field; None is silence.
+        """Note a source's value of a field; None where it has none.
 
         Raises:
           InputError: another source says something else.
@@ -64,23 +64,23 @@ class Evidence:
         self.sources.setdefault(field, source)
 
     def guess(self, field: str, value, reason: str) -> None:
-        """Take a value for a field that nobody says anything about, for a reason that names who could."""
+        """Guess a field that no source mentions; the reason names the flag that decides."""
         if field not in self._values:
             self._values[field], self.sources[field] = value, GUESS
             self.doubts.append(f"{field} {value} is a guess: {reason}")
 
     def value(self, field: str):
-        """Return what is said of a field or guessed, or None."""
+        """Return the known or guessed value of a field, or None."""
         return self._values.get(field)
 
 
 def gather_evidence(source, options: Mapping, flags: Mapping) -> Evidence:
-    """Hear all but the tensors.
+    """Read all sources but the tensors.
 
     Args:
       source: the file of weights; a `config.json` in its folder is read.
       options: of the training that wrote it.
-      flags: what the user says, by field; None where nothing.
+      flags: values that the user gave, by field; None where not.
 
     Raises:
       InputError: sources that disagree, a config.json that can't be read, or a model of another kind: flow matching.
@@ -100,7 +100,7 @@ def gather_evidence(source, options: Mapping, flags: Mapping) -> Evidence:
 
 
 def _hear(evidence: Evidence, options: Mapping, who: str) -> None:
-    """Note what plain values by name say, as far as their names are known."""
+    """Note the values whose names are known."""
     _require_noise(options, who)
     for name, field in FIELDS.items():
         value = options.get(name)

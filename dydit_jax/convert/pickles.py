@@ -1,7 +1,7 @@
 """Reading the pickle in which torch.save lists its tensors, without Python's unpickler.
 
-A pickle is a program, and Python's unpickler runs it. Here a small machine reads it that knows the few operations which
-torch.save writes, makes nothing but plain values and views of storages, and refuses the rest. Names in the file are
+A pickle is a program, and Python's unpickler runs it. The small machine here knows the few operations that torch.save
+writes, makes nothing but plain values and views of storages, and refuses the rest. Names in the file are
 compared with a list and never looked up, nothing of the file's is called, and the sizes that it states are compared
 with the bytes that it has before memory is taken.
 """
@@ -47,7 +47,7 @@ NAMES = {ORDERED_DICT, NAMESPACE, SIZE, TENSOR, TENSOR_WITH_DTYPE, PARAMETER, *S
 
 
 class RefusedError(ValueError):
-    """A pickle with something that weights have no need of; the message says what."""
+    """A pickle with something that weights do not need; the message says what."""
 
 
 class Namespace:

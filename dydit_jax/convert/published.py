@@ -1,10 +1,10 @@
 """Published weights by name: where they are, under which licence, and fetching them once.
 
-Nothing is fetched unless a name is asked for. Files are kept under $DYDIT_JAX_CACHE (default ~/.cache/dydit-jax), which
+Nothing is fetched unless its name is used. Files are kept under $DYDIT_JAX_CACHE (default ~/.cache/dydit-jax), which
 several machines and users may share. One process at a time fetches a file. A download that breaks off goes on where it
-stopped, if the server still has the same file, and is checked before it takes its name: against the SHA-256 that the
-server or this list tells, or the checksums inside the file. Its own SHA-256 is kept beside it, in the form of
-`sha256sum`, and compared whenever the file is asked for.
+stopped, if the server still has the same file, and is checked before it gets its name: against the SHA-256 of the
+server or of this list, or the checksums inside the file. Its own SHA-256 is kept beside it, in the format of
+`sha256sum`, and compared at every use.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Published:
     """One published file: either a plain address, or a repository on Hugging Face and a file in it.
 
     Attributes:
-      licence: in words.
+      licence: as text.
       file: its name there.
       address, repository: where it is.
       sha256: the beginning of its checksum, where it is known.
@@ -79,7 +79,7 @@ SHIPPED = {"digits": Path(__file__).parents[1] / "assets" / "digits_dydit.safete
 
 
 def known_names(holds: str) -> list[str]:
-    """List the names by which "model", "autoencoder" or "judge" can be asked for."""
+    """List the names of every known "model", "autoencoder" or "judge"."""
     return [*(SHIPPED if holds == "model" else ()), *(name for name, it in PUBLISHED.items() if it.holds == holds)]
 
 
@@ -156,7 +156,7 @@ def _is_whole(target: Path, entry: Published) -> bool:
 
 
 def _fetch_from_hub(entry: Published, partial: Path) -> str | None:
-    """Fetch by way of huggingface_hub, which resumes; return the checksum that it tells of large files."""
+    """Fetch with huggingface_hub, which resumes; return the checksum that it publishes for large files."""
     import huggingface_hub
 
     folder = partial.parent / "hub"
@@ -265,6 +265,6 @@ def _version_of(partial: Path) -> Path:
 
 
 def _version_told(headers) -> str:
-    """Return the mark by which a server knows a version of its file again, "" if it tells none."""
+    """Return the server's mark of a version of its file, "" if it has none."""
     tag = headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")

@@ -1,9 +1,9 @@
 """Reading weights that PyTorch wrote, without letting them run code, and writing them back.
 
 A `.pt`, `.pth` or `.bin` file lists its tensors in a pickle, which `pickles` reads without running it; their numbers
-lie beside it, as members of a zip file or, before 2020, one after the other. A `.safetensors` file lists them in JSON.
-Tensors come out as read-only views of the file, so that a 10.9 GB training file costs no memory until an array is used.
-What a file says of itself is compared with the bytes that it has before anything is made of it.
+are stored beside it, as members of a zip file or, before 2020, one after the other. A `.safetensors` file lists them in
+JSON. Tensors come out as read-only views of the file, so that a 10.9 GB training file costs no memory until an array is
+used. What a file states about itself is compared with its bytes before it is used.
 """
 
 import collections
@@ -120,7 +120,7 @@ def _read(path: Path):
 
 
 def _short(error: Exception) -> str:
-    """Return what an error says on one line; it may quote a file that has much to say."""
+    """Return an error's message as one short line; it may quote a file at length."""
     return textwrap.shorten(str(error), 300)
 
 
@@ -242,7 +242,7 @@ def _read_legacy(path: Path):
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Map the arrays of a `.safetensors` file, which lie one behind the other."""
+    """Map the arrays of a `.safetensors` file, which are stored one after the other."""
     data = np.memmap(path, np.uint8, "r")
     length = int.from_bytes(data[:8].tobytes(), "little")
     if length > data.size - 8:
@@ -282,7 +282,7 @@ def _unrepeated(pairs: list[tuple]) -> dict:
 
 
 def release_pages(array) -> None:
-    """Give back the memory that reading an array from its file has taken; it is read again when it is used again."""
+    """Free the memory that reading an array from its file has taken; it is read again at its next use."""
     while array is not None and not isinstance(array, mmap.mmap):
         array = getattr(array, "base", None)
     if array is not None and hasattr(mmap, "MADV_DONTNEED"):

@@ -1,7 +1,7 @@
 """Pictures with labels in class folders or tars, one after another, always in the same order.
 
-Archives may come from strangers. Nothing is extracted: members are read where they lie, and only ordinary files of a
-picture's size are. Links, devices, FIFOs and sparse members count as unreadable pictures. An archive that is damaged
+Archives may come from strangers. Nothing is extracted: members are read in place, and only ordinary files of a
+picture's size. Links, devices, FIFOs and sparse members count as unreadable pictures. An archive that is damaged
 or cut is an error, not the end of the pictures.
 """
 
@@ -44,7 +44,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class PictureSource:
-    """Pictures that can be gone through from the start, more than once.
+    """Pictures that can be iterated over more than once.
 
     Attributes:
       classes: their names; a label is the position in here.

@@ -1,7 +1,7 @@
 """Which files of a folder are pictures, for training, evaluation and preparation alike.
 
-Pictures are known by their suffix. What systems and tools leave in folders is no picture and no class; whatever else
-is passed over is counted and named in the log, so that nothing vanishes without a word.
+Pictures are recognised by their suffix. Files and folders that systems and tools leave behind are neither pictures nor
+classes. Whatever else is passed over is counted and named in the log, so that nothing disappears silently.
 """
 
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_left_by_system(name: str) -> bool:
-    """Return whether a file or folder of this name, or relative path, is one that no one means to be data."""
+    """Return whether a file or folder of this name, or relative path, was left by a system and is no data."""
     parts = [part for part in name.split("/") if part not in (".", "..")]
     return any(part.startswith(".") or part.lower() in LEFT_BY_SYSTEMS for part in parts)
 
@@ -67,9 +67,9 @@ def list_pictures(folder) -> list:
     files, others = _pictures_and_others(folder)
     filled = [place.name for place in others if _is_data_folder(place) and _pictures_and_others(place)[0]]
     if filled:
-        told = f"{len(filled)} folders of pictures ({', '.join(filled[:3])})"
+        folders = f"{len(filled)} folders of pictures ({', '.join(filled[:3])})"
         raise InputError(
-            f"{folder} has {told} and {len(files)} pictures beside them; name a folder that holds the set alone."
+            f"{folder} has {folders} and {len(files)} pictures beside them; name a folder that holds the set alone."
         )
     if not files:
         raise InputError(f"{folder} has no pictures ({', '.join(SUFFIXES)}).")
@@ -78,7 +78,7 @@ def list_pictures(folder) -> list:
 
 
 def log_ignored(where, names: Iterable[str]) -> None:
-    """Say what was passed over: a warning for what could be data, a note for what systems leave."""
+    """Log what was passed over: a warning for possible data, a note for what systems leave behind."""
     names = list(names)
     left = [name for name in names if is_left_by_system(name)]
     unknown = [name for name in names if not is_left_by_system(name)]
@@ -107,7 +107,7 @@ def _some(names: list[str]) -> str:
 
 
 def _list_folder(folder) -> list:
-    """Return what lies in a folder, in alphabetical order."""
+    """Return the content of a folder, in alphabetical order."""
     try:
         return sorted(folder.iterdir())
     except OSError as error:

@@ -1,6 +1,6 @@
 """Sets of finished images, to be judged: an `.npz` batch, a folder of pictures, a prepared tfds dataset.
 
-Images come as uint8 [n,height,width,3], a few at a time: 50,000 images of 256 px need 10 GB when they lie open.
+Images come as uint8 [n,height,width,3], a few at a time: 50,000 images of 256 px need 10 GB of memory.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, V
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Images that can be gone through once or more often.
+    """Images that can be iterated over more than once.
 
     Attributes:
       name: for messages.
@@ -154,8 +154,8 @@ def _open_dataset(name: str, side: int) -> ImageSet:
 
     def images():
         for index in range(len(source)):
-            told = f"Example {index} of {name}"
-            yield _sized(decode_image(read_example(source, index, told)["image"], told), side)
+            where = f"Example {index} of {name}"
+            yield _sized(decode_image(read_example(source, index, where)["image"], where), side)
 
     return ImageSet(name, len(source), "", images)
 

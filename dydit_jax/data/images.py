@@ -1,7 +1,7 @@
-"""Pictures as they lie on disks: read whatever their kind, cropped as the published models were trained.
+"""Reading pictures of any kind, and the crop that the published models were trained with.
 
-Training, evaluation and preparation all read here, so that they know the same kinds of picture. Files may come from
-strangers: what can't be read, whatever it is, ends in one error that names it.
+Training, evaluation and preparation all read here, so that they accept the same kinds of picture. Files may come from
+strangers: whatever can't be read ends in one error that names it.
 
 Source of the crop: ADM, https://arxiv.org/abs/2105.05233, its data loader, which DiT took over.
 """

@@ -5,7 +5,7 @@
     <folder>/checksums.npy  uint32 [n]: the CRC-32 of an example's moments and label, compared whenever it is read
     <folder>/info.json      what made them
 
-The first two are enough: whoever makes latents in another way has no checksums, and damage to them goes unnoticed.
+The first two are enough: latents that were made in another way have no checksums, and damage to them goes unnoticed.
 """
 
 import logging
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 class LatentFiles:
     """Prepared latents, read one by one.
 
-    By ordinary reads, not through a memory map: a disk that fails, or a file that is cut while it is read, ends a
-    program that reads a map without a word.
+    By ordinary reads, not through a memory map: with a map, a disk that fails or a file that is cut meanwhile kills the
+    program without a message.
 
     Attributes:
-      labels: [n], as they lie in the file.
+      labels: [n], as stored.
       shape: of the moments, [n,2,side,side,8].
       info: what made them, {} if that is not known.
     """

@@ -1,13 +1,13 @@
 """Pictures of class folders or tars -> one prepared dataset of array_record files, without TensorFlow.
 
 What comes out is an ordinary tensorflow_datasets dataset: `tfds.builder_from_directory` reads it, and so does
-`data.name=tfds`. While it is made it lies in <out>/class_pictures/1.0.0.partial:
+`data.name=tfds`. While it is being made it is in <out>/class_pictures/1.0.0.partial:
 
     source.json                          what it is made of
     class_pictures-train.array_record-*  pictures as they were, byte for byte, in the source's order; about 256 MiB each
     journal.jsonl                        a line per file of pictures, written after that is on the disk
 
-A job that was killed goes on after the last whole file of the journal. The folder takes its name when all is there.
+A job that was killed continues after the last whole file of the journal. The folder gets its name when it is complete.
 """
 
 import dataclasses
@@ -107,7 +107,7 @@ def _prepare(source: PictureSource, folder: pathlib.Path, partial: pathlib.Path,
 
 
 def _require_free(out: pathlib.Path, folder: pathlib.Path, partial: pathlib.Path) -> None:
-    """Raise if anything lies in a folder but what a command before this one may have left."""
+    """Raise if a folder holds anything but what an earlier run of this command may have left."""
     inside = lambda place: {path.name for path in place.iterdir()} if place.is_dir() else set()
     ours = {NAME} if (folder / SOURCE_FILE).is_file() or not folder.exists() else set()
     strange = (inside(out) - ours) | (inside(out / NAME) - {folder.name, partial.name})

@@ -1,1 +1,1 @@
-"""What this project exists for: computing only what is on, with the same result."""
+"""Fast sampling: compute only what is open, with the same result."""

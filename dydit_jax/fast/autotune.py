@@ -27,7 +27,7 @@ ROUNDS = 5
 def fastest_execution(model: Model, params, plan: Plan, *, images: int, evaluations: int) -> str:
     """Time every execution on the first blocks of a plan's longest segment, with its usage of tokens.
 
-    One of this process's devices runs it, whatever mesh is set: kernels cannot be shared out but under `shard_map`.
+    One of this process's devices runs it, whatever mesh is set: only under `shard_map` can kernels be split.
 
     Args:
       model, params: the network, the parameters on one device or replicated.
@@ -67,7 +67,7 @@ def _benchmark(model: Model, params, plan: Plan, images: int, evaluations: int) 
 
 
 def _compile(model: Model, params, layers: list, plan: Plan, segment, execution: TokenExecution, batch: tuple):
-    """Compile a few blocks under one execution, with as many tokens open as the plan's usage says."""
+    """Compile a few blocks under one execution, with the share of open tokens that the plan's usage says."""
     images, evaluations = batch
     config, rows = model.config, images * evaluations
     steps = slice(segment.start, segment.stop)
@@ -95,7 +95,7 @@ def _compile(model: Model, params, layers: list, plan: Plan, segment, execution:
 def _with_gates(execution: TokenExecution, gates):
     """Return the execution with the gates of its tokens given, where it takes them; kernels route by themselves.
 
-    What kernels compute takes as long whatever is open, as long as the capacity is the same.
+    The time of kernels depends on the capacity, not on which tokens are open.
     """
     if type(execution).update is not TokenExecution.update:
         return execution

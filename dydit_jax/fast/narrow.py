@@ -1,4 +1,4 @@
-"""The weights of a segment: the stacked blocks taken apart, each with its own kept heads and groups."""
+"""The weights of a segment: one parameter tree per block, with only the heads and groups that the segment keeps."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ SPLIT_QKV = ("qkv", "qkv_bias")  # of queries, keys and values, which are narrow
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeferredBlocks:
-    """All blocks, and which units a segment keeps of them: its program narrows them.
+    """All blocks, and the units that a segment keeps of them; the segment's program narrows them.
 
     Attributes:
       whole: the parameters of all blocks, stacked [L,...].
@@ -45,7 +45,7 @@ class DeferredBlocks:
 
 
 class NarrowedBlocks:
-    """The blocks of one segment after another, as its program takes them.
+    """The blocks of one segment after another, in the form that its program takes.
 
     On a CPU they are narrowed before the program runs. Arrays unchanged between consecutive segments are reused; others
     are freed, layer by layer, before they are rebuilt. Blocks of segments that keep everything are handled like this on
@@ -57,7 +57,7 @@ class NarrowedBlocks:
     """
 
     def __init__(self, blocks: dict, *, dtype, platform: str):
-        """Cast what products read.
+        """Cast the parameters that products read.
 
         Args:
           blocks: the parameters of all blocks, stacked [L,...]; copied to all devices of their mesh.
@@ -71,7 +71,7 @@ class NarrowedBlocks:
     def narrow_to(self, heads: tuple, groups: tuple):
         """Return the blocks of a segment: one parameter tree per block, or all of them, `DeferredBlocks`.
 
-        Biases of the projections stay whole: they are added whatever is on. The kernels of queries, keys and values
+        Biases of the projections stay whole: they are added whatever is open. The kernels of queries, keys and values
         become three arrays [D,H,K], their biases [H,K]: a product cannot read a third of one array in place.
 
         Args:
@@ -147,9 +147,10 @@ def _replicate(leaf):
 
 
 def cast_for_products(blocks: dict, dtype) -> dict:
-    """Cast attention, MLP and the kernel of modulation, which only products read, to the dtype of the products.
+    """Cast what only products read, attention, MLP and the modulation's kernel, to the dtype of the products.
 
-    What is cast already stays as it is. Programs that get other blocks cast all of them, each before its first step.
+    Arrays that already have this dtype stay as they are. Programs that get other blocks cast all of them, each before
+    its first step.
     """
     cast = lambda part: jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), part)
     modulation = blocks["modulation"] | cast(dict(kernel=blocks["modulation"]["kernel"]))
@@ -164,12 +165,12 @@ def narrow(blocks: dict, *, heads: tuple, groups: tuple, dtype) -> list[dict]:
 def fold_gates(layers: list, heads: tuple, groups: tuple) -> list[dict]:
     """Multiply gates into the kernels that read what they gate.
 
-    Exact, since a gate is 0 or 1. It saves a GPU a pass over all heads or hidden units, after which bias and GELU can
-    become part of the product before it.
+    This is exact, since a gate is 0 or 1. It saves a GPU a pass over all heads or hidden units, and lets it merge bias
+    and GELU into the product before them.
 
     Args:
       layers: one parameter tree per block.
-      heads, groups: per layer, gates [1,kept] of the units that it has, or None where all are on.
+      heads, groups: per layer, gates [1,kept] of the units that it has, or None where all are open.
     """
     gated = lambda kernel, gates: kernel if gates is None else kernel * gates[0][:, None, None].astype(kernel.dtype)
     return [

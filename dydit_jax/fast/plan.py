@@ -1,8 +1,9 @@
-"""The plan of a sampling run: which heads and groups are kept when, known before the first step.
+"""The plan of a sampling run: which heads and groups each step computes, known before the first one.
 
 Heads and groups depend on the weights and the timestep alone. Their gates over the whole schedule are cut into a few
-consecutive segments; each segment keeps the union of what is on at any of its steps, and becomes one compiled program
-with narrowed weights. What is in the union but off at a step is still multiplied by its gate, so the result is exact.
+consecutive segments; each keeps the union of the units that are open at any of its steps, and becomes one compiled
+program with narrowed weights. A unit in the union that is closed at a step is multiplied by its gate, so the result is
+exact.
 
 Where to cut is a shortest path: a segment costs its steps times the MACs of its union, and dynamic programming over the
 cuts finds the cheapest plan for every number of segments. More segments waste less and compile longer.
@@ -21,7 +22,7 @@ from dydit_jax.runtime.files import write_atomically
 MAX_SEGMENTS = 16
 STEPS_PER_SEGMENT = 4  # on average; a program that runs less often is not worth compiling
 TOLERATED_PADDING = 0.02  # of the MACs that an exact fit would need
-CUTTING = (MAX_SEGMENTS, STEPS_PER_SEGMENT, TOLERATED_PADDING)  # what a plan that was kept was cut by
+CUTTING = (MAX_SEGMENTS, STEPS_PER_SEGMENT, TOLERATED_PADDING)  # part of the name that a plan is kept under
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Segment:
     Attributes:
       start, stop: steps of the run, counted from its first, stop excluded.
       heads, groups: kept units of each layer, ascending; a layer may keep none.
-      head_gates, group_gates: per layer, bool [steps, kept], or None where all that is kept is always on.
+      head_gates, group_gates: per layer, bool [steps, kept], or None where every kept unit is always open.
     """
 
     start: int
@@ -57,7 +58,7 @@ class Plan:
     Attributes:
       heads, groups: gates in the order of the run, bool [S,L,H] and [S,L,G].
       segments: consecutive, from the first step to the last.
-      padding: share of MACs spent on what is in a union but off, of the MACs that an exact fit would need.
+      padding: MACs spent on closed units of a union, as a share of the MACs that an exact fit would need.
       execution: name of how tokens run, a key of `EXECUTIONS`.
       usage: of tokens, from a calibration, or None.
     """
@@ -178,7 +179,7 @@ def executed_gates(segments, units: int) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
       segments: consecutive.
-      units: heads of the model, which are as many as groups.
+      units: number of the model's heads, and of its groups.
     """
     steps, layers = segments[-1].stop - segments[0].start, len(segments[0].heads)
     heads, groups = (np.zeros((steps, layers, units), np.float32) for _ in range(2))
@@ -208,7 +209,7 @@ def _exact_cost(cost: np.ndarray) -> float:
 
 
 def _segment_costs(heads: np.ndarray, groups: np.ndarray, macs: ModelMacs) -> np.ndarray:
-    """Return [S,S+1]: the MACs of a segment from a to b, infinite where b <= a; tokens are taken as all on."""
+    """Return [S,S+1]: the MACs of a segment from a to b, infinite where b <= a; all tokens count as open."""
     steps = len(heads)
     cost = np.full((steps, steps + 1), np.inf)
     per_head, per_group = macs.attention / heads.shape[-1], macs.mlp / groups.shape[-1]
@@ -247,7 +248,7 @@ def _segment(heads: np.ndarray, groups: np.ndarray, start: int, stop: int) -> Se
 
 
 def _union(gates: np.ndarray) -> tuple[tuple, tuple]:
-    """Return per layer what is on at any step, and the gates within that, or None where they are all open."""
+    """Return per layer the units that are open at any step, and their gates, or None where these are all open."""
     kept = [np.flatnonzero(layer.any(0)) for layer in gates.swapaxes(0, 1)]
     residual = [gates[:, layer, units] for layer, units in enumerate(kept)]
     return tuple(tuple(units.tolist()) for units in kept), tuple(None if g.all() else g for g in residual)

@@ -1,4 +1,4 @@
-"""What a calibration saw of the open tokens, and what follows for others.
+"""How many tokens were open in a calibration, and how many rows later images will need.
 
 How many tokens are open depends on the image, so a program needs a capacity: the rows that its MLP computes. It is
 chosen from the usage that earlier images had, with a margin for those to come.

@@ -1,6 +1,7 @@
 """Numbers that compare sets of features: Fréchet distance, Inception score, precision and recall.
 
-What is sensitive to rounding runs in float64 on the host, the many distances of precision and recall on the device.
+Computations that are sensitive to rounding run in float64 on the host; the many distances of precision and recall run
+on the device.
 
 Source of the Fréchet Inception distance: https://arxiv.org/abs/1706.08500, equation 6.
 """

@@ -1,7 +1,7 @@
 """The Inception network of 2015 that FID is defined on, as pure functions of a parameter tree.
 
 `features` turns images into what the metrics of this field compare: the 2048 averages before the classifier, 7 channels
-of an inner layer with their places (for sFID), and the logits over 1008 classes (for the Inception score). Every detail
+of an inner layer at every position (for sFID), and the logits over 1008 classes (for the Inception score). Every detail
 is part of the definition: the resize of TensorFlow 1, the scaling by (x - 128) / 128, averages that leave the padding
 out, a maximum instead of an average in the last block, no bias on the logits.
 
@@ -116,7 +116,7 @@ def features(params: dict, images) -> dict:
       images: [B,height,width,3], 0 .. 255, any size.
 
     Returns:
-      float32 "pool" [B,2048], "spatial" [B,2023] (17 x 17 places of 7 channels, channels last), "logits" [B,1008].
+      float32 "pool" [B,2048], "spatial" [B,2023] (17 x 17 positions of 7 channels, channels last), "logits" [B,1008].
     """
     x = (resize(images.astype(jnp.float32)) - 128) / 128  # [B,299,299,3]
     x = _run(params["convs"], "", STEM, x)
@@ -156,8 +156,8 @@ def _pool(kind: str, x):
         x, start, combine, (1, 3, 3, 1), (1, stride, stride, 1), padding
     )
     if kind == "average":
-        places = window(jnp.ones((1, *x.shape[1:3], 1)), 0.0, jax.lax.add, 1, "SAME")  # less at the border
-        return window(x, 0.0, jax.lax.add, 1, "SAME") / places
+        counts = window(jnp.ones((1, *x.shape[1:3], 1)), 0.0, jax.lax.add, 1, "SAME")  # less at the border
+        return window(x, 0.0, jax.lax.add, 1, "SAME") / counts
     stride, padding = (2, "VALID") if kind == "halve" else (1, "SAME")
     return window(x, -jnp.inf, jax.lax.max, stride, padding)
 

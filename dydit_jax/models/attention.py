@@ -1,6 +1,6 @@
-"""Multi-head attention in the form that each platform does best, behind one function.
+"""Multi-head attention, written in the way that is fastest on each platform, behind one function.
 
-The same arithmetic three times, with the axes in the order that costs no copies:
+The same arithmetic three times, each with its axes in an order that needs no copies:
 
     cpu   plain matrix products; the division by the softmax's sum comes last, on N * K numbers instead of N * N
     tpu   three einsums straight into [B,H,K,N], tokens last: a reshape of [B,N,H*K] would move every value once more
@@ -31,7 +31,7 @@ def attend(x, qkv, bias, out, gates, *, platform: str):
       qkv: kernels of queries, keys and values, one array [3,D,H,K] or three [D,H,K].
       bias: theirs, [3,H,K] or three [H,K].
       out: kernel of the output projection [H,K,D].
-      gates: of the heads, [B or 1,H], or None (all on).
+      gates: of the heads, [B or 1,H], or None (all open).
       platform: one of `PLATFORMS`.
 
     Returns:
@@ -98,7 +98,7 @@ def _attend_gpu(x, qkv, bias, out, gates):
 
 @functools.cache
 def _cudnn_accepts(size: int, dtype) -> bool:
-    """Try cuDNN's fused attention once: which devices, versions and head sizes it takes is its own affair."""
+    """Return whether cuDNN's fused attention works here, by trying: devices, versions and head sizes decide."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return False
     probe = jax.ShapeDtypeStruct((1, TRIAL_TOKENS, 1, size), dtype)

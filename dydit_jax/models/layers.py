@@ -72,8 +72,8 @@ def modulate(x, shift, scale):
 def modulated_norm_thrice(x, shift, scale, statistics=None):
     """Return the modulated norm of x three times, written in three ways, for queries, keys and values.
 
-    A TPU's compiler cannot tell that they are equal. It would make one, and keep it for three products in fast memory,
-    which the attention scores need. Where it gains and where not: docs/speed/README.md.
+    Written differently, so that a TPU's compiler cannot see that they are equal. It would compute one and keep it for
+    three products in fast memory, which the attention scores need. What it gains: docs/speed/README.md.
 
     Args:
       x: tokens [B,N,D], float32.
@@ -206,7 +206,7 @@ class LabelEmbed(nnx.Module):
 
 
 def unconstrained(x):
-    """Return x: what stands for a sharding constraint where nothing needs pinning."""
+    """Return x: in place of a sharding constraint where none is needed."""
     return x
 
 

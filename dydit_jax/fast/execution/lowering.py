@@ -1,4 +1,4 @@
-"""Kernels that are lowered once, in whatever programs they appear."""
+"""Kernels that are lowered once and used in many programs."""
 
 import concurrent.futures
 import functools
@@ -11,9 +11,9 @@ CUSTOM_CALLS = ("__gpu$xla.gpu.triton",)  # the name of a kernel in XLA
 
 
 def lowered_once(*static_argnames: str):
-    """Make a function's calls share what it lowers to, those of the same shapes and settings, in whatever programs.
+    """Lower a function once per shapes and settings, and share the result between all programs that call it.
 
-    Lowering a kernel takes JAX longer than all else of a block, and a run has many programs of many blocks.
+    Lowering a kernel takes JAX longer than the rest of a block, and a run has many programs of many blocks.
 
     Args:
       static_argnames: of the settings, all given by name.

@@ -1,16 +1,16 @@
 """Execution `mosaic`, experimental: kernels for TPUs that pack the open tokens of all images of a pass together.
 
-It was checked interpreted and compiled for several TPUs, and never run on one. What a block does to tokens around its
-MLP, in two kernels of Pallas that find and leave all tokens in fast memory:
+It was checked in interpreted mode and compiled for several TPUs, but has never run on one. Two Pallas kernels do what a
+block does to tokens around its MLP; they find and leave all tokens in fast memory:
 
     pack      norm, modulation; the open tokens go to their rows                      -> MLP
     spread    the MLP's result goes back and is added to the residual stream          -> the stream and its statistics
 
-A TPU moves short rows by a product with zeros and ones. A unit of `UNIT` tokens, all of one image, is packed by one
-product, into a window of as many rows that begins at a whole tile, which it may share with the units before. While the
-matrix units pack one unit, the vector units norm the next; as programs of XLA both would take turns.
+A TPU moves short rows best by a product with zeros and ones. One product packs a unit of `UNIT` tokens, all of one
+image, into a window of the same number of rows. The window begins at a whole tile, which it may share with the units
+before. While the matrix units pack one unit, the vector units norm the next; under XLA both would take turns.
 
-There are no gradients. Where the kernels cannot be had, `accepts` says so once, and other executions serve.
+There are no gradients. Where the kernels are not available, `accepts` logs it once, and other executions serve.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Stream:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Where packed tokens lie, int32: row of each unit's first [U]; their order in it [U,n], `NOWHERE` if closed."""
+    """The rows of packed tokens, int32: each unit's first row [U]; order in the unit [U,n], `NOWHERE` if closed."""
 
     first: jax.Array
     order: jax.Array
@@ -62,7 +62,7 @@ class Mosaic(PackedExecution):
 
     @classmethod
     def available(cls, model, images: int) -> bool:
-        """Return whether the kernels can be had: on a TPU, for so many images, with routers and without top-k."""
+        """Return whether the kernels are available: on a TPU, for so many images, with routers, without top-k."""
         config = model.config
         suits = model.platform == "tpu" and config.routers != "none" and not config.token_capacity
         return suits and accepts(images, config.tokens, config.width, model.dtype)
@@ -106,13 +106,13 @@ class Mosaic(PackedExecution):
 
 
 def unit_size(tokens: int) -> int:
-    """Return of how many tokens a unit is, where images have so many."""
+    """Return the number of tokens in a unit, for images of so many tokens."""
     return math.gcd(tokens, UNIT)
 
 
 @functools.cache
 def accepts(images: int, tokens: int, width: int, dtype) -> bool:
-    """Tell whether the kernels can be had for so many images of a pass, by compiling them."""
+    """Return whether the kernels compile for so many images of a pass, by trying."""
     shape = lambda *axes, dtype=jnp.float32: jax.ShapeDtypeStruct(axes, dtype)
     capacity = images * tokens
 
@@ -134,7 +134,7 @@ def accepts(images: int, tokens: int, width: int, dtype) -> bool:
 def rows_reserved(gates):
     """Return the rows that units of tokens take, [...,U], from their gates [...,B,N].
 
-    One for each open token, or a whole unit's where these might reach beyond a window that begins at the first's tile.
+    One for each open token, or a whole unit where these might reach beyond a window that begins at the first tile.
     """
     is_open = _by_units(gates > 0)
     size, counts = is_open.shape[-1], is_open.sum(-1, dtype=jnp.int32)
@@ -142,7 +142,7 @@ def rows_reserved(gates):
 
 
 def rows_of(gates, *, capacity: int) -> Rows:
-    """Give rows to the open tokens, by gates [B,N]; where they need more than the capacity, wrong ones.
+    """Assign rows to the open tokens of gates [B,N]; meaningless where they need more than the capacity.
 
     Units that take a whole unit's rows come first: each has its own window. The others follow without a gap.
     """

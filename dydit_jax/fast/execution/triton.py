@@ -1,20 +1,20 @@
-"""Execution `triton`: kernels for GPUs that do all that happens to a token between two products, in one pass over it.
+"""Execution `triton`: GPU kernels that do everything between two matrix products in one pass over the tokens.
 
-Norms, residuals, routing and packing move bytes and hardly compute. Beside narrowed products they weigh much, since
-XLA reads and writes the tokens more often than must be. Here, in Pallas for Triton, a row of a program is a warp's and
-stays in its registers:
+Norms, residuals, routing and packing move bytes and hardly compute. Beside narrowed products they take much of the
+time, since XLA reads and writes the tokens more often than necessary. Here (Pallas for Triton) each row belongs to one
+warp and stays in its registers:
 
     norm            the last MLP's result is added; norm, modulation             -> attention
     add             that, and attention's result, is added                       -> the new stream, and the router
     pack            gates; norm and modulation of the open tokens                -> MLP
     add_and_norm    as `add` and `norm` of the sum, where all tokens are open    -> the new stream, and the MLP
 
-An MLP's result stays as it is, packed, until a kernel that reads the tokens anyway adds it: `Stream`.
+An MLP's result stays packed until a kernel that reads the tokens anyway adds it: `Stream`.
 
-Packed rows are dealt out by a counter that all programs share, in an order of chance. No result depends on it: rows are
-computed each by itself. There are no gradients, and gates of heads and groups must be multiplied into the weights, see
-`fold_gates`. JAX means to drop this backend of Pallas one day; where it is missing, or refuses, `accepts` says so once,
-and other executions serve.
+A counter that all programs share assigns the packed rows, in a random order. No result depends on that order, since
+each row is computed separately. There are no gradients, and gates of heads and groups must be multiplied into the
+weights, see `fold_gates`. JAX plans to drop this backend of Pallas; where it is missing, or refuses, `accepts` logs it
+once, and other executions serve.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ class _TritonSteps(TokenExecution):
 
     @classmethod
     def available(cls, model, images: int) -> bool:
-        """Return whether the kernels can be had: on a GPU, for sizes that they accept, without top-k."""
+        """Return whether the kernels are available: on a GPU, for sizes that they accept, without top-k."""
         config = model.config
         suits = model.platform == "gpu" and not config.token_capacity and config.token_router == "mlp"
         return suits and accepts(config.tokens, config.width)
@@ -149,7 +149,7 @@ class TritonDense(_TritonSteps):
 
 @functools.cache
 def accepts(tokens: int, width: int) -> bool:
-    """Tell whether the kernels can be had for this many tokens of this width, by compiling one of each kind."""
+    """Return whether the kernels compile for this many tokens of this width, by trying one of each kind."""
     if triton is None or tokens % ROWS or _chunk(width) < NARROWEST_CHUNK:
         return False
     shape = lambda *axes, dtype=jnp.float32: jax.ShapeDtypeStruct(axes, dtype)
@@ -262,7 +262,7 @@ def _chunk(width: int) -> int:
 
 
 def _adding_kernel(stream, modulation, x, normed, *, tokens: int):
-    """Write the tokens with everything added to x, and normed ones to normed, where these are wanted."""
+    """Write the tokens with everything added to x, and the normed ones to normed, where these are needed."""
     own = _Rows(tokens)
     parts = own.read(stream)
     if normed is not None:
