@@ -14,6 +14,7 @@ DEMO := sample.py --checkpoint digits --labels 0,1,2,3,4,5,6,7,8,9 --rows 10 --r
 
 demo: $(VENV)/installed
 	$(BIN)/python $(DEMO) --out out/demo
+	@echo "For the other commands of the README: source $(VENV)/bin/activate"
 
 test: $(VENV)/installed-test lint
 	$(BIN)/python -m pytest

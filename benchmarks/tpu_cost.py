@@ -4,11 +4,11 @@
     python benchmarks/tpu_cost.py --chips v5e,v6e --batch_sizes 32,64 --out docs/speed/tpu_xl2.json
 
 XL/2 in bfloat16 with the residual stream in float32, on one core. The fast model keeps 11 of 16 heads and 10 of 16
-groups in every block and has 65 % of the tokens on, with standard deviation `--deviation` between images. It has as
-many places for them as a job's own calibration on so many images gives it, in each form: those of an image (`one_hot`)
-or of all images of a pass together (`pooled`); `--capacity` sets another number. What images differ by, and how many
-places they need, `capacities.py` measures. Both models of cost, and what they cannot see, are explained in
-`tpu_compiler.py`. The efficiency is the speed-up over the ratio of MACs.
+groups in every block, and 65 % of the tokens are open, with standard deviation `--deviation` between images. Capacities
+are those that a job's own calibration would choose, for each execution: rows of each image (`one_hot`), or of all
+images of a pass together (`mosaic`); `--capacity` sets another number. `capacities.py` measures how much images differ
+and how many rows they need. `tpu_compiler.py` explains both models of cost and what they leave out. The efficiency is
+the measured speed-up divided by the ratio of MACs.
 """
 
 import json
