@@ -184,7 +184,7 @@ def test_full_disk_ends_the_run_with_its_newest_checkpoint_named(trained, tmp_pa
     monkeypatch.setattr(files, "_settle", settle_or_fail)
     drawn = types.SimpleNamespace(images=np.zeros((12, 8, 8, 1)), macs=np.ones(12))
     monkeypatch.setattr(trainer.SamplingRun, "draw", lambda *_, **__: drawn)
-    monkeypatch.setattr(trainer, "make_decode_fn", lambda *_: lambda images: images)
+    monkeypatch.setattr(trainer, "load_decoder", lambda *_: lambda images: images)
     monkeypatch.setattr(trainer, "_measure_ema", lambda *_: {})
     config = changed(STATIC, train=dict(steps=6), tracking=dict(samples_every_steps=6))
     step = 4 if failing == "metrics.jsonl" else 6
