@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dydit_jax.data.latent_files import checksums_of
 from dydit_jax.data.sources import DataConfig, batches, open_source
-from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.precision import build_model
 from dydit_jax.runtime.console import run
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh

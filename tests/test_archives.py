@@ -16,7 +16,7 @@ from dydit_jax.data.images import MAX_BYTES
 from dydit_jax.data.packing import prepare_pictures
 from dydit_jax.data.sources import DataConfig, open_prepared, open_source
 from dydit_jax.errors import InputError
-from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.config import DiTConfig
 
 COUNT = 10
 MODEL = DiTConfig(depth=1, width=32, heads=2, patch=2, side=16, channels=3, classes=2)

@@ -17,8 +17,8 @@ from dydit_jax.convert.tables import source_shapes
 from dydit_jax.convert.torch_files import read_tensors, write_tensors
 from dydit_jax.errors import InputError
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.models.config import published_config
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.config import DiTConfig, published_config
+from dydit_jax.models.dit import Model
 from dydit_jax.models.layers import position_table
 
 torch = pytest.importorskip("torch")

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dydit_jax.models.config import published_config
+from dydit_jax.models.config import DiTConfig, published_config
 from dydit_jax.models.cost import routed_macs, routed_ratio
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.dit import Model
 from dydit_jax.models.routing import Routing
 
 

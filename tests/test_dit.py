@@ -11,8 +11,8 @@ from conftest import GOLDEN, channels_last, diffusers_dit, relative_error
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
-from dydit_jax.models.config import SIZES, published_config
-from dydit_jax.models.dit import DiTConfig, Model, count_parameters
+from dydit_jax.models.config import SIZES, DiTConfig, published_config
+from dydit_jax.models.dit import Model, count_parameters
 from dydit_jax.models.layers import position_table, time_features
 from dydit_jax.sampling.guidance import guide
 

@@ -18,8 +18,7 @@ from dydit_jax.convert.torch_files import write_tensors
 from dydit_jax.errors import InputError
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.autoencoder import LATENT_SCALE
-from dydit_jax.models.config import published_config
-from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.config import DiTConfig, published_config
 from dydit_jax.models.layers import position_table
 from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.trees import flatten

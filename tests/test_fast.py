@@ -13,7 +13,8 @@ from test_executions import usage_of_none
 
 from dydit_jax.diffusion.samplers import SAMPLERS, SamplingConfig
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model
 from dydit_jax.sampling.segment import microbatch_size
 
 

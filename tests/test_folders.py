@@ -11,7 +11,7 @@ from dydit_jax.data.image_sets import open_images
 from dydit_jax.data.images import SUFFIXES
 from dydit_jax.data.sources import DataConfig, batches, open_source
 from dydit_jax.errors import InputError
-from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.config import DiTConfig
 
 MODEL = DiTConfig(depth=1, width=32, heads=2, patch=2, side=8, channels=3, classes=2)
 

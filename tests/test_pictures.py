@@ -9,7 +9,7 @@ from dydit_jax.drawing.pictures import draw_grid, save_image, to_uint8
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.fast.plan import make_plan
 from dydit_jax.fast.usage import TokenUsage
-from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.routing import Routing
 from dydit_jax.sampling.generate import Samples
 

@@ -14,7 +14,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.jobs import prepare_latents as preparation
 from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents, verify_latents
 from dydit_jax.jobs.train import train_and_evaluate
-from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.config import DiTConfig
 
 COUNT = 10
 

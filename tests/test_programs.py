@@ -93,7 +93,8 @@ import conftest
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.fast.execution.xla import Switch
 from dydit_jax.sampling.segment import SegmentSettings, run_segment
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model
 from dydit_jax.runtime import aot
 from dydit_jax.runtime.aot import describe_call
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh

@@ -7,7 +7,8 @@ import pytest
 from conftest import relative_error
 from flax import nnx
 
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model
 from dydit_jax.models.routing import TimeRouter, TokenRouter, dot_in_three_passes, hard_gate, straight_through_gate
 
 

@@ -19,7 +19,8 @@ from dydit_jax.fast.execution.registry import EXECUTIONS
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.jobs.sample_folder import prepare_folder
 from dydit_jax.models import autoencoder
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model
 from dydit_jax.trees import flatten
 
 

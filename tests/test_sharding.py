@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dydit_jax.errors import InputError
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model
 from dydit_jax.runtime.sharding import (
     MeshConfig,
     _across_slices,

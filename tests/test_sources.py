@@ -7,7 +7,7 @@ import pytest
 
 from dydit_jax.data.sources import DataConfig, batches, digits, open_source
 from dydit_jax.errors import InputError
-from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.config import DiTConfig
 
 MODEL = DiTConfig(depth=1, width=32, heads=2, patch=2, side=8, channels=1, classes=10)
 

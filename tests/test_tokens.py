@@ -12,7 +12,8 @@ from conftest import relative_error
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
-from dydit_jax.models.dit import DiTConfig, Model, execution_runs
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model, execution_runs
 from dydit_jax.models.execution import Masked, TopK, run_on_rows, token_ranks
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_constrain_fn, make_mesh, replicated
 from dydit_jax.sampling.generate import generate

@@ -71,7 +71,7 @@ def test_kernel_packs_the_open_tokens(draw, capacity):
     x, hidden = draw(BATCH, TOKENS, WIDTH), jax.nn.relu(draw(BATCH, TOKENS, 6))
     kernel, (shift, scale) = draw(6), draw(2, BATCH, WIDTH)
     bias = -jnp.median(hidden @ kernel)[None]
-    packed, row_of, gates = triton.pack(x, hidden, kernel, bias, shift, scale, capacity=capacity, dtype=jnp.float32)
+    packed, row_of, gates = triton.pack(x, (hidden, kernel, bias), (shift, scale), capacity=capacity, dtype=jnp.float32)
     is_open = np.asarray(hidden @ kernel + bias) > 0
     assert 11 < is_open.sum() < ROWS
     np.testing.assert_array_equal(gates, is_open)

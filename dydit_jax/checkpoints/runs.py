@@ -32,7 +32,8 @@ from dydit_jax.checkpoints.weights import Weights
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import DamageError, InputError, StopError
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model
 from dydit_jax.runtime.files import read_json
 from dydit_jax.runtime.locks import FolderLock
 from dydit_jax.runtime.processes import is_main, together

@@ -14,7 +14,8 @@ from dydit_jax.checkpoints.arrays import read_arrays, write_arrays
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model
 from dydit_jax.records import read_record
 from dydit_jax.trees import flatten, unflatten
 

@@ -32,7 +32,8 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.autoencoder import LATENT_SCALE
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model
 from dydit_jax.models.routing import LAYOUTS
 from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_json

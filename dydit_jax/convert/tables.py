@@ -16,7 +16,8 @@ import numpy as np
 
 from dydit_jax.convert.torch_files import release_pages
 from dydit_jax.errors import InputError
-from dydit_jax.models.dit import DiTConfig, Model
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model
 from dydit_jax.models.layers import position_table
 from dydit_jax.trees import flatten, unflatten
 

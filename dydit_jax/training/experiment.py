@@ -17,8 +17,7 @@ from dydit_jax.diffusion.losses import LossConfig
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.models.config import read_model
-from dydit_jax.models.dit import DiTConfig
+from dydit_jax.models.config import DiTConfig, read_model
 from dydit_jax.models.precision import PRECISIONS
 from dydit_jax.records import read_record, require_range, with_current_names
 from dydit_jax.runtime.seeds import require_seed

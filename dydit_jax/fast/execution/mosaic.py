@@ -174,15 +174,15 @@ def pack(x, rows: Rows, shift, scale, *, capacity: int, dtype):
     Returns:
       [R,D], arbitrary where no token has its row.
     """
-    mean, inverse = (_by_units(statistic[..., 0]) for statistic in single_pass_statistics(x))
-    return _pack(x, rows, mean, inverse, shift, scale, capacity=capacity, dtype=dtype)
+    statistics = tuple(_by_units(statistic[..., 0]) for statistic in single_pass_statistics(x))
+    return _pack(x, rows, statistics, shift, scale, capacity=capacity, dtype=dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "dtype"))
-def _pack(x, rows, mean, inverse, shift, scale, *, capacity: int, dtype):
+def _pack(x, rows, statistics: tuple, shift, scale, *, capacity: int, dtype):
     reach = capacity + rows.order.shape[1]  # the last window may reach beyond the capacity
     result = jax.ShapeDtypeStruct((reach, x.shape[-1]), dtype)
-    arguments = rows.first, rows.order, x.reshape(-1, x.shape[-1]), mean, inverse, shift, scale
+    arguments = rows.first, rows.order, x.reshape(-1, x.shape[-1]), *statistics, shift, scale
     [packed] = _call(_packing_kernel, [result], arguments)
     return packed[:capacity]
 

@@ -158,7 +158,7 @@ def accepts(tokens: int, width: int) -> bool:
 
     def both(stream, hidden, kernel_out, bias_out, shift, scale):
         arguments = dict(capacity=ROWS, dtype=jnp.bfloat16)
-        packed = pack(stream.x, hidden, kernel_out, bias_out, shift, scale, **arguments)
+        packed = pack(stream.x, (hidden, kernel_out, bias_out), (shift, scale), **arguments)
         waiting = dataclasses.replace(stream, attention=(stream.x, shift))
         return add_and_norm(waiting, shift, scale, dtype=jnp.bfloat16), packed
 
@@ -190,14 +190,13 @@ def add_and_norm(stream: Stream, shift, scale, *, dtype):
 
 
 @lowered_once("capacity", "dtype")
-def pack(x, hidden, kernel_out, bias_out, shift, scale, *, capacity: int, dtype):
+def pack(x, router: tuple, modulation: tuple, *, capacity: int, dtype):
     """Route tokens; norm, modulate and pack the open ones.
 
     Args:
       x: tokens [B,N,D], float32.
-      hidden: of them, from the first layer of the router [B,N,R].
-      kernel_out, bias_out: of its second layer, [R] and [1].
-      shift, scale: of the modulation [B,D].
+      router: of the tokens what its first layer gives [B,N,R]; kernel and bias of its second layer, [R] and [1].
+      modulation: shift and scale [B,D].
       capacity: R, rows for open tokens; those beyond get none.
       dtype: of the packed tokens.
 
@@ -216,9 +215,10 @@ def pack(x, hidden, kernel_out, bias_out, shift, scale, *, capacity: int, dtype)
         shape((1,), jnp.int32),
     )
     limit, zero = jnp.full(1, capacity, jnp.int32), jnp.zeros(1, jnp.int32)
-    arguments = _flat(x), _flat(hidden), kernel_out, bias_out, shift, scale, limit, zero
-    aliases = {len(arguments) - 1: len(outputs) - 1}
-    row_of, gates, packed, _ = _call(_packing_kernel, outputs, arguments, rows=rows, tokens=tokens, aliases=aliases)
+    hidden, *last_layer = router
+    inputs = _flat(x), (_flat(hidden), *last_layer), modulation, limit, zero
+    aliases = {len(jax.tree.leaves(inputs)) - 1: len(outputs) - 1}
+    row_of, gates, packed, _ = _call(_packing_kernel, outputs, (inputs,), rows=rows, tokens=tokens, aliases=aliases)
     return packed, row_of.reshape(batch, tokens), gates.reshape(batch, tokens)
 
 
@@ -274,10 +274,9 @@ def _adding_kernel(stream, modulation, x, normed, *, tokens: int):
         own.write_normed(parts, modulation, normed, own.index)
 
 
-def _packing_kernel(
-    x, hidden, kernel_out, bias_out, shift, scale, limit, _, row_of, gates, packed, counter, *, tokens: int
-):
+def _packing_kernel(inputs, row_of, gates, packed, counter, *, tokens: int):
     """Write rows and gates of all tokens, and the normed open ones to their rows."""
+    x, (hidden, kernel_out, bias_out), modulation, limit, _ = inputs
     own = _Rows(tokens)
     logits = own.product(hidden, kernel_out) + own.of_all(bias_out)  # [rows,1]
     is_open = (logits > 0).astype(jnp.int32)
@@ -288,7 +287,7 @@ def _packing_kernel(
     triton.store(gates.at[own.index], is_open.astype(jnp.float32))
     to = jnp.where(placed, to, capacity)  # behind the last row, where nothing is written
     parts = list(own.read(Stream(x), wanted=placed))
-    own.write_normed(parts, (shift, scale), packed, to, wanted=placed)
+    own.write_normed(parts, modulation, packed, to, wanted=placed)
 
 
 class _Rows:
