@@ -37,7 +37,7 @@ def quick_flags() -> str:
 
 
 from dydit_jax.convert.tables import convert_state_dict  # noqa: E402 (after the devices are fixed)
-from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.config import DiTConfig  # noqa: E402
 from dydit_jax.models.dit import Model  # noqa: E402
 from dydit_jax.runtime.aot import compiled  # noqa: E402
 
