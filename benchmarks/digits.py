@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from sklearn.neural_network import MLPClassifier
 
 from dydit_jax.data.sources import digits
-from dydit_jax.drawing.figures import save_figure
 from dydit_jax.drawing.pictures import to_uint8
+from dydit_jax.drawing.style import save_figure
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.metrics.distances import frechet_distance, moments
 from dydit_jax.models.precision import build_model

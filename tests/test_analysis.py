@@ -2,19 +2,17 @@
 
 import csv
 import dataclasses
-import html.parser
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from test_report import assert_self_contained
 
 from dydit_jax.checkpoints import Weights, save_weights
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.drawing.report import write_report
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.models.dit import Model
@@ -124,51 +122,3 @@ def test_wrong_requests_are_refused(checkpoints, tmp_path, tiny):
         with pytest.raises(InputError, match=told):
             analyze(make())
         assert not (tmp_path / "new").exists()
-
-
-# --- The page ------------------------------------------------------------------------------------
-
-
-class Page(html.parser.HTMLParser):
-    """Collects what a page points to and checks that its tags are closed."""
-
-    def __init__(self):
-        super().__init__()
-        self.sources, self.open = [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in ("img", "meta"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def assert_self_contained(text: str, pictures: int) -> None:
-    page = Page()
-    page.feed(text)
-    assert not page.open and len(page.sources) == pictures
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-
-
-def test_page_holds_what_lies_in_the_folder(tmp_path):
-    sampling = dict(sampler="ddpm", steps="250", guidance=1.5, guided_channels="all")
-    manifest = dict(
-        dict.fromkeys(("checksum", "num_images", "seed", "mode", "precision", "matmul_precision", "device"), "x"),
-        checkpoint="<b>runs</b>",
-        sampling=sampling,
-        model=dict(depth=2, width=32, heads=4, patch=2),
-        versions=dict(jax="1"),
-    )
-    cost = dict(macs=5e9, macs_complete=1e10, heads=0.5, groups=0.5, tokens=0.5, images=4, seconds=2.0)
-    found = dict(fid=2.5, inception_score=9.0, samples=dict(name="s", count=10), reference=None)
-    for name, content in (("manifest", manifest), ("cost", cost), ("evaluation", [found])):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    (tmp_path / "images").mkdir()
-    for number in range(30):
-        Image.new("L", (8, 8)).save(tmp_path / "images" / f"{number:06d}.png")
-    text = write_report(tmp_path).read_text()
-    assert_self_contained(text, pictures=1)
-    for told in ("&lt;b&gt;runs", "ddpm, 250 steps", "5.0000 (50.0 %)", "2.5000", "The first images of the set"):
-        assert told in text

@@ -36,7 +36,7 @@ def checkpoint(tiny, tmp_path_factory):
 def test_grid_has_a_column_per_label(checkpoint, tmp_path):
     out = tmp_path / "grid"
     sample(Request(checkpoint, str(out), labels=["1", "2", "3"], rows=2, report=True))
-    assert Image.open(out / "grid.png").size == (3 * 33 + 1, 2 * 33 + 1)
+    assert Image.open(out / "grid.png").size == (3 * 70 + 6, 2 * 70 + 6 + 14)  # and a line of labels
     assert Image.open(out / "routing.png").size[0] > 500
     cost = json.loads((out / "cost.json").read_text())
     assert 0 < cost["macs"] < cost["macs_complete"] and cost["images"] == 6 and 0 < cost["tokens"] < 1

@@ -33,6 +33,7 @@ from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.autoencoder import LATENT_SCALE
 from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.cost import format_count
 from dydit_jax.models.dit import Model
 from dydit_jax.models.routing import LAYOUTS
 from dydit_jax.records import require_range
@@ -143,7 +144,7 @@ class Report:
     def in_words(self) -> str:
         """Return the report as a sentence or two."""
         what = "autoencoder" if self.config is None else _in_words(self.config)
-        cost = "" if self.macs is None else f" {self.macs / 1e9:.2f} G MACs per image and pass with every gate open."
+        cost = "" if self.macs is None else f" {format_count(self.macs)} MACs per image and pass with every gate open."
         difference = (
             ""
             if self.largest_difference is None

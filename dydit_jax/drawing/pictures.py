@@ -1,13 +1,18 @@
 """Images as files that people look at: single ones and grids."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.runtime.files import write_atomically
 
-MIN_GRID_CELL = 32  # small images are enlarged to about this many pixels a side
+MIN_GRID_CELL = 64  # pixels; smaller images are enlarged by a whole factor, pixel by pixel
+GRID_PAPER, GRID_INK = "#d3dae1", "#1f2933"  # a paper that white pictures stand out from, and black ones
+# Text has this share of a grid's width, with which it can be read on a phone, if it fits its cell.
+LABEL_SHARE, LABEL_CELL_SHARE, MIN_LABEL = 1 / 32, 0.4, 12
 
 
 def to_uint8(images, *, indices=None, what: str = "image") -> np.ndarray:
@@ -57,14 +62,32 @@ def read_image(path) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
-def draw_grid(pixels: np.ndarray, columns: int) -> Image.Image:
-    """Set uint8 images [B,side,side,1 or 3] row by row into one picture, with a thin line between them."""
+def draw_grid(pixels: np.ndarray, columns: int, labels: Sequence[str] = ()) -> Image.Image:
+    """Set images row by row into one picture, with gaps between them.
+
+    Args:
+      pixels: uint8 [B,side,side,1 or 3].
+      columns: images in a row.
+      labels: of the images [B], written above them; a row with the labels of the row above does not repeat them.
+    """
     count, side, _, channels = pixels.shape
     zoom = max(1, -(-MIN_GRID_CELL // side))
-    pixels = pixels.repeat(zoom, 1).repeat(zoom, 2)
-    cell, rows = side * zoom + 1, -(-count // columns)
-    canvas = np.full((rows * cell + 1, columns * cell + 1, channels), 128, np.uint8)
-    for index, picture in enumerate(pixels):
-        top, left = (index // columns) * cell + 1, (index % columns) * cell + 1
-        canvas[top : top + cell - 1, left : left + cell - 1] = picture
-    return image_of(canvas)
+    cell, gap = side * zoom, max(6, side * zoom // 24)
+    width = columns * (cell + gap) + gap
+    font = ImageFont.load_default(max(MIN_LABEL, round(min(width * LABEL_SHARE, cell * LABEL_CELL_SHARE))))
+    line = round(1.2 * font.size)
+    rows = [list(labels[first : first + columns]) for first in range(0, count, columns)]
+    labelled = [bool(row) and row != above[: len(row)] for row, above in zip(rows, [[], *rows])]
+    height = len(rows) * (cell + gap) + gap + sum(labelled) * line
+    canvas = Image.new("L" if channels == 1 else "RGB", (width, height), GRID_PAPER)
+    pen, top = ImageDraw.Draw(canvas), gap
+    for r, row in enumerate(rows):
+        for column, index in enumerate(range(r * columns, min((r + 1) * columns, count))):
+            left = gap + column * (cell + gap)
+            if labelled[r]:
+                place = (left + cell / 2, top + line / 2 - gap / 2)
+                pen.text(place, row[column], fill=GRID_INK, font=font, anchor="mm")
+            picture = image_of(pixels[index]).resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(picture, (left, top + labelled[r] * line))
+        top += labelled[r] * line + cell + gap
+    return canvas

@@ -1,55 +1,87 @@
-"""One self-contained page about a folder: what made it, what it cost, how good it is, and its pictures.
+"""One self-contained page about a folder: its pictures, what made them, what it cost, and how good it is.
 
 A page is made of what lies in the folder, so that `sample.py`, `evaluate.py` and `analyze.py` add to the same one:
 
-    manifest.json     what made the images                     cost.json     what a pass costs
-    evaluation.json   metrics                                  *.png         pictures, also of sub-folders
-    images/           the first images, where there is no grid
+    manifest.json     what made the images                     cost.json     what a pass and the job cost
+    analysis.json     what `analyze.py` was asked for          *.png         pictures, also of sub-folders
+    evaluation.json   metrics                                  images/       the first images, without a grid
+
+It is read on phones too, by day and by night: no word is broken, what is too wide scrolls in its own box, and the
+figures' paper is dark where the page is.
 """
 
 import base64
 import html
 import io
 import json
+import re
 import time
 
 import numpy as np
 from etils import epath
 
 from dydit_jax.drawing.pictures import draw_grid, read_image
+from dydit_jax.models.cost import format_count
 from dydit_jax.runtime.files import read_json, write_atomically
 
 REPORT_FILE = "report.html"
 MANIFEST_FILE = "manifest.json"
 COST_FILE = "cost.json"
+ANALYSIS_FILE = "analysis.json"
 EVALUATION_FILE = "evaluation.json"
 IMAGES_SHOWN = 24
 
 # Pictures with a known meaning, in the order of the page: heading and what to see.
 PICTURES = {
-    "grid": ("Images", "One column per label."),
+    "grid": ("Images", "The label stands above its images."),
     "losses": ("Loss over timesteps", "Where lines meet, the timestep is easy: a smaller model does as well there."),
     "loss_maps": (
         "Loss over patches",
-        "Bright patches are hard. Each map is divided by its mean, which stands below it.",
+        "Strongly coloured patches are hard. Each map is divided by its mean, which stands below it.",
     ),
     "macs": ("Cost over timesteps", "Multiply-adds of one image's forward pass."),
-    "routing": ("What was on", "Heads, MLP groups and tokens over the timesteps, layer by layer; black is on."),
-    "tokens": ("Tokens over the image", "White tokens skipped the MLPs; below each picture the share that did not."),
+    "routing": (
+        "Open gates",
+        "Heads, MLP groups and tokens over the timesteps, by layer, and what a pass costs.",
+    ),
+    "tokens": ("Tokens over the image", "Tinted tokens skip the MLPs; below each picture the share that does not."),
     "tokens_by_layer": ("Tokens over the first image, by layer", "The same for single layers."),
     "plan": (
         "Plan of the fast path",
-        "Grey is kept by a segment although it is off; white is left out of its program.",
+        "Lines cut segments. A segment computes what any of its steps needs, and leaves the rest out of its program.",
     ),
 }
-METRICS = ("fid", "sfid", "inception_score", "precision", "recall")
+# These hold images, whose colours stay as they are at night.
+PHOTOGRAPHS = ("grid", "tokens", "tokens_by_layer", "images")
+METRICS = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception score",
+    "precision": "precision",
+    "recall": "recall",
+}
+CHECKSUM_DIGITS = 16
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
-table { border-collapse: collapse; } td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; } th { font-weight: 600; }
-img { max-width: 100%; } figure { margin: 1rem 0; } figcaption { color: #555; font-size: .9rem; }
-pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: .8rem; } summary { cursor: pointer; }
+:root { color-scheme: light dark; --ink: #1f2933; --faint: #5b6672; --paper: #fff; --box: #f2f4f6; --line: #d3dae1; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e7eb; --faint: #a3adb8; --paper: #14171a; --box: #1f2429; --line: #38424c; }
+  img { filter: invert(.92) hue-rotate(180deg); } img.photograph { filter: brightness(.88); }
+}
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 44rem;
+  margin: 0 auto; padding: 1.2rem 1rem 3rem; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .4rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
+h1, .lead, dd, pre, .scroll { overflow-x: auto; } .lead { color: var(--faint); margin: 0; }
+figure { margin: 0; } img { display: block; width: 36rem; max-width: 100%; border-radius: 4px; }
+figcaption { color: var(--faint); font-size: .9rem; margin-top: .5rem; }
+dl { margin: 0; display: grid; grid-template-columns: 10rem minmax(0, 1fr); border-top: 1px solid var(--line); }
+dt, dd { margin: 0; padding: .35rem 0; border-bottom: 1px solid var(--line); } dt { color: var(--faint); }
+dd, td { font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; } td, th { padding: .3rem 1.2rem .3rem 0; text-align: left; white-space: nowrap; }
+tr { border-bottom: 1px solid var(--line); } th { font-weight: 600; }
+pre { background: var(--box); border-radius: 4px; padding: .7rem; margin: .6rem 0; font-size: .8rem; line-height: 1.4; }
+details { margin-top: 1rem; } summary { cursor: pointer; color: var(--faint); }
+@media (max-width: 30rem) { dl { display: block; } dt { border: 0; padding-bottom: 0; } dd { padding-top: 0; } }
 """
 
 
@@ -63,25 +95,20 @@ def write_report(folder) -> epath.Path:
       The page's path.
     """
     folder = epath.Path(folder)
-    manifest, cost = (_read(folder / name, dict) for name in (MANIFEST_FILE, COST_FILE))
+    manifest, cost, analysis = (_read(folder / name, dict) for name in (MANIFEST_FILE, COST_FILE, ANALYSIS_FILE))
     evaluations = _read(folder / EVALUATION_FILE, list)
-    parts = [_facts(manifest or {}), _cost(cost), _metrics(evaluations or [])]
-    pictures = _pictures(folder)
-    if "grid.png" not in {path.name for path in pictures} and (folder / "images").is_dir():
-        parts.append(_section("Images", _figure(_first_images(folder / "images"), "The first images of the set.")))
-    for path in pictures:
-        heading, told = PICTURES.get(path.stem, (path.stem, ""))
-        owner = "" if path.parent == folder else f": {path.parent.name}"
-        parts.append(_section(heading + owner, _figure(path.read_bytes(), told)))
-    for name, content in ((MANIFEST_FILE, manifest), (EVALUATION_FILE, evaluations)):
+    parts = [*_picture_sections(folder), _origin(manifest, cost, analysis), _cost(cost), _metrics(evaluations or [])]
+    contents = ((MANIFEST_FILE, manifest), (ANALYSIS_FILE, analysis), (EVALUATION_FILE, evaluations))
+    for name, content in contents:
         if content:
             text = html.escape(json.dumps(content, indent=2))
             parts.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
-    title = html.escape(f"dydit-jax: {folder.name}")
+    title = f"dydit-jax: {folder.name}"
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><h1>{title}</h1>'
-        f"<p>Written {time.strftime('%Y-%m-%d %H:%M')}.</p>{''.join(parts)}</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body><h1>{_breakable(title)}</h1>"
+        f'<p class="lead">{_breakable(_lead(manifest, cost))}</p>{"".join(parts)}</body></html>\n'
     )
     path = folder / REPORT_FILE
     with write_atomically(path) as partial:
@@ -93,12 +120,73 @@ def _read(path, kind: type):
     return read_json(path, kind=kind) if path.is_file() else None
 
 
-def _pictures(folder) -> list:
+# --- Pieces of a page ----------------------------------------------------------------------------
+
+
+def _breakable(text) -> str:
+    """Escape a text, with leave to break its lines where a path or name has a sign, and nowhere within a word."""
+    return re.sub(r"([/_=,])(?=\w)", r"\1<wbr>", html.escape(str(text)))
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<h2>{_breakable(heading)}</h2>{content}"
+
+
+def _figure(png: bytes, caption: str, name: str) -> str:
+    source, kind = base64.b64encode(png).decode(), ' class="photograph"' if name in PHOTOGRAPHS else ""
+    return (
+        f'<figure><img{kind} alt="{html.escape(caption)}" src="data:image/png;base64,{source}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def _facts(rows: list[tuple]) -> str:
+    """Return names and values; on a phone a value stands below its name. Those that are None are left out."""
+    known = [(name, value) for name, value in rows if value not in (None, "")]
+    return f"<dl>{''.join(f'<dt>{name}</dt><dd>{_breakable(value)}</dd>' for name, value in known)}</dl>"
+
+
+def _table(rows: list[list]) -> str:
+    lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+
+
+def _command(text: str) -> str:
+    """Return a command as it can be typed again, a flag to a line."""
+    lines = text.replace(" --", " \\\n  --")
+    return f"<pre>{html.escape(lines)}</pre>"
+
+
+# --- Sections ------------------------------------------------------------------------------------
+
+
+def _lead(manifest: dict | None, cost: dict | None) -> str:
+    """Return the page in one sentence."""
+    parts = []
+    if manifest and "sampling" in manifest:
+        sampling = manifest["sampling"]
+        parts.append(f"{manifest['num_images']} images, {sampling['sampler']} with {sampling['steps']} steps")
+    if cost:
+        share = 100 * cost["macs"] / cost["macs_complete"]
+        parts.append(f"{format_count(cost['macs'])} MACs per image and pass, {share:.0f} % of the complete model's")
+    return "; ".join([*parts, f"written {time.strftime('%Y-%m-%d %H:%M')}."])
+
+
+def _picture_sections(folder) -> list[str]:
     """Return the pictures of a folder and its sub-folders in the order of the page."""
     folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "images")]
     order = list(PICTURES)
     rank = lambda path: order.index(path.stem) if path.stem in order else len(order)
-    return [path for place in folders for path in sorted(place.glob("*.png"), key=lambda path: (rank(path), path.name))]
+    in_order = lambda owner: sorted(owner.glob("*.png"), key=lambda path: (rank(path), path.name))
+    sections = []
+    if not (folder / "grid.png").is_file() and (folder / "images").is_dir():
+        first = _first_images(folder / "images")
+        sections.append(_section("Images", _figure(first, "The first images of the set.", "images")))
+    for path in [path for owner in folders for path in in_order(owner)]:
+        heading, caption = PICTURES.get(path.stem, (path.stem, ""))
+        owner = "" if path.parent == folder else f": {path.parent.name}"
+        sections.append(_section(heading + owner, _figure(path.read_bytes(), caption, path.stem)))
+    return sections
 
 
 def _first_images(folder) -> bytes:
@@ -108,31 +196,37 @@ def _first_images(folder) -> bytes:
     return file.getvalue()
 
 
-def _section(heading: str, content: str) -> str:
-    return f"<h2>{html.escape(heading)}</h2>{content}"
-
-
-def _figure(png: bytes, caption: str) -> str:
-    source = base64.b64encode(png).decode()
-    return (
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{source}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
-
-
-def _table(rows: list[tuple]) -> str:
-    lines = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
-
-def _facts(manifest: dict) -> str:
-    """Return what made the images, the most asked for first."""
-    if "sampling" not in manifest:
+def _origin(manifest: dict | None, cost: dict | None, analysis: dict | None) -> str:
+    """Return what made the pictures: the command, and then the settings, the most asked for first."""
+    made = (cost or {}).get("made") or (analysis or {}).get("made") or {}
+    rows = []
+    if manifest and "sampling" in manifest:
+        rows = _sample_facts(manifest)
+    elif analysis:
+        rows = [
+            ("checkpoints", ", ".join(analysis["checkpoints"])),
+            ("data", analysis["data"] or "what the first model was trained on"),
+            ("examples", f"{analysis['num_examples']}, at {analysis['num_timesteps']} timesteps"),
+            ("seed", analysis["seed"]),
+            ("precision", analysis["precision"]),
+        ]
+    versions = made.get("versions") or (manifest or {}).get("versions") or {}
+    rows += [
+        ("device", made.get("device") or (manifest or {}).get("device")),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("date", made.get("date")),
+    ]
+    if not any(value for _, value in rows):
         return ""
+    command = _command(made["command"]) if made.get("command") else ""
+    return _section("What made it", command + _facts(rows))
+
+
+def _sample_facts(manifest: dict) -> list[tuple]:
     sampling, model = manifest["sampling"], manifest["model"]
-    rows = [
+    return [
         ("checkpoint", manifest["checkpoint"]),
-        ("weights' SHA-256", manifest["checksum"]),
+        ("weights' SHA-256", f"{manifest['checksum'][:CHECKSUM_DIGITS]}…"),
         ("model", f"{model['depth']} blocks, width {model['width']}, {model['heads']} heads, patch {model['patch']}"),
         ("images", manifest["num_images"]),
         ("sampler", f"{sampling['sampler']}, {sampling['steps']} steps"),
@@ -140,34 +234,35 @@ def _facts(manifest: dict) -> str:
         ("seed", manifest["seed"]),
         ("mode", manifest["mode"]),
         ("precision", f"{manifest['precision']}, matrix products: {manifest['matmul_precision']}"),
-        ("device", manifest["device"]),
-        ("versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())),
     ]
-    return _section("What made it", _table(rows))
 
 
 def _cost(cost: dict | None) -> str:
     if not cost:
         return ""
+    share = lambda name: f"{format_count(cost[name])} ({100 * cost[name] / cost['macs_complete']:.1f} %)"
     rows = [
-        ("complete, G MACs per image and pass", f"{cost['macs_complete'] / 1e9:.4f}"),
-        (
-            "here, G MACs per image and pass",
-            f"{cost['macs'] / 1e9:.4f} ({100 * cost['macs'] / cost['macs_complete']:.1f} %)",
-        ),
-        *((f"{name} on", f"{100 * cost[name]:.1f} %") for name in ("heads", "groups", "tokens")),
-        ("images drawn, in seconds", f"{cost['images']} in {cost['seconds']:.1f}, compilation included"),
+        ("every gate open", f"{format_count(cost['macs_complete'])} MACs per image and pass"),
+        ("needed", share("macs")),
+        ("executed", share("macs_executed") if "macs_executed" in cost else None),
+        *((f"open {name}", f"{100 * cost[name]:.1f} %") for name in ("heads", "groups", "tokens")),
+        ("images drawn", cost["images"]),
+        ("time", f"{cost['seconds']:.1f} s, {cost.get('compile_seconds', 0):.1f} s of it compiling"),
     ]
-    return _section("Cost", _table(rows))
+    return _section("Cost", _facts(rows))
 
 
 def _metrics(evaluations: list[dict]) -> str:
+    """Return the metrics, a column for each set of images."""
     if not evaluations:
         return ""
-    names = [name for name in METRICS if name in evaluations[0]]
-    rows = [("samples", *names, "images", "reference")]
-    for found in evaluations:
-        values = ["none" if found[name] is None else f"{found[name]:.4f}" for name in names]
-        reference = found["reference"] or {}
-        rows.append((found["samples"]["name"], *values, found["samples"]["count"], reference.get("name", "none")))
+    score = lambda found, name: "none" if found[name] is None else f"{found[name]:.4f}"
+    rows = [["samples", *(found["samples"]["name"] for found in evaluations)]]
+    rows += [
+        [title, *(score(found, name) for found in evaluations)]
+        for name, title in METRICS.items()
+        if name in evaluations[0]
+    ]
+    rows.append(["images", *(found["samples"]["count"] for found in evaluations)])
+    rows.append(["reference", *((found["reference"] or {}).get("name", "none") for found in evaluations)])
     return _section("Metrics", _table(rows))

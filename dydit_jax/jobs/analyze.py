@@ -22,11 +22,12 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from dydit_jax.checkpoints import Weights
+from dydit_jax.checkpoints import Weights, package_versions
 from dydit_jax.data.sources import DataConfig, examples, open_source
-from dydit_jax.drawing import figures
+from dydit_jax.drawing import figures, loss_figures
 from dydit_jax.drawing.pictures import to_uint8
-from dydit_jax.drawing.report import write_report
+from dydit_jax.drawing.report import ANALYSIS_FILE, write_report
+from dydit_jax.drawing.style import save_figure, save_table
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.precision import build_model
@@ -34,6 +35,7 @@ from dydit_jax.models.routing import Routing
 from dydit_jax.pipeline import Pipeline
 from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_json
+from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, replicated
@@ -115,7 +117,9 @@ def analyze(request: Analysis) -> dict:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; name another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "analysis.json", dataclasses.asdict(request))
+    write_json(
+        out / ANALYSIS_FILE, dataclasses.asdict(request) | dict(made=origin() | dict(versions=package_versions()))
+    )
     mesh = make_mesh(MeshConfig())
     train_steps = next(iter(models.values())).diffusion.train_steps
     timesteps = np.unique(np.linspace(0, train_steps - 1, request.num_timesteps).round().astype(int))
@@ -210,10 +214,10 @@ def _require_finite(losses, name: str, timestep: int, first: int) -> None:
 
 
 def _draw_losses(out, timesteps, losses: dict, maps: dict) -> None:
-    _save(out / "losses", figures.draw_losses(timesteps, losses), figures.loss_table(timesteps, losses))
+    _save(out / "losses", loss_figures.draw_losses(timesteps, losses), loss_figures.loss_table(timesteps, losses))
     shown = _spread(len(timesteps), MAPS_SHOWN)[::-1]  # noise on the left
     chosen, told = timesteps[shown], {name: field[shown] for name, field in maps.items()}
-    _save(out / "loss_maps", figures.draw_loss_maps(chosen, told), figures.loss_map_table(chosen, told))
+    _save(out / "loss_maps", loss_figures.draw_loss_maps(chosen, told), loss_figures.loss_map_table(chosen, told))
 
 
 # --- Routing -------------------------------------------------------------------------------------
@@ -265,5 +269,5 @@ def _spread(count: int, shown: int) -> np.ndarray:
 
 def _save(path, figure, table: list[dict]) -> None:
     for suffix in (".png", ".svg"):
-        figures.save_figure(path.with_name(path.name + suffix), figure)
-    figures.save_table(path.with_name(path.name + ".csv"), table)
+        save_figure(path.with_name(path.name + suffix), figure)
+    save_table(path.with_name(path.name + ".csv"), table)

@@ -30,14 +30,17 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.drawing import figures
 from dydit_jax.drawing.pictures import draw_grid, read_image, save_image
 from dydit_jax.drawing.report import COST_FILE, write_report
+from dydit_jax.drawing.style import save_figure, save_table
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.jobs.sample_folder import image_path, missing_images, prepare_folder, write_image, write_set
 from dydit_jax.latents import LATENT_FACTOR
 from dydit_jax.loading import load_checkpoint
+from dydit_jax.models.cost import format_count
 from dydit_jax.models.precision import resolve_precision
 from dydit_jax.pipeline import DrawJob, DrawResult, Pipeline
 from dydit_jax.records import read_record, require_range
 from dydit_jax.runtime.files import write_json
+from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.processes import from_main, is_main, together
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
@@ -195,15 +198,15 @@ def _finish(request: Request, weights: Weights, labels, out, drawn: DrawResult) 
         write_json(out / COST_FILE, _cost(drawn, weights))
     if request.labels is not None:
         pixels = np.stack([read_image(image_path(out, index)) for index in range(len(labels))])
-        save_image(out / "grid.png", draw_grid(pixels, columns=len(request.labels)))
+        save_image(out / "grid.png", draw_grid(pixels, len(request.labels), _label_texts(labels, weights)))
     else:
         write_set(out, labels)
     if (request.routing or request.report) and samples is not None:
-        figures.save_figure(out / "routing.png", figures.draw_routing(samples, weights.model.macs))
-        figures.save_table(out / "routing.csv", figures.routing_table(samples))
+        save_figure(out / "routing.png", figures.draw_routing(samples, weights.model.macs))
+        save_table(out / "routing.csv", figures.routing_table(samples))
         if plan is not None:
-            figures.save_figure(out / "plan.png", figures.draw_plan(plan, samples.timesteps))
-            figures.save_table(out / "plan.csv", figures.plan_table(plan, samples.timesteps))
+            save_figure(out / "plan.png", figures.draw_plan(plan, samples.timesteps))
+            save_table(out / "plan.csv", figures.plan_table(plan, samples.timesteps))
     if request.report:
         write_report(out)
     _log_summary(drawn, weights, out)
@@ -219,6 +222,7 @@ def _cost(drawn: DrawResult, weights: Weights) -> dict:
         **{name: float(np.mean(gates)) for name, gates in vars(samples.routing).items()},
         images=drawn.images,
         seconds=drawn.seconds,
+        made=origin(),
     )
 
 
@@ -228,8 +232,9 @@ def _log_summary(drawn: DrawResult, weights: Weights, out) -> None:
     if samples is not None:
         complete, needed, executed = weights.model.macs.complete, samples.macs.mean(), samples.executed_macs.mean()
         logger.info(
-            "MACs per image and pass: %.4f G complete, %.4f G needed (%.1f %%), %.4f G executed (%.1f %%).",
-            *(complete / 1e9, needed / 1e9, 100 * needed / complete, executed / 1e9, 100 * executed / complete),
+            "MACs per image and pass: %s complete, %s needed (%.1f %%), %s executed (%.1f %%).",
+            *(format_count(complete), format_count(needed), 100 * needed / complete),
+            *(format_count(executed), 100 * executed / complete),
         )
         if plan is not None and plan.usage is not None and samples.overflow_count.any():
             logger.info(
@@ -283,6 +288,11 @@ def _label_numbers(labels: list, classes: int, where: str) -> np.ndarray:
             f"{', '.join(ascii(word[:SHOWN_BYTES])[1:-1] for word in wrong[:5]) or 'nothing'}."
         )
     return np.asarray([int(word) for word in words], np.int32)
+
+
+def _label_texts(labels, weights: Weights) -> list[str]:
+    """Return labels as they are written on a grid."""
+    return ["none" if label == weights.model.classes else str(label) for label in labels]
 
 
 def _image_shape(weights: Weights) -> tuple[int, int, int]:

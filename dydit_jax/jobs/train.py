@@ -34,6 +34,7 @@ from dydit_jax.drawing.pictures import draw_grid, save_image, to_uint8
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.endings import about_newest, checkpoint_named, require_finite, require_progress
 from dydit_jax.loading import load_checkpoint, load_decoder, warn_of_start
+from dydit_jax.models.cost import format_count
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import build_model
 from dydit_jax.runtime.files import write_json
@@ -215,10 +216,10 @@ def _describe(state: TrainState, workdir, model: Model, mesh: Mesh) -> None:
     on_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     split = sum(leaf.addressable_shards[0].data.nbytes < leaf.nbytes for leaf in leaves)
     logger.info(
-        "%s: %.1f M parameters, %.3f G MACs complete, mesh %s on %d x %s in %d processes, precision %s.",
+        "%s: %s parameters, %s MACs per image and pass, mesh %s on %d x %s in %d processes, precision %s.",
         workdir.name,
-        sum(leaf.size for leaf in jax.tree.leaves(state.params)) / 1e6,
-        model.config.macs.complete / 1e9,
+        format_count(sum(leaf.size for leaf in jax.tree.leaves(state.params))),
+        format_count(model.config.macs.complete),
         dict(mesh.shape),
         mesh.size,
         jax.devices()[0].device_kind,
@@ -386,5 +387,7 @@ def _draw_samples(
     if is_main():
         folder = workdir / SAMPLES_FOLDER
         folder.mkdir(exist_ok=True)
-        save_image(folder / f"{step:08d}.png", draw_grid(pixels, columns=min(len(labels), 10)))
+        save_image(
+            folder / f"{step:08d}.png", draw_grid(pixels, min(len(labels), 10), [str(label) for label in labels])
+        )
     return {"ema/macs_share": float(samples.macs.mean()) / model.config.macs.complete}

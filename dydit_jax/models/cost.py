@@ -15,6 +15,8 @@ import dataclasses
 from dydit_jax.models.layers import TIME_FREQUENCIES
 from dydit_jax.models.routing import TOKEN_ROUTER_REDUCTION, Routing
 
+PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelMacs:
@@ -95,3 +97,11 @@ def routed_macs(routing: Routing, macs: ModelMacs):
     """Return the MACs per image [B] that a routing needs, routers and fixed parts included."""
     ratio = routed_ratio(routing, attention=macs.attention, mlp=macs.mlp)
     return float(macs.fixed + macs.routers) + float(macs.layers * (macs.attention + macs.mlp)) * ratio
+
+
+def format_count(count: float) -> str:
+    """Return a count with the prefix that fits it and one decimal: "7.6 M", "118.6 G"."""
+    power = min(max(len(str(int(count))) - 1, 0) // 3, len(PREFIXES) - 1)
+    if round(count / 1000**power, 1) >= 1000 and power < len(PREFIXES) - 1:  # 999.96 k is 1.0 M
+        power += 1
+    return f"{count / 1000**power:.1f} {PREFIXES[power]}".strip()
