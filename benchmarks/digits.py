@@ -22,12 +22,11 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from matplotlib.figure import Figure
 from sklearn.neural_network import MLPClassifier
 
 from dydit_jax.data.sources import digits
 from dydit_jax.drawing.pictures import to_uint8
-from dydit_jax.drawing.style import save_figure
+from dydit_jax.drawing.style import LINES, OPEN, SMALL, count_ticks, in_style, new_figure, save_figure
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.metrics.distances import frechet_distance, moments
 from dydit_jax.models.precision import build_model
@@ -159,25 +158,31 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: list[dict]) -> Figure:
+@in_style
+def draw(results: list[dict]):
     """Draw distance over cost: a point per training seed, a line through the means of the DyDiTs."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axis, guidance in zip(figure.subplots(1, 2), GUIDANCES):
+    figure = new_figure(5.6)
+    axes = figure.subplots(2, 1, sharex=True)
+    names = list(dict.fromkeys(row["model"] for row in results))
+    static = [name for name in names if not name.startswith("DyDiT")]
+    looks = dict(zip(static, zip("soD", [LINES[1][0], LINES[2][0], LINES[3][0]])))
+    for axis, guidance in zip(axes, GUIDANCES):
         means = []
-        for name, marker in zip(dict.fromkeys(row["model"] for row in results), "soDvvvvvvv"):
+        for name in names:
             macs, distance = (values_of(results, name, guidance, key) for key in ("macs", "distance"))
-            dynamic = name.startswith("DyDiT")
-            label = "DyDiT, by lambda" if dynamic and not means else None if dynamic else name
-            axis.plot(macs / 1e6, distance, marker, color="black" if dynamic else "0.55", label=label, ms=6, mew=0)
-            if dynamic:
-                means.append((macs.mean() / 1e6, distance.mean()))
-                axis.annotate(name.split()[-1], means[-1], textcoords="offset points", xytext=(8, 4), fontsize=8)
-        axis.plot(*zip(*means), color="black", lw=0.8)
-        axis.set_xlabel("million MACs per image and pass")
-        axis.set_ylabel("Fréchet distance to the real digits")
-        axis.set_title(f"guidance {guidance:.0f}", loc="left", fontsize=10)
+            marker, color = looks.get(name, ("v", OPEN))
+            label = name if name in looks else None if means else "DyDiT, by lambda"
+            axis.plot(macs, distance, marker, color=color, label=label, ms=5.5, mew=0)
+            if name not in looks:
+                means.append((macs.mean(), distance.mean()))
+                place = dict(textcoords="offset points", xytext=(8, 4), fontsize=SMALL)
+                axis.annotate(name.split()[-1], means[-1], **place)
+        axis.plot(*zip(*means), color=OPEN, lw=1)
+        axis.set_title(f"Fréchet distance to the real digits, guidance {guidance:.0f}")
         axis.set_ylim(0)
-    axis.legend(fontsize=8)
+    axes[-1].set_xlabel("MACs per image and pass")
+    axes[-1].xaxis.set_major_formatter(count_ticks())
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
 
 
