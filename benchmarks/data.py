@@ -25,8 +25,10 @@ from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.precision import build_model
 from dydit_jax.runtime.console import run
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh
-from dydit_jax.training.experiment import build_optimizer, read_experiment
-from dydit_jax.training.update import compile_update, init_state, passes_at
+from dydit_jax.training.experiment import build_update, read_experiment
+from dydit_jax.training.objective import passes_at
+from dydit_jax.training.optimizer import build_optimizer
+from dydit_jax.training.update import batch_shapes, compile_update, init_state
 
 PICTURES = flags.DEFINE_integer("pictures", 512, "JPEGs to make.")
 LATENTS = flags.DEFINE_integer("latents", 8192, "Latents to make, 32 KiB each.")
@@ -113,7 +115,9 @@ def waiting(latents: str) -> dict:
     model = build_model(experiment.model, precision="float32", mesh=mesh)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: init_state(model.init(jax.random.key(0)), build_optimizer(experiment.optimizer)))()
-        update = compile_update(model, experiment, passes_at(0, experiment), mesh, state)
+        passes = passes_at(0, model=model.config, loss=experiment.loss)
+        batch = batch_shapes(model.config, experiment.data.batch_size)
+        update = compile_update(build_update(experiment, model, passes), state, batch, mesh)
         loader = batches(open_source(experiment.data, experiment.model), experiment.data, start=0)
         waited, times = [], []
         for _ in itertools.repeat(None, STEPS.value + 1):

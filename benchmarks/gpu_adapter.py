@@ -23,8 +23,9 @@ from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, sh
 from dydit_jax.runtime.tracking import FLOPS_PER_MAC, flops_utilisation
 from dydit_jax.sampling.generate import SamplingRun, schedule_coefficients
 from dydit_jax.sampling.guidance import evaluations_per_step
-from dydit_jax.training.experiment import build_optimizer, read_experiment
-from dydit_jax.training.update import compile_update, init_state
+from dydit_jax.training.experiment import build_update, read_experiment
+from dydit_jax.training.optimizer import build_optimizer
+from dydit_jax.training.update import batch_shapes, compile_update, init_state
 from dydit_jax.trees import flatten
 
 __all__ = ["DiTConfig", "Drawn", "Job", "Subject", "Training", "published_config", "write_checkpoint"]
@@ -172,7 +173,9 @@ class Training:
         make_state = lambda: init_state(model.init(jax.random.key(0)), build_optimizer(experiment.optimizer))
         abstract = jax.eval_shape(make_state)
         began = time.perf_counter()
-        self.compiled = compile_update(model, experiment, passes, mesh, abstract)
+        self.compiled = compile_update(
+            build_update(experiment, model, passes), abstract, batch_shapes(config, batch), mesh
+        )
         self.compile_seconds = time.perf_counter() - began
         self._state = jax.jit(make_state, out_shardings=shardings(mesh, abstract))()
         image = jax.random.normal(jax.random.key(1), (batch, config.side, config.side, config.channels))

@@ -30,8 +30,9 @@ from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.console import run
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_constrain_fn, make_mesh, replicated, shardings
-from dydit_jax.training.experiment import build_optimizer, read_experiment
-from dydit_jax.training.update import init_state, make_update_fn
+from dydit_jax.training.experiment import build_update, read_experiment
+from dydit_jax.training.optimizer import build_optimizer
+from dydit_jax.training.update import batch_shapes, init_state
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"], "Slices, as chip:shape.")
@@ -88,13 +89,9 @@ def cost(topology: str, layout: str, remat: str, stage: str) -> dict:
     abstract = jax.eval_shape(make_state, model.abstract_params())
     places = shardings(mesh, abstract)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    shape = (BATCH_SIZE.value, config.side, config.side, config.channels)
-    batch = dict(
-        image=jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(mesh)),
-        label=jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=batch_sharding(mesh)),
-    )
+    batch = {name: place(leaf, batch_sharding(mesh)) for name, leaf in batch_shapes(config, BATCH_SIZE.value).items()}
     update = jax.jit(
-        make_update_fn(model, experiment, PASSES[stage]), out_shardings=(places, replicated(mesh)), donate_argnums=0
+        build_update(experiment, model, PASSES[stage]), out_shardings=(places, replicated(mesh)), donate_argnums=0
     )
     row, began = dict(topology=topology, layout=layout, remat=remat, stage=stage), time.monotonic()
     try:

@@ -25,8 +25,9 @@ from etils import epath
 from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.console import run
-from dydit_jax.training.experiment import build_optimizer, read_experiment
-from dydit_jax.training.update import init_state, make_update_fn
+from dydit_jax.training.experiment import build_update, read_experiment
+from dydit_jax.training.optimizer import build_optimizer
+from dydit_jax.training.update import batch_shapes, init_state
 
 MODEL = flags.DEFINE_string("model", "S/2", "A published size.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images of a step, on one device.")
@@ -59,11 +60,10 @@ def main():
     state = jax.eval_shape(
         lambda: init_state(Model(config).init(jax.random.key(0)), build_optimizer(experiment.optimizer))
     )
-    shape = (BATCH_SIZE.value, config.side, config.side, config.channels)
-    batch = dict(image=jax.ShapeDtypeStruct(shape, jnp.float32), label=jax.ShapeDtypeStruct(shape[:1], jnp.int32))
+    batch = batch_shapes(config, BATCH_SIZE.value)
     updates = {
-        kind if remat == REMATS.value[0] else f"{kind}, remat {remat}": make_update_fn(
-            Model(own, dtype, remat=remat, platform=platform), experiment, passes
+        kind if remat == REMATS.value[0] else f"{kind}, remat {remat}": build_update(
+            experiment, Model(own, dtype, remat=remat, platform=platform), passes
         )
         for remat in REMATS.value
         for kind, (own, passes) in kinds.items()

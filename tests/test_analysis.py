@@ -17,7 +17,7 @@ from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.models.dit import Model
 from dydit_jax.sampling.noise import image_keys
-from dydit_jax.training.update import patch_losses
+from dydit_jax.training.probe import patch_losses
 
 
 @pytest.fixture(scope="module")

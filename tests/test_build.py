@@ -11,13 +11,8 @@ from conftest import DYNAMIC, ROOT, changed
 from dydit_jax.cli.train import known_configs
 from dydit_jax.errors import InputError
 from dydit_jax.models.precision import resolve_precision
-from dydit_jax.training.experiment import (
-    OptimizerConfig,
-    build_learning_rate,
-    build_optimizer,
-    differences,
-    read_experiment,
-)
+from dydit_jax.training.experiment import differences, read_experiment
+from dydit_jax.training.optimizer import OptimizerConfig, build_learning_rate, build_optimizer
 
 CONFIGS = [name for name in known_configs() if name != "default"]
 

@@ -9,7 +9,13 @@ from flax import nnx
 
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
-from dydit_jax.models.routing import TimeRouter, TokenRouter, dot_in_three_passes, hard_gate, straight_through_gate
+from dydit_jax.models.routing import (
+    LinearTimeRouter,
+    MLPTokenRouter,
+    dot_in_three_passes,
+    hard_gate,
+    straight_through_gate,
+)
 
 
 def test_gate_opens_strictly_above_one_half():
@@ -37,9 +43,9 @@ def test_training_gate_opens_with_the_probability_of_its_logit():
 
 @pytest.mark.parametrize("layout, outputs", [("free", 4), ("first_on", 3)])
 def test_layouts_differ_in_the_first_unit(layout, outputs):
-    router = TimeRouter(layers=2, width=16, units=4, layout=layout, rngs=nnx.Rngs(0))
+    router = LinearTimeRouter(layers=2, width=16, units=4, layout=layout, rngs=nnx.Rngs(0))
     router.bias[...] = jnp.full((2, outputs), -100.0)
-    gates = router(jnp.zeros((3, 16)), None)
+    gates = router(jnp.zeros(3), jnp.zeros((3, 16)), None)
     assert gates.shape == (3, 2, 4)
     np.testing.assert_array_equal(gates[..., 0], layout == "first_on")
     assert not gates[..., 1:].any()
@@ -77,7 +83,7 @@ def test_block_with_every_gate_shut_adds_the_biases_alone(tiny):
 
 @pytest.mark.parametrize("dtype, precision", [("bfloat16", "HIGH"), ("float32", "HIGHEST")])
 def test_token_router_is_more_exact_than_what_reaches_it(dtype, precision):
-    router = TokenRouter(width=32, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    router = MLPTokenRouter(width=32, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     program = str(jax.make_jaxpr(lambda x: router(x))(jnp.zeros((1, 4, 32))))
     assert f"Precision.{precision})" in program
 
@@ -94,7 +100,7 @@ def test_three_passes_lose_little_and_their_gradient_nothing():
 
 
 def test_a_bfloat16_router_for_tpus_runs_in_three_passes():
-    router = lambda platform: TokenRouter(width=64, dtype=jnp.bfloat16, platform=platform, rngs=nnx.Rngs(0))
+    router = lambda platform: MLPTokenRouter(width=64, dtype=jnp.bfloat16, platform=platform, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 32, 64))
     product = lambda platform: router(platform).hidden(x)
     assert 0 < relative_error(product("tpu"), product("cpu")) < 2e-5

@@ -16,7 +16,7 @@ from dydit_jax.jobs.sample import Request
 from dydit_jax.runtime.seeds import make_key, seed_words
 from dydit_jax.sampling.generate import generate
 from dydit_jax.sampling.noise import image_keys
-from dydit_jax.training.experiment import TrainConfig
+from dydit_jax.training.update import TrainConfig
 
 SEEDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**63 - 1, 2**63, 2**64 - 1)
 

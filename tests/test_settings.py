@@ -16,8 +16,9 @@ from dydit_jax.models.dit import Model
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import generate
 from dydit_jax.sampling.noise import uniform_labels
-from dydit_jax.training.experiment import build_optimizer, read_experiment
-from dydit_jax.training.update import init_state, make_update_fn
+from dydit_jax.training.experiment import build_update, read_experiment
+from dydit_jax.training.optimizer import build_optimizer
+from dydit_jax.training.update import init_state
 
 FOREIGN = {
     "jax_default_prng_impl": "rbg",
@@ -75,7 +76,7 @@ def training_step():
     experiment = read_experiment(STATIC)
     model = Model(experiment.model)
     optimizer = build_optimizer(experiment.optimizer)
-    update = jax.jit(make_update_fn(model, experiment, ("complete",)))
+    update = jax.jit(build_update(experiment, model, ("complete",)))
 
     @own_settings()
     def step():

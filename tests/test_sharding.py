@@ -20,7 +20,8 @@ from dydit_jax.runtime.sharding import (
     require_divisible,
     shardings,
 )
-from dydit_jax.training.experiment import build_optimizer, read_experiment
+from dydit_jax.training.experiment import build_update, read_experiment
+from dydit_jax.training.optimizer import build_optimizer
 from dydit_jax.training.update import compile_update, init_state
 
 EXPERIMENT = dict(
@@ -92,7 +93,7 @@ def test_training_is_the_same_on_every_mesh(tiny, sizes):
         with jax.set_mesh(mesh):
             state = init_state(params, build_optimizer(experiment.optimizer))
             state = jax.device_put(jax.tree.map(np.array, state), shardings(mesh, state))
-            update = compile_update(placed, experiment, ("gated",), mesh, state)
+            update = compile_update(build_update(experiment, placed, ("gated",)), state, batch, mesh)
             for _ in range(3):
                 state, metrics = update(state, jax.device_put(batch, batch_sharding(mesh)))
             losses[shape] = float(metrics["loss/total"])

@@ -1,4 +1,4 @@
-"""One update: bad batches leave no trace, the EMA follows, parts add up, terms sum to the loss."""
+"""One update: bad batches leave no trace, the EMA follows, parts add up, terms have their weights."""
 
 import dataclasses
 import functools
@@ -9,20 +9,15 @@ import numpy as np
 import pytest
 from conftest import DYNAMIC, STATIC, changed
 
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.diffusion.terms import LossConfig
 from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
-from dydit_jax.training.experiment import build_optimizer, read_experiment
-from dydit_jax.training.update import (
-    accumulated,
-    all_finite,
-    compile_update,
-    draw_examples,
-    init_state,
-    make_update_fn,
-    objective,
-    passes_at,
-)
+from dydit_jax.training.experiment import build_update, read_experiment
+from dydit_jax.training.objective import draw_examples, objective, passes_at, run_passes
+from dydit_jax.training.optimizer import build_optimizer
+from dydit_jax.training.update import accumulated, all_finite, batch_shapes, compile_update, init_state
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +26,7 @@ def update_parts():
     model = Model(experiment.model)
     optimizer = build_optimizer(experiment.optimizer)
     state = init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
-    return experiment, jax.jit(make_update_fn(model, experiment, ("gated", "complete"))), state
+    return experiment, jax.jit(build_update(experiment, model, ("gated", "complete"))), state
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 1e10])
@@ -57,7 +52,7 @@ def test_update_that_makes_parameters_infinite_is_refused(ema_decay):
     model = Model(experiment.model)
     state = init_state(jax.jit(model.init)(jax.random.key(0)), build_optimizer(experiment.optimizer))
     batch = dict(image=jnp.ones((8, 8, 8, 1)), label=jnp.arange(8))
-    after, metrics = jax.jit(make_update_fn(model, experiment, ("complete",)))(state, batch)
+    after, metrics = jax.jit(build_update(experiment, model, ("complete",)))(state, batch)
     assert bool(jnp.isfinite(metrics["optimizer/gradient_norm"])) and int(after.skipped_in_a_row) == 1
     for name in ("params", "ema", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
@@ -79,15 +74,25 @@ def test_ema_follows_the_parameters(update_parts):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), after.ema, expected)
 
 
-def test_loss_is_the_sum_of_its_terms(update_parts):
+def test_loss_weighs_its_terms(update_parts):
+    """Against sums of squares in float64: three times both passes' errors, and half the budget's penalty."""
     experiment, _, state = update_parts
+    loss = LossConfig(terms=("budget", "mse"), weights=(0.5, 3.0), budget_hold_steps=0, budget=0.25)
+    settings = dict(model=Model(experiment.model), loss=loss, diffusion=DiffusionConfig(), passes=("gated", "complete"))
     batch = dict(image=jnp.ones((8, 8, 8, 1)) / 2, label=jnp.arange(8))
-    settings = dict(model=Model(experiment.model), experiment=experiment, passes=("gated", "complete"))
     examples = draw_examples(batch, jax.random.key(0), **settings)
-    loss, metrics = jax.jit(lambda params: objective(params, examples, 0, **settings))(state.params)
-    terms = ("gated_mse", "gated_vb", "complete_mse", "complete_vb", "budget")
-    np.testing.assert_allclose(loss, sum(metrics[f"loss/{name}"] for name in terms), rtol=1e-6)
-    assert float(metrics["cost/ratio"]) == pytest.approx(1.0)  # the routers start open
+    params = jax.tree.map(lambda leaf: leaf + 0.02, state.params)  # the first output is zero
+
+    def run(params):
+        errors = [inputs.output[..., :1] - inputs.noise for inputs in run_passes(params, examples, 10**6, **settings)]
+        return objective(params, examples, 10**6, **settings), errors
+
+    (total, metrics), errors = jax.jit(run)(params)
+    mean_squares = [np.square(np.float64(error)).mean() for error in errors]
+    assert float(metrics["cost/ratio"]) == 1.0  # the routers start open
+    np.testing.assert_allclose(metrics["loss/budget"], 0.5 * 2.0 * (1.0 - 0.25) ** 2, rtol=1e-6)
+    np.testing.assert_allclose(total, 3 * sum(mean_squares) + 0.5 * 2.0 * (1.0 - 0.25) ** 2, rtol=1e-6)
+    assert not any("vb" in name for name in metrics)
 
 
 def test_parts_of_a_batch_add_up_to_it():
@@ -99,7 +104,7 @@ def test_parts_of_a_batch_add_up_to_it():
     state = init_state(jax.jit(model.init)(jax.random.key(0)), build_optimizer(experiment.optimizer))
     for parts in (1, 4):
         experiment = read_experiment(changed(config, train=dict(accumulate=parts)))
-        after[parts] = jax.jit(make_update_fn(model, experiment, ("complete",)))(state, batch)
+        after[parts] = jax.jit(build_update(experiment, model, ("complete",)))(state, batch)
     for name, value in after[1][1].items():
         np.testing.assert_allclose(after[4][1][name], value, rtol=1e-5, atol=1e-7, err_msg=name)
     near = functools.partial(np.testing.assert_allclose, atol=2e-6)
@@ -126,7 +131,8 @@ def test_parts_of_any_size_share_out_the_batch(size, parts, run):
 def test_an_update_weighs_every_quarter_of_the_timesteps_alike(size, parts):
     """Over many steps, of a static model, whatever the batch and its parts."""
     experiment = read_experiment(changed(STATIC, data=dict(batch_size=size), train=dict(accumulate=parts)))
-    settings = dict(model=Model(experiment.model), experiment=experiment, passes=("complete",))
+    records = dict(loss=experiment.loss, diffusion=experiment.diffusion)
+    settings = dict(model=Model(experiment.model), passes=("complete",), **records)
     batch = dict(image=jnp.zeros((size, 8, 8, 1)), label=jnp.zeros(size, jnp.int32))
 
     def shares(key):
@@ -141,10 +147,11 @@ def test_an_update_weighs_every_quarter_of_the_timesteps_alike(size, parts):
 def test_configuration_decides_the_passes():
     static, dynamic = read_experiment(STATIC), read_experiment(DYNAMIC)
     two_stages = dataclasses.replace(dynamic, loss=dataclasses.replace(dynamic.loss, complete_steps=30))
-    assert passes_at(0, static) == ("complete",)
-    assert passes_at(10**6, dynamic) == ("gated", "complete")
-    assert passes_at(29, two_stages) == ("gated", "complete")
-    assert passes_at(30, two_stages) == ("gated",)
+    passes = lambda step, experiment: passes_at(step, model=experiment.model, loss=experiment.loss)
+    assert passes(0, static) == ("complete",)
+    assert passes(10**6, dynamic) == ("gated", "complete")
+    assert passes(29, two_stages) == ("gated", "complete")
+    assert passes(30, two_stages) == ("gated",)
 
 
 @pytest.mark.slow
@@ -156,7 +163,8 @@ def test_full_size_dit_s2_trains_a_step():
     mesh = make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1])
     model = Model(published_config("S/2", side=32, routers="first_on"))
     state = init_state(model.init(jax.random.key(0)), build_optimizer(experiment.optimizer))
-    update = compile_update(model, experiment, ("gated", "complete"), mesh, state)
+    update = build_update(experiment, model, ("gated", "complete"))
+    update = compile_update(update, state, batch_shapes(model.config, 8), mesh)
     image = np.random.default_rng(0).standard_normal((8, 32, 32, 4), np.float32)
     state, metrics = update(state, dict(image=image, label=np.arange(8, dtype=np.int32)))
     assert int(state.skipped) == 0 and bool(jnp.isfinite(metrics["loss/total"]))

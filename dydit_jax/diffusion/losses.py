@@ -1,52 +1,18 @@
-"""What training minimises, and what it draws at random: terms per image, without a model.
+"""How far a prediction is from the truth, per image, and what a training step draws at random: functions of arrays.
 
-The trainer adds them up; these functions see arrays only.
-
-Sources: Improved DDPM, https://arxiv.org/abs/2102.09672, section 3.1 (variational bound); DyDiT,
-https://arxiv.org/abs/2410.03456, section 3.4 (budget) and its training code (ramp, strata, weight).
+Sources: Improved DDPM, https://arxiv.org/abs/2102.09672, section 3.1 (variational bound); the training code of DyDiT,
+https://arxiv.org/abs/2410.03456 (strata).
 """
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
 from dydit_jax.diffusion.gaussian import Coefficients, interpret
-from dydit_jax.records import require_range
 
 STRATA = 4
 MIN_PROBABILITY = 1e-12  # of a bin in the discretised likelihood
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Which terms are on, and the budget.
-
-    Attributes:
-      label_dropout: probability with which a label becomes "no class".
-      complete_steps: for how many steps the complete pass is trained beside the dynamic one; -1 throughout. Without
-        routers the only pass is the complete one, and this and the budget play no part.
-      budget: lambda, the ratio of MACs that training aims at.
-      budget_weight: weight of (ratio - target)^2.
-      budget_hold_steps: steps at the start during which the target stays 1.
-      budget_warmup_steps: step at which the target's way from 1 to the budget ends.
-    """
-
-    label_dropout: float = 0.1
-    complete_steps: int = -1
-    budget: float = 0.5
-    budget_weight: float = 2.0
-    budget_hold_steps: int = 100
-    budget_warmup_steps: int = 1000
-
-    def __post_init__(self):
-        require_range("loss.label_dropout", self.label_dropout, 0.0, 1.0)
-        require_range("loss.complete_steps", self.complete_steps, -1)
-        require_range("loss.budget", self.budget, 0.0, 1.0)
-        require_range("loss.budget_weight", self.budget_weight, 0.0)
-        require_range("loss.budget_hold_steps", self.budget_hold_steps, 0)
-        require_range("loss.budget_warmup_steps", self.budget_warmup_steps, 1)
 
 
 # --- Random draws of a training batch ------------------------------------------------------------
@@ -144,17 +110,3 @@ def _log_cosh(x):
 def _log_sinh(x):
     """Logarithm of sinh of a positive x."""
     return x + jnp.log(-jnp.expm1(-2 * x)) - math.log(2.0)
-
-
-# --- Budget --------------------------------------------------------------------------------------
-
-
-def budget_target(step, config: LossConfig):
-    """Return the ratio of MACs to aim at: 1 at first, then a line, then the budget."""
-    ramp = 1.0 - (1.0 - config.budget) * step / config.budget_warmup_steps
-    return jnp.where(step < config.budget_hold_steps, 1.0, jnp.maximum(ramp, config.budget))
-
-
-def budget_penalty(ratio, target, *, weight: float):
-    """Return weight * (mean ratio - target)^2 for ratios [B] of a batch."""
-    return weight * (ratio.mean() - target) ** 2

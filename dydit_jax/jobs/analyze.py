@@ -42,7 +42,7 @@ from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, re
 from dydit_jax.sampling.generate import Samples, SamplingRun
 from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.sampling.noise import image_keys
-from dydit_jax.training.update import patch_losses
+from dydit_jax.training.probe import patch_losses
 
 logger = logging.getLogger(__name__)
 

@@ -55,8 +55,11 @@ from dydit_jax.runtime.sharding import (
 from dydit_jax.runtime.tracking import Clock, Profile, Watch, best_case, duration, flops_utilisation, make_writers
 from dydit_jax.sampling.generate import SamplingRun
 from dydit_jax.sampling.noise import image_keys
-from dydit_jax.training.experiment import Experiment, build_optimizer, differences, read_experiment
-from dydit_jax.training.update import TrainState, all_finite, compile_update, init_state, passes_at, patch_losses
+from dydit_jax.training.experiment import Experiment, build_update, differences, read_experiment
+from dydit_jax.training.objective import passes_at
+from dydit_jax.training.optimizer import build_optimizer
+from dydit_jax.training.probe import patch_losses
+from dydit_jax.training.update import TrainState, all_finite, batch_shapes, compile_update, init_state
 from dydit_jax.trees import flatten, unflatten
 
 logger = logging.getLogger(__name__)
@@ -263,9 +266,10 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     """Step to the end, reporting, drawing and saving on the way."""
     step, last, tracking = int(state.step), experiment.train.steps, experiment.tracking
     about = dict(versions=package_versions(), data=data.fingerprint)
-    shapes = jax.eval_shape(lambda state: state, state)
-    compiled = functools.cache(lambda passes: compile_update(model, experiment, passes, mesh, shapes))
     size = experiment.data.batch_size
+    shapes = jax.eval_shape(lambda state: state, state), batch_shapes(model.config, size)
+    compiled = functools.cache(lambda passes: compile_update(build_update(experiment, model, passes), *shapes, mesh))
+    passes = functools.partial(passes_at, model=experiment.model, loss=experiment.loss)
     source = batches(data, experiment.data, start=step, rows=process_rows(mesh, size))
     sharding = batch_sharding(mesh)
     place = lambda leaf: jax.make_array_from_process_local_data(sharding, leaf, (size, *leaf.shape[1:]))
@@ -277,7 +281,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     finite = jax.jit(all_finite, out_shardings=replicated(mesh))
     if step < last:
         require_finite(finite, step, state, workdir)
-        compiled(passes_at(step, experiment))  # before the clock starts
+        compiled(passes(step))  # before the clock starts
         _foretell(step, model, experiment)
     clock = Clock(step, last)
     with Watch(tracking.stall_seconds) as watch, Notice() as notice, Profile(tracking.profile, workdir) as profile:
@@ -286,7 +290,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
             watch.now(f"the batch of step {step + 1}")
             batch = jax.tree.map(place, next(source))
             watch.now(f"step {step + 1}")
-            state, metrics = compiled(passes_at(step, experiment))(state, batch)
+            state, metrics = compiled(passes(step))(state, batch)
             step += 1
             if step % tracking.every_steps == 0 or step == last:
                 watch.now(f"the results of step {step}")
@@ -316,7 +320,8 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
 
 def _step_macs(step: int, model: Model, experiment: Experiment) -> float:
     """Return the MACs of a step's forward passes: what counts as use of the chips, with every gate open."""
-    return len(passes_at(step, experiment)) * experiment.data.batch_size * model.config.macs.complete
+    passes = passes_at(step, model=experiment.model, loss=experiment.loss)
+    return len(passes) * experiment.data.batch_size * model.config.macs.complete
 
 
 def _foretell(step: int, model: Model, experiment: Experiment) -> None:

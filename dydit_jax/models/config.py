@@ -70,8 +70,8 @@ class DiTConfig:
             require_range(f"model.{name}", getattr(self, name), low=0.0)
         require_known("model.routers", self.routers, LAYOUTS)
         require_known("model.positions", self.positions, POSITIONS)
-        require_known("model.time_router", self.time_router, TIME_ROUTERS)
-        require_known("model.token_router", self.token_router, TOKEN_ROUTERS)
+        TIME_ROUTERS.require("model.time_router", self.time_router)
+        TOKEN_ROUTERS.require("model.token_router", self.token_router)
         if len(self.token_capacity) not in (0, 1, self.depth):
             raise InputError(
                 f"model.token_capacity must have no number, one, or one for each of the {self.depth} blocks, not "

@@ -12,8 +12,9 @@ fraction * MLP) over sum over blocks of (attention + MLP).
 
 import dataclasses
 
+from dydit_jax.errors import InputError
 from dydit_jax.models.layers import TIME_FREQUENCIES
-from dydit_jax.models.routing import TOKEN_ROUTER_REDUCTION, Routing
+from dydit_jax.models.routing import TIME_ROUTERS, TOKEN_ROUTERS, Routing
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
@@ -54,27 +55,44 @@ def model_macs(config) -> ModelMacs:
 
     Args:
       config: a record with width, depth, heads, patch, channels, tokens, hidden, outputs and routers, such
-        as `DiTConfig`.
+        as `DiTConfig`, and the names of its routers.
 
     Returns:
       The counts for one image and one forward pass.
+
+    Raises:
+      InputError: a user's router whose `macs` returns no count.
     """
     width, tokens = config.width, config.tokens
     patch_values = config.patch**2
     embeddings = tokens * patch_values * config.channels * width + (2 * TIME_FREQUENCIES + width) * width
     modulations = config.depth * 6 * width**2 + 2 * width**2
     output = tokens * width * patch_values * 2 * config.channels
-    reduced = width // TOKEN_ROUTER_REDUCTION
-    routed = config.routers != "none"
-    units = config.heads - 1 if config.routers == "first_on" else config.heads
+    of_token, of_timestep = 0, 0
+    if config.routers != "none":
+        of_token = _router_macs(TOKEN_ROUTERS[config.token_router], width=width)
+        sizes = dict(width=width, units=config.heads, layout=config.routers)
+        of_timestep = _router_macs(TIME_ROUTERS[config.time_router], **sizes)
     return ModelMacs(
         attention=4 * tokens * width**2 + 2 * tokens**2 * width,
         mlp=2 * tokens * width * config.hidden,
-        token_router=tokens * (width * reduced + reduced) if routed else 0,
-        time_routers=2 * width * units if routed else 0,
+        token_router=tokens * of_token,
+        time_routers=2 * of_timestep,
         fixed=embeddings + modulations + output,
         layers=config.depth,
     )
+
+
+def _router_macs(cls, **sizes) -> int:
+    """Return the MACs of a router.
+
+    Raises:
+      InputError: its `macs` returns something else.
+    """
+    macs = cls.macs(**sizes)
+    if type(macs) is not int or macs < 0:
+        raise InputError(f"{cls.__name__}.macs must return its multiply-adds, an int of at least 0, not {macs!r}.")
+    return macs
 
 
 def routed_ratio(routing: Routing, *, attention: float, mlp: float):

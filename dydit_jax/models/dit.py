@@ -40,7 +40,8 @@ from dydit_jax.models.layers import (
     TimeEmbed,
     unconstrained,
 )
-from dydit_jax.models.routing import TIME_ROUTERS, TOKEN_ROUTERS, Routing, require_result
+from dydit_jax.models.routing import Routers, Routing, find_routers
+from dydit_jax.registry import require_array
 
 MODES = ("complete", "gated")
 REMATS = ("none", "block", "dots")
@@ -51,14 +52,13 @@ REMATS = ("none", "block", "dots")
 class Block(nnx.Module):
     """One transformer block. Heads and groups are as many as its arrays have."""
 
-    def __init__(self, config: DiTConfig, *, dtype, platform: str, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, token_router: type | None, dtype, platform: str, rngs: nnx.Rngs):
         self.modulation = Modulation(width=config.width, parts=6, dtype=dtype, platform=platform)
         common = dict(width=config.width, dtype=dtype, platform=platform, rngs=rngs)
         self.attention = Attention(**common, heads=config.heads)
         self.mlp = MLP(**common, groups=config.heads, hidden=config.hidden)
-        if config.routers != "none":
-            router = TOKEN_ROUTERS[config.token_router]
-            self.token_router = router(width=config.width, dtype=dtype, platform=platform, rngs=rngs)
+        if token_router is not None:
+            self.token_router = token_router(width=config.width, dtype=dtype, platform=platform, rngs=rngs)
 
     def __call__(
         self, stream, modulation, heads, groups, *, execution: TokenExecution, noise=None, force_open=None
@@ -87,19 +87,20 @@ class Block(nnx.Module):
 class DiT(nnx.Module):
     """The whole network: embeddings, stacked blocks, output, and the routers that know only the timestep."""
 
-    def __init__(self, config: DiTConfig, *, dtype=jnp.float32, platform: str = "cpu", rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, routers: Routers, dtype=jnp.float32, platform="cpu", rngs: nnx.Rngs):
         width = config.width
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.time_embed = TimeEmbed(width=width, deviation=config.time_init_std, rngs=rngs)
         self.label_embed = LabelEmbed(classes=config.classes, width=width, deviation=config.label_init_std, rngs=rngs)
-        make_block = lambda rngs: Block(config, dtype=dtype, platform=platform, rngs=rngs)
+        settings = dict(token_router=routers.token, dtype=dtype, platform=platform)
+        make_block = lambda rngs: Block(config, **settings, rngs=rngs)
         self.blocks = nnx.vmap(make_block)(rngs.split(config.depth))  # every parameter [L,...]
         channels = 2 * config.channels
         self.output = Output(width=width, patch=config.patch, channels=channels, dtype=dtype, platform=platform)
-        if config.routers != "none":
-            router, sizes = TIME_ROUTERS[config.time_router], dict(layers=config.depth, units=config.heads)
-            self.head_router = router(**sizes, width=width, layout=config.routers, rngs=rngs)
-            self.group_router = router(**sizes, width=width, layout=config.routers, rngs=rngs)
+        if routers.time is not None:
+            sizes = dict(layers=config.depth, units=config.heads, width=width, layout=config.routers)
+            self.head_router = routers.time(**sizes, rngs=rngs)
+            self.group_router = routers.time(**sizes, rngs=rngs)
             self.gates_shape = (config.depth, config.heads)
 
     def time_gates(self, t, noise: Routing | None = None):
@@ -108,7 +109,8 @@ class DiT(nnx.Module):
         heads = self.head_router(t, embedding, noise.heads)
         groups = self.group_router(t, embedding, noise.groups)
         for router, gates in ((self.head_router, heads), (self.group_router, groups)):
-            require_result(gates, (len(t), *self.gates_shape), type(router), "gates [B,L,units]")
+            method = f"{type(router).__name__}.__call__"
+            require_array(gates, (len(t), *self.gates_shape), "float32", method=method, returns="gates [B,L,units]")
         return heads, groups
 
     def __call__(self, x, t, labels, *, model: "Model", gated: bool, noise: Routing | None = None, force_open=None):
@@ -197,6 +199,8 @@ class Model:
       remat: what the backward pass recomputes: "none", "block" (all of a block) or "dots" (all but products).
       constrain: called on arrays with the leading axis B, to pin their sharding.
       platform: "cpu", "gpu" or "tpu": for which one attention is written; that of this process by default.
+      routers: classes of the routers, as they are registered when the model is made: a router that a user registers
+        anew under its name makes another model, which shares no compiled program with this one.
     """
 
     config: DiTConfig
@@ -205,14 +209,16 @@ class Model:
     remat: str = "none"
     constrain: Callable = dataclasses.field(default=unconstrained, repr=False)
     platform: str = dataclasses.field(default_factory=jax.default_backend)
+    routers: Routers = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
+        object.__setattr__(self, "routers", find_routers(self.config))
         require_known("remat", self.remat, REMATS)
         require_known("platform", self.platform, PLATFORMS)
 
     def init(self, key) -> dict:
         """Make the initial parameters, a nested dict of float32 arrays, from a PRNG key."""
-        network = DiT(self.config, rngs=nnx.Rngs(key))
+        network = DiT(self.config, routers=self.routers, rngs=nnx.Rngs(key))
         return nnx.to_pure_dict(nnx.state(network, nnx.Param))
 
     def abstract_params(self) -> dict:
@@ -314,7 +320,7 @@ class Model:
 
     def _parts(self, params):
         """Return two functions: from a part's name, and from the parameters of a block, to its module."""
-        graphs = _part_graphs(self.config, self.dtype, self.platform)
+        graphs = _part_graphs(self.config, self.routers, self.dtype, self.platform)
         part = lambda name: nnx.merge(graphs[name], nnx.State(params[name]))
         return part, lambda layer: nnx.merge(graphs["block"], nnx.State(layer))
 
@@ -338,20 +344,23 @@ class Model:
         return jax.tree.map(draw, keys, shapes)
 
     def _network(self, params) -> DiT:
-        return nnx.merge(_graph(self.config, self.dtype, self.platform), nnx.State(params))
+        graph = _graph(self.config, self.routers, self.dtype, self.platform)
+        return nnx.merge(graph, nnx.State(params))
 
 
 @functools.cache
-def _graph(config: DiTConfig, dtype, platform: str):
+def _graph(config: DiTConfig, routers: Routers, dtype, platform: str):
     """Return nnx's static description of the network; traced once per configuration."""
-    return nnx.graphdef(nnx.eval_shape(lambda: DiT(config, dtype=dtype, platform=platform, rngs=nnx.Rngs(0))))
+    settings = dict(routers=routers, dtype=dtype, platform=platform)
+    return nnx.graphdef(nnx.eval_shape(lambda: DiT(config, **settings, rngs=nnx.Rngs(0))))
 
 
 @functools.cache
-def _part_graphs(config: DiTConfig, dtype, platform: str) -> dict:
+def _part_graphs(config: DiTConfig, routers: Routers, dtype, platform: str) -> dict:
     """Return nnx's static descriptions of the parts that narrowed weights are put into."""
-    network = nnx.eval_shape(lambda: DiT(config, dtype=dtype, platform=platform, rngs=nnx.Rngs(0)))
-    block = nnx.eval_shape(lambda: Block(config, dtype=dtype, platform=platform, rngs=nnx.Rngs(0)))
+    settings = dict(dtype=dtype, platform=platform)
+    network = nnx.eval_shape(lambda: DiT(config, routers=routers, **settings, rngs=nnx.Rngs(0)))
+    block = nnx.eval_shape(lambda: Block(config, token_router=routers.token, **settings, rngs=nnx.Rngs(0)))
     graphs = {
         name: nnx.graphdef(getattr(network, name)) for name in ("patch_embed", "time_embed", "label_embed", "output")
     }

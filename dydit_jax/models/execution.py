@@ -30,7 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dydit_jax.models.layers import layer_norm, modulate
-from dydit_jax.models.routing import require_result, straight_through_gate
+from dydit_jax.models.routing import straight_through_gate
+from dydit_jax.registry import require_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,8 @@ class MLPStep:
     def logits(self, tokens):
         """Return the router's logits [B,N] of tokens [B,N,D]."""
         logits = self.router(tokens)
-        require_result(logits, tokens.shape[:2], type(self.router), "logits [B,N]")
+        method = f"{type(self.router).__name__}.__call__"
+        require_array(logits, tokens.shape[:2], "float32", method=method, returns="logits [B,N]")
         return logits
 
 
@@ -157,7 +159,9 @@ class TokenExecution:
         """
         modulated = modulate(self._normed(stream), step.shift, step.scale).astype(step.dtype)
         gates, ranks = self.route(stream, step)
-        return stream + step.gate[:, None] * self.run(step.mlp, modulated, gates, ranks), gates
+        result = self.run(step.mlp, modulated, gates, ranks)
+        require_array(result, modulated.shape, method=f"{type(self).__name__}.run", returns="the gated result [B,N,D]")
+        return stream + step.gate[:, None] * result, gates
 
     def leave(self, stream):
         """Return the tokens [B,N,D] of a stream."""

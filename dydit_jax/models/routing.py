@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dydit_jax.errors import InputError
 from dydit_jax.models.layers import constant, xavier_uniform
+from dydit_jax.registry import Registry
 
 LAYOUTS = ("none", "free", "first_on")
 TEMPERATURE = 5.0
@@ -73,38 +73,62 @@ def straight_through_gate(logits, noise):
 
 
 class TimeRouter(typing.Protocol):
-    """What decides which heads, or which groups, are open at a timestep.
+    """What decides which heads, or which groups, are open at a timestep: an `nnx.Module`.
 
-    A class of one's own is an `nnx.Module` made by `cls(layers=, width=, units=, layout=, rngs=)` and registered in
-    `TIME_ROUTERS`. Its gates must depend on the timestep alone: a sampling run is planned before its first step.
+    Its gates must depend on the timestep alone: a sampling run is planned before its first step.
     """
 
+    def __init__(self, *, layers: int, width: int, units: int, layout: str, rngs: nnx.Rngs):
+        """Make the parameters of all layers.
+
+        Args:
+          layers: L.
+          width: D, of the timestep's embedding.
+          units: heads or groups of one layer.
+          layout: "free", or "first_on" where the first unit of every layer must stay open.
+          rngs: for initial values.
+        """
+
     def __call__(self, t, embedding, noise) -> jax.Array:
-        """Return gates [B,L,units], exactly 0 or 1.
+        """Return gates [B,L,units], float32, exactly 0 or 1.
 
         Args:
           t: timesteps [B].
           embedding: of the timesteps [B,D], float32.
-          noise: logistic noise [B,L,units] in training, or None.
+          noise: logistic noise [B,L,units] in training, else None; see `straight_through_gate`.
         """
+
+    @staticmethod
+    def macs(*, width: int, units: int, layout: str) -> int:
+        """Return the multiply-adds of one layer for one timestep."""
 
 
 class TokenRouter(typing.Protocol):
-    """What decides which tokens pass the MLP of a block.
+    """What decides which tokens pass the MLP of a block: an `nnx.Module`, one for each block."""
 
-    A class of one's own is an `nnx.Module` made by `cls(width=, dtype=, platform=, rngs=)` and registered in
-    `TOKEN_ROUTERS`.
-    """
+    def __init__(self, *, width: int, dtype, platform: str, rngs: nnx.Rngs):
+        """Make the parameters of one block's router.
+
+        Args:
+          width: D.
+          dtype: of the network's products.
+          platform: "cpu", "gpu" or "tpu".
+          rngs: for initial values.
+        """
 
     def __call__(self, x) -> jax.Array:
-        """Return the logits [B,N] of tokens x [B,N,D], float32; a token is open where its logit is above 0."""
+        """Return logits [B,N] of tokens x [B,N,D], float32; a token is open where its logit is above 0."""
+
+    @staticmethod
+    def macs(*, width: int) -> int:
+        """Return the multiply-adds for one token."""
 
 
 class LinearTimeRouter(nnx.Module):
     """One Linear per layer from the timestep's embedding to the units of that layer."""
 
     def __init__(self, *, layers: int, width: int, units: int, layout: str, rngs: nnx.Rngs):
-        outputs = units - 1 if layout == "first_on" else units
+        outputs = _outputs(units, layout)
         self.kernel = nnx.Param(xavier_uniform(width, outputs)(rngs.params(), (layers, width, outputs)))
         self.bias = nnx.Param(constant(TIME_ROUTER_BIAS)(None, (layers, outputs)))
         self.units = units
@@ -123,6 +147,16 @@ class LinearTimeRouter(nnx.Module):
         always = self.units - outputs
         gates = straight_through_gate(logits, None if noise is None else noise[..., always:])
         return jnp.concatenate([jnp.ones((batch, layers, always)), gates], axis=-1)
+
+    @staticmethod
+    def macs(*, width: int, units: int, layout: str) -> int:
+        """Return the multiply-adds of one layer for one timestep."""
+        return width * _outputs(units, layout)
+
+
+def _outputs(units: int, layout: str) -> int:
+    """Return how many units have a logit."""
+    return units - 1 if layout == "first_on" else units
 
 
 @jax.custom_jvp
@@ -193,38 +227,34 @@ class MLPTokenRouter(nnx.Module):
         # A sum, not a product with one column, which a compiler makes a kernel of its own for.
         return (self.hidden(x) * kernel).sum(-1) + bias
 
-
-TIME_ROUTERS = {"linear": LinearTimeRouter}
-TOKEN_ROUTERS = {"mlp": MLPTokenRouter}
-
-
-def register_time_router(name: str):
-    """Return a decorator that adds a class of one's own as `model.time_router`."""
-    return functools.partial(_register, TIME_ROUTERS, name)
+    @staticmethod
+    def macs(*, width: int) -> int:
+        """Return the multiply-adds for one token."""
+        reduced = width // TOKEN_ROUTER_REDUCTION
+        return width * reduced + reduced
 
 
-def register_token_router(name: str):
-    """Return a decorator that adds a class of one's own as `model.token_router`."""
-    return functools.partial(_register, TOKEN_ROUTERS, name)
+TIME_ROUTERS = Registry("time router", TimeRouter, {"linear": LinearTimeRouter}, base=nnx.Module)
+TOKEN_ROUTERS = Registry("token router", TokenRouter, {"mlp": MLPTokenRouter}, base=nnx.Module)
+register_time_router = TIME_ROUTERS.register
+register_token_router = TOKEN_ROUTERS.register
 
 
-def _register(registry: dict, name: str, cls):
-    registry[name] = cls
-    return cls
+@dataclasses.dataclass(frozen=True)
+class Routers:
+    """The classes of a model's routers; None where it has none."""
+
+    time: type[TimeRouter] | None = None
+    token: type[TokenRouter] | None = None
+
+    @property
+    def classes(self) -> tuple[type, ...]:
+        """All that there are."""
+        return tuple(cls for cls in (self.time, self.token) if cls is not None)
 
 
-def require_result(value, shape: tuple[int, ...], cls, returns: str) -> None:
-    """Raise unless a router returned an array of the right shape.
-
-    Args:
-      value: what its `__call__` returned.
-      shape: that it must have.
-      cls: of the router.
-      returns: what it should return, in words.
-
-    Raises:
-      InputError: it is something else.
-    """
-    if getattr(value, "shape", None) != shape:
-        got = f"{type(value).__name__} {getattr(value, 'shape', '')}".strip()
-        raise InputError(f"{cls.__name__}.__call__ must return {returns}, an array of shape {shape}, not {got}.")
+def find_routers(config) -> Routers:
+    """Return the classes of the routers that a model's config names."""
+    if config.routers == "none":
+        return Routers()
+    return Routers(TIME_ROUTERS[config.time_router], TOKEN_ROUTERS[config.token_router])

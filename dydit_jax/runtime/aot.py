@@ -2,9 +2,12 @@
 
 JAX keeps compiled programs too, but finds one only after it was traced and lowered, which takes longer than reading it.
 Here a program is named by all that it is made of - this package's code, versions, devices, settings, shapes - and found
-by that name. The files lie in the folder `ready` of JAX's own cache, and like that cache they are code. So they are
-read only where this user alone can write (see `cache` for what that means for JAX's own), and only if they still have
-the checksum that they begin with: a program with one wrong bit may crash, or compute something else.
+by that name. A program with a user's code in it, a router for instance, is not kept here: no name could hold all that
+such code imports and reads. JAX's own cache, which compares what was lowered, serves it.
+
+The files lie in the folder `ready` of JAX's own cache, and like that cache they are code. So they are read only where
+this user alone can write (see `cache` for what that means for JAX's own), and only if they still have the checksum that
+they begin with: a program with one wrong bit may crash, or compute something else.
 """
 
 import concurrent.futures
@@ -27,6 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import serialize_executable
 
 from dydit_jax.errors import InputError
+from dydit_jax.registry import is_built_in
 from dydit_jax.runtime.cache import belongs_to_user, is_private, make_private, warn_once
 from dydit_jax.runtime.files import is_local, write_atomically
 from dydit_jax.runtime.settings import own_settings
@@ -52,20 +56,23 @@ class CompileRequest:
       name: what the program is made of, as a checksum; calls of one name are one program.
       devices: that run it.
       lower: makes the program, uncompiled.
+      kept: whether the name holds everything, so that the program may be kept for the next start.
     """
 
     name: str
     devices: tuple[jax.Device, ...]
     lower: Callable = dataclasses.field(compare=False)
+    kept: bool = True
 
 
-def describe_call(function, arguments: tuple, settings: dict) -> CompileRequest:
+def describe_call(function, arguments: tuple, settings: dict, *, code: Iterable[type] = ()) -> CompileRequest:
     """Describe a call.
 
     Args:
       function: jitted.
       arguments: arrays or shapes.
-      settings: static; the `repr` of each must say all that it is.
+      settings: static; the `repr` of each must say all that it is, but for the code of classes.
+      code: classes from registries that the program contains; with one of a user it is not kept.
     """
     shapes = jax.tree.map(shape_of, arguments)
     leaves, structure = jax.tree.flatten(shapes)
@@ -78,8 +85,10 @@ def describe_call(function, arguments: tuple, settings: dict) -> CompileRequest:
             return function.lower(*shapes, **settings)
 
     arrays = [(leaf.shape, _name_of(leaf.dtype), leaf.sharding) for leaf in leaves]
-    described = (function.__qualname__, arrays, structure, sorted(settings.items()), devices, _surroundings())
-    return CompileRequest(hashlib.sha256(repr(described).encode()).hexdigest(), devices, lower)
+    # Two classes may have one name, one after the other: `lower` keeps each alive, so that the numbers differ.
+    of_user = [id(cls) for cls in code if not is_built_in(cls)]
+    described = (function.__qualname__, arrays, structure, sorted(settings.items()), devices, of_user, _surroundings())
+    return CompileRequest(hashlib.sha256(repr(described).encode()).hexdigest(), devices, lower, kept=not of_user)
 
 
 _name_of = functools.cache(str)
@@ -244,9 +253,11 @@ def _path_of(call: CompileRequest) -> pathlib.Path | None:
     """Return where a program is kept.
 
     Returns:
-      None where JAX keeps none, several processes share it, or others could have put it there: a folder of somebody
-      else or that others can write to, and a bucket, of which that is not known.
+      None where its name does not hold everything, JAX keeps none, several processes share it, or others could have
+      put it there: a folder of somebody else or that others can write to, and a bucket, of which that is not known.
     """
+    if not call.kept:
+        return None
     folder = jax.config.jax_compilation_cache_dir
     if not folder or not jax.config.jax_enable_compilation_cache or jax.process_count() > 1 or not is_local(folder):
         return None

@@ -26,6 +26,8 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 # Path pattern -> mesh axes of the last axes of the array; a leading L is never split.
 RULES = (
+    # Small, and copied everywhere; the first rule, since a user's router may have parts with any name.
+    (r"(head|group|token)_router/", ()),
     (r"attention/qkv$", (None, "fsdp", "tensor", None)),
     (r"attention/qkv_bias$", (None, "tensor", None)),
     (r"attention/out$", ("tensor", None, "fsdp")),
@@ -33,10 +35,9 @@ RULES = (
     (r"mlp/up_bias$", ("tensor", None)),
     (r"mlp/down$", ("tensor", None, "fsdp")),
     (r"modulation/kernel$", ("fsdp", None, None)),
-    # Small, or read by an index: copied everywhere.
+    # Small too, or read by an index.
     (r"(attention/out_bias|mlp/down_bias|modulation/bias)$", ()),
     (r"(patch_embed|label_embed|output|time_embed)/(kernel|bias|table|positions)(_in|_out)?$", ()),
-    (r"(head|group|token)_router/", ()),
     (r"(^|/)(step|count|skipped|skipped_in_a_row)$", ()),
 )
 

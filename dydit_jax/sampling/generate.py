@@ -133,7 +133,11 @@ class SamplingRun:
     @own_settings()
     def time_gates(self) -> tuple[np.ndarray, np.ndarray]:
         """The gates of the whole schedule: heads [S,L,H] and groups [S,L,G]."""
-        return jax.device_get(_time_gates(self.params, self.schedule.timestep, model=self.model))
+        gates = jax.device_get(_time_gates(self.params, self.schedule.timestep, model=self.model))
+        if not all(np.isin(units, (0, 1)).all() for units in gates):
+            router = self.model.routers.time.__name__
+            raise InputError(f"{router}.__call__ must return gates that are exactly 0 or 1; between them lie others.")
+        return gates
 
     def plan(self, segments: int | None = None) -> Plan:
         """Plan `fast` sampling, once for all batches of a job.

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from dydit_jax.diffusion.losses import LossConfig
 from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.terms import LossConfig
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
 

@@ -2,7 +2,8 @@
 
 A plan needs nothing but the weights and the schedule. What else it may know are the tokens: a long job draws a few of
 its images in the mode `gated` first, chooses capacities by their usage and the fastest execution by a benchmark. Where
-a batch overflows all the same, its usage is added. The plan is kept for later jobs with the same weights and settings.
+a batch overflows all the same, its usage is added. The plan is kept for later jobs with the same weights and settings,
+but where the routers are a user's code, which may have changed by then.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.fast.autotune import fastest_execution
 from dydit_jax.fast.execution.registry import available_executions, find_execution
 from dydit_jax.fast.plan import CUTTING, Plan
+from dydit_jax.registry import is_built_in
 from dydit_jax.runtime.cache import cache_folder
 from dydit_jax.runtime.processes import from_main
 from dydit_jax.runtime.sharding import round_up
@@ -82,6 +84,8 @@ class JobPlan:
 
     def keep(self, job: Samples) -> None:
         """Write the plan for later jobs, corrected by the record of the whole job."""
+        if self._path is None:
+            return
         if not self._may_overflow:  # other capacities are other programs: not before the job is over
             self._widen(job)
         try:
@@ -107,7 +111,8 @@ class JobPlan:
         return names[number]
 
     def _load(self) -> Plan | None:
-        if not self._path.exists() or jax.process_count() > 1:  # other processes may have kept another one, or none
+        # Other processes may have kept another one, or none.
+        if self._path is None or not self._path.exists() or jax.process_count() > 1:
             return None
         try:
             return Plan.load(self._path, self._run.model.config.macs)
@@ -116,7 +121,10 @@ class JobPlan:
             return None
 
 
-def _plan_path(run: SamplingRun, checksum: str, segments: int | None) -> epath.Path:
+def _plan_path(run: SamplingRun, checksum: str, segments: int | None) -> epath.Path | None:
+    """Return where the plan of a job is kept; None where that does not say all that it depends on."""
+    if not all(map(is_built_in, run.model.routers.classes)):
+        return None
     device = jax.devices()[0].device_kind
     settings = map(str, (run.model.config, run.sampling, run.diffusion))
     described = json.dumps([checksum, device, segments or CUTTING, run.schedule.timestep.tolist(), *settings])

@@ -117,4 +117,5 @@ class SegmentRunner:
         blocks = self.blocks.shapes(*program.segment.kept)
         inputs = segment_inputs(program, schedule=self.schedule, blocks=blocks, **shapes)
         settings = dataclasses.replace(self.settings, executions=program.executions)
-        return describe_call(run_segment, (inputs,), dict(settings=settings))
+        code = (*settings.model.routers.classes, *map(type, program.executions))
+        return describe_call(run_segment, (inputs,), dict(settings=settings), code=code)

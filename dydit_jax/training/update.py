@@ -1,10 +1,10 @@
-"""One training step: state, objective, update. Pure functions of state and batch.
+"""One training step: a pure function of state and batch, and how it is compiled.
 
-One way through: batch -> what is drawn at random -> x_t -> model (dynamic and complete pass) -> loss terms ->
-gradients -> update. Random draws depend on seed and step alone, and belong to the whole batch, however it is split.
+One way through: batch -> what is drawn at random -> x_t -> model (gated and complete pass) -> loss terms -> gradients
+-> update. Random draws depend on seed and step alone.
 
-Source: DyDiT, https://arxiv.org/abs/2410.03456, section 3.4, and its training code. It differs from that code where
-the code steps its optimiser twice per batch in the first stage: here every batch is one clipped step, or is skipped.
+Source: DyDiT, https://arxiv.org/abs/2410.03456, and its training code. It differs from that code where the code steps
+its optimizer twice per batch in the first stage: here every batch is one clipped step, or is skipped.
 """
 
 import dataclasses
@@ -19,26 +19,57 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
-from dydit_jax.diffusion.losses import (
-    STRATA,
-    budget_penalty,
-    budget_target,
-    denoising_error,
-    drop_labels,
-    stratified_timesteps,
-    variational_bound,
-)
-from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
-from dydit_jax.models.cost import routed_ratio
+from dydit_jax.diffusion.losses import STRATA
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.diffusion.terms import LossConfig
+from dydit_jax.errors import require_known
+from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
-from dydit_jax.runtime.seeds import make_key
+from dydit_jax.models.precision import PRECISIONS
+from dydit_jax.records import require_range
+from dydit_jax.runtime.seeds import make_key, require_seed
 from dydit_jax.runtime.sharding import batch_sharding, replicated, shardings
-from dydit_jax.training.experiment import Experiment, build_learning_rate, build_optimizer
+from dydit_jax.training.objective import draw_examples, objective
+from dydit_jax.training.optimizer import OptimizerConfig, build_learning_rate, build_optimizer
 
 logger = logging.getLogger(__name__)
 
 BYTES_PER_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The length of a run and its surroundings.
+
+    Attributes:
+      steps: updates in all.
+      seed: seed of initial values and of every random draw but the data's order, 0 to 2^64 - 1.
+      ema_decay: decay of the exponential moving average of the parameters, which is what gets sampled.
+      init_from: weights to start from (anything that `sample.py --checkpoint` takes), empty for random ones. Routers
+        that these lack are initialised afresh: the start of fine-tuning a DiT into a DyDiT.
+      precision: "bfloat16", "float32", "highest" (float32 products in full, for comparisons) or "auto": bfloat16
+        on accelerators, float32 on CPUs.
+      remat: what the backward pass recomputes: "none", "block" or "dots".
+      accumulate: into how many parts a batch is split, computed one after the other to save memory.
+      max_skips: the run stops when so many batches were skipped one after the other.
+    """
+
+    steps: int
+    seed: int = 0
+    ema_decay: float = 0.9999
+    init_from: str = ""
+    precision: str = "auto"
+    remat: str = "none"
+    accumulate: int = 1
+    max_skips: int = 100
+
+    def __post_init__(self):
+        require_range("train.steps", self.steps, low=1)
+        require_range("train.accumulate", self.accumulate, low=1)
+        require_range("train.max_skips", self.max_skips, low=1)
+        require_seed("train.seed", self.seed)
+        require_range("train.ema_decay", self.ema_decay, 0.0, 1.0)
+        require_known("precision", self.precision, PRECISIONS)
 
 
 @jax.tree_util.register_dataclass
@@ -60,83 +91,6 @@ class TrainState:
     opt_state: optax.OptState
     skipped: jax.Array
     skipped_in_a_row: jax.Array
-
-
-# --- The objective -------------------------------------------------------------------------------
-
-
-def draw_examples(batch, key, *, model: Model, experiment: Experiment, passes: tuple[str, ...]) -> dict:
-    """Draw all that is random in a step.
-
-    Args:
-      batch: {"image": [B,side,side,C], "label": [B]}.
-      key: PRNG key of this step.
-      model, experiment, passes: as for `objective`.
-
-    Returns:
-      Arrays with the leading axis B, or None: "x0", "noise", "t", "labels" and "router_noise".
-    """
-    size = len(batch["label"])
-    time_key, noise_key, label_key, router_key = jax.random.split(key, 4)
-    dropout = dict(null_label=model.config.null_label, probability=experiment.loss.label_dropout)
-    return dict(
-        x0=batch["image"],
-        noise=jax.random.normal(noise_key, batch["image"].shape, jnp.float32),
-        t=stratified_timesteps(time_key, size, experiment.diffusion.train_steps),
-        labels=drop_labels(label_key, batch["label"], **dropout),
-        router_noise=model.router_noise(router_key, size) if "gated" in passes else None,
-    )
-
-
-def objective(params, examples, step, *, model: Model, experiment: Experiment, passes: tuple[str, ...]):
-    """Return the loss of some examples and its terms.
-
-    Args:
-      params: the parameter tree.
-      examples: from `draw_examples`.
-      step: number of this step, for the budget's ramp.
-      model, experiment: what to train and how.
-      passes: "gated", "complete" or both; they share x_t, timesteps and labels.
-
-    Returns:
-      The scalar loss and a dict of scalar metrics.
-    """
-    x0, noise, t, labels = (examples[name] for name in ("x0", "noise", "t", "labels"))
-    c = at_steps(coefficients(make_schedule(experiment.diffusion)), t)
-    xt = diffuse(x0, noise, c)
-    loss, metrics = 0.0, {}
-    router_noise = examples["router_noise"]
-    if passes == ("gated", "complete") and not model.config.token_capacity:
-        *outputs, routing = model.apply_both(params, xt, t, labels, noise=router_noise)
-    else:
-        noises = [router_noise if mode == "gated" else None for mode in passes]
-        found = [model.apply(params, xt, t, labels, mode=mode, noise=own) for mode, own in zip(passes, noises)]
-        outputs, routing = [output for output, _ in found], found[0][1]
-    for mode, output in zip(passes, outputs):
-        terms = {
-            f"loss/{mode}_mse": denoising_error(output, noise).mean(),
-            f"loss/{mode}_vb": variational_bound(output, x0, xt, c).mean(),
-        }
-        if mode == "gated":
-            ratio = routed_ratio(routing, attention=model.config.macs.attention, mlp=model.config.macs.mlp)
-            target = budget_target(step, experiment.loss)
-            terms["loss/budget"] = budget_penalty(ratio, target, weight=experiment.loss.budget_weight)
-            metrics |= {"cost/ratio": ratio.mean(), "cost/target": target}
-            metrics |= {f"routing/{name}": gates.mean() for name, gates in vars(routing).items()}
-        loss += sum(terms.values())
-        metrics |= terms
-    return loss, metrics | {"loss/total": loss}
-
-
-def passes_at(step: int, experiment: Experiment) -> tuple[str, ...]:
-    """Return the passes that are trained at a step: the static model has one, a DyDiT one or two."""
-    if experiment.model.routers == "none":
-        return ("complete",)
-    complete_steps = experiment.loss.complete_steps
-    return ("gated", "complete") if complete_steps < 0 or step < complete_steps else ("gated",)
-
-
-# --- The update ----------------------------------------------------------------------------------
 
 
 def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -178,23 +132,37 @@ def all_finite(tree) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def make_update_fn(model: Model, experiment: Experiment, passes: tuple[str, ...]) -> Callable:
-    """Make the pure function (state, batch) -> (state, metrics) of one step; the caller compiles it."""
-    optimizer, learning_rate = build_optimizer(experiment.optimizer), build_learning_rate(experiment.optimizer)
-    skip_norm = experiment.optimizer.skip_norm or jnp.inf
-    settings = dict(model=model, experiment=experiment, passes=passes)
+def make_update_fn(
+    model: Model,
+    passes: tuple[str, ...],
+    *,
+    loss: LossConfig,
+    diffusion: DiffusionConfig,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+) -> Callable:
+    """Make the pure function (state, batch) -> (state, metrics) of one step; the caller compiles it.
+
+    Args:
+      model: the network.
+      passes: "gated", "complete" or both; see `passes_at`.
+      loss, diffusion, optimizer, train: sections of the config.
+    """
+    transform, learning_rate = build_optimizer(optimizer), build_learning_rate(optimizer)
+    skip_norm = optimizer.skip_norm or jnp.inf
+    settings = dict(model=model, loss=loss, diffusion=diffusion, passes=passes)
     differentiate = jax.grad(functools.partial(objective, **settings), has_aux=True)
 
     def update(state: TrainState, batch) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(make_key(experiment.train.seed), state.step)
+        key = jax.random.fold_in(make_key(train.seed), state.step)
         examples = draw_examples(batch, key, **settings)
         gradients, metrics = accumulated(
-            functools.partial(differentiate, state.params, step=state.step), examples, experiment.train.accumulate
+            functools.partial(differentiate, state.params, step=state.step), examples, train.accumulate
         )
         norm = optax.tree.norm(gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = transform.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1.0 - experiment.train.ema_decay)
+        ema = optax.incremental_update(params, state.ema, 1.0 - train.ema_decay)
         # A refused batch leaves no trace but the counter: neither moments nor EMA move. NaN < inf is false. Moments are
         # finite where the gradients' norm is, parameters where their EMA is: one more pass over one of the four trees.
         accepted = (norm < skip_norm) & all_finite(ema)
@@ -218,21 +186,26 @@ def make_update_fn(model: Model, experiment: Experiment, passes: tuple[str, ...]
     return update
 
 
-def compile_update(model: Model, experiment: Experiment, passes: tuple[str, ...], mesh: Mesh, state) -> Callable:
-    """Compile the update for a mesh; the old state's memory is reused for the new one.
+def batch_shapes(model: DiTConfig, size: int) -> dict:
+    """Return the shapes of a batch of so many images."""
+    shape = (size, model.side, model.side, model.channels)
+    return dict(image=jax.ShapeDtypeStruct(shape, jnp.float32), label=jax.ShapeDtypeStruct(shape[:1], jnp.int32))
+
+
+def compile_update(update: Callable, state: TrainState, batch: dict, mesh: Mesh) -> Callable:
+    """Compile an update for a mesh; the old state's memory is reused for the new one.
 
     Args:
-      model, experiment, passes: as for `make_update_fn`.
-      mesh: where.
+      update: from `make_update_fn`.
       state: a state or its shapes.
+      batch: a batch or its shapes, from `batch_shapes`.
+      mesh: whose devices share the batch.
     """
     state_shardings = shardings(mesh, state)
     began = time.monotonic()
-    shape = (experiment.data.batch_size, model.config.side, model.config.side, model.config.channels)
-    batch = dict(image=jax.ShapeDtypeStruct(shape, jnp.float32), label=jax.ShapeDtypeStruct(shape[:1], jnp.int32))
     compiled = (
         jax.jit(
-            make_update_fn(model, experiment, passes),
+            update,
             in_shardings=(state_shardings, batch_sharding(mesh)),
             out_shardings=(state_shardings, replicated(mesh)),
             donate_argnums=0,
@@ -240,7 +213,7 @@ def compile_update(model: Model, experiment: Experiment, passes: tuple[str, ...]
         .lower(state, batch)
         .compile()
     )
-    logger.info("Compiled the update (%s pass) in %.1f s.", " and ".join(passes), time.monotonic() - began)
+    logger.info("Compiled the update in %.1f s.", time.monotonic() - began)
     memory = compiled.memory_analysis()
     if memory is not None:  # not every backend says
         logger.info(
@@ -248,31 +221,3 @@ def compile_update(model: Model, experiment: Experiment, passes: tuple[str, ...]
             *(size / BYTES_PER_GIB for size in (memory.argument_size_in_bytes, memory.temp_size_in_bytes)),
         )
     return compiled
-
-
-# --- Measuring -----------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames=("model", "diffusion", "mode"))
-def patch_losses(params, x0, labels, keys, timestep, *, model: Model, diffusion: DiffusionConfig, mode: str):
-    """Return the squared error of the predicted noise, mean over the values of each patch, [B,N].
-
-    Args:
-      params: of the model.
-      start: x_0 [B,side,side,C].
-      labels: [B].
-      keys: of the examples [B]; with the timestep they fix the noise.
-      timestep: one for all.
-      model, diffusion: the network and its process.
-      mode: "gated" or "complete".
-    """
-    config = model.config
-    t = jnp.full(len(x0), timestep)
-    draw = lambda key: jax.random.normal(jax.random.fold_in(key, timestep), x0.shape[1:], jnp.float32)
-    noise = jax.vmap(draw)(keys)
-    xt = diffuse(x0, noise, at_steps(coefficients(make_schedule(diffusion)), t))
-    output, _ = model.apply(params, xt, t, labels, mode=mode)
-    error = jnp.square(output[..., : config.channels] - noise)
-    side = config.side // config.patch
-    patches = error.reshape(-1, side, config.patch, side, config.patch, config.channels)
-    return patches.mean((2, 4, 5)).reshape(-1, config.tokens)

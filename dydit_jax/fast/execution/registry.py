@@ -1,22 +1,27 @@
 """Which executions there are, which of them a model can use, and which one serves as a rule."""
 
-from dydit_jax.errors import require_known
+from dydit_jax.errors import InputError
 from dydit_jax.fast.execution.mosaic import Mosaic
 from dydit_jax.fast.execution.triton import Triton, TritonDense
 from dydit_jax.fast.execution.xla import Gather, OneHot, Switch
 from dydit_jax.models.execution import Dense, Masked, TokenExecution, TopK
+from dydit_jax.registry import Registry
 
-EXECUTIONS: dict[str, type[TokenExecution]] = {
-    execution.name: execution for execution in (Switch, Gather, OneHot, Masked, Triton, Mosaic)
-}
+BUILT_IN = {execution.name: execution for execution in (Switch, Gather, OneHot, Masked, Triton, Mosaic)}
+EXECUTIONS = Registry("execution", TokenExecution, BUILT_IN, base=TokenExecution)
 # Where several can run, the first is the rule; `autotune` measures.
 DEFAULTS = {"cpu": ("switch",), "gpu": ("triton", "gather"), "tpu": ("one_hot",)}
 
 
 def register_execution(execution: type[TokenExecution]) -> type[TokenExecution]:
-    """Add a class of one's own under its name; usable as a decorator."""
-    EXECUTIONS[execution.name] = execution
-    return execution
+    """Add a class of one's own under its `name`; usable as a decorator.
+
+    Raises:
+      InputError: no name, a built-in one's, or a class that does not follow the protocol.
+    """
+    if not isinstance(getattr(execution, "name", None), str):
+        raise InputError(f"{execution.__name__} needs a class attribute `name`: what it is called in a plan.")
+    return EXECUTIONS.register(execution.name)(execution)
 
 
 def find_execution(name: str, platform: str) -> TokenExecution:
@@ -25,7 +30,7 @@ def find_execution(name: str, platform: str) -> TokenExecution:
     Raises:
       InputError: an unknown name, with the known ones.
     """
-    require_known("execution", name, EXECUTIONS)
+    EXECUTIONS.require("execution", name)
     return EXECUTIONS[name](platform)
 
 

@@ -1,0 +1,154 @@
+"""The terms of the loss by name, and the section of the config that chooses them.
+
+A term is a function of `LossInputs`: one pass of the network over the examples of a step. The loss is the sum of the
+terms of all passes, each averaged over the images and times its weight.
+
+Source: DyDiT, https://arxiv.org/abs/2410.03456, section 3.4 (budget), and its training code (ramp, weight).
+"""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+
+from dydit_jax.diffusion.gaussian import Coefficients
+from dydit_jax.diffusion.losses import denoising_error, variational_bound
+from dydit_jax.errors import InputError
+from dydit_jax.records import require_range
+from dydit_jax.registry import Registry, require_array
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The terms of the loss, and the budget.
+
+    Attributes:
+      terms: keys of `LOSS_TERMS`.
+      weights: one number for each term; empty for 1 throughout.
+      label_dropout: probability with which a label becomes "no class".
+      complete_steps: for how many steps the complete pass is trained beside the gated one; -1 throughout. Without
+        routers the only pass is the complete one, and this and the budget play no part.
+      budget: lambda, the ratio of MACs that training aims at.
+      budget_weight: weight of (ratio - target)^2.
+      budget_hold_steps: steps at the start during which the target stays 1.
+      budget_warmup_steps: step at which the target's way from 1 to the budget ends.
+    """
+
+    terms: tuple[str, ...] = ("mse", "vb", "budget")
+    weights: tuple[float, ...] = ()
+    label_dropout: float = 0.1
+    complete_steps: int = -1
+    budget: float = 0.5
+    budget_weight: float = 2.0
+    budget_hold_steps: int = 100
+    budget_warmup_steps: int = 1000
+
+    def __post_init__(self):
+        for name in self.terms:
+            LOSS_TERMS.require("loss.terms", name)
+        if not self.terms or len(set(self.terms)) < len(self.terms):
+            raise InputError(f"loss.terms must name one term or more, each of them once, not {self.terms}.")
+        if len(self.weights) not in (0, len(self.terms)):
+            raise InputError(
+                f"loss.weights must have one number for each of the {len(self.terms)} terms, or none, not "
+                f"{len(self.weights)}."
+            )
+        require_range("loss.label_dropout", self.label_dropout, 0.0, 1.0)
+        require_range("loss.complete_steps", self.complete_steps, -1)
+        require_range("loss.budget", self.budget, 0.0, 1.0)
+        require_range("loss.budget_weight", self.budget_weight, 0.0)
+        require_range("loss.budget_hold_steps", self.budget_hold_steps, 0)
+        require_range("loss.budget_warmup_steps", self.budget_warmup_steps, 1)
+
+    @property
+    def weighted_terms(self) -> dict[str, float]:
+        """Weights of the terms by name."""
+        return dict(zip(self.terms, self.weights or (1.0,) * len(self.terms)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LossInputs:
+    """What a term may look at: one pass of the network over the examples of a step.
+
+    Attributes:
+      mode: "gated" or "complete".
+      output: prediction of the network [B,side,side,2C], noise first, then variance.
+      x0, noise, xt: images, the noise that was added, and the result, [B,side,side,C].
+      labels: [B], some of them "no class".
+      coefficients: of each image's timestep, [B,1,1,1].
+      routing: `Routing` of the pass: gates of heads [B,L,H], groups [B,L,G] and tokens [B,L,N], all 1 where the mode is
+        "complete".
+      ratio: share of the MACs of attention and MLP that these gates leave open [B].
+      step: number of the training step.
+      config: of the loss.
+    """
+
+    mode: str
+    output: jax.Array
+    x0: jax.Array
+    noise: jax.Array
+    xt: jax.Array
+    labels: jax.Array
+    coefficients: Coefficients
+    routing: typing.Any
+    ratio: jax.Array
+    step: jax.Array
+    config: LossConfig
+
+
+class LossTerm(typing.Protocol):
+    """A term of the loss: a function."""
+
+    def __call__(self, inputs: LossInputs) -> jax.Array | None:
+        """Return the term of each image [B], or of all as a scalar, float32; None where this pass has no such term."""
+
+
+def mse(inputs: LossInputs) -> jax.Array:
+    """Return the squared error of the predicted noise, of each image."""
+    return denoising_error(inputs.output, inputs.noise)
+
+
+def vb(inputs: LossInputs) -> jax.Array:
+    """Return the variational bound of each image, which teaches the variance alone."""
+    return variational_bound(inputs.output, inputs.x0, inputs.xt, inputs.coefficients)
+
+
+def budget(inputs: LossInputs) -> jax.Array | None:
+    """Return the penalty for a mean ratio of MACs away from the target, of a gated pass."""
+    if inputs.mode != "gated":
+        return None
+    target = budget_target(inputs.step, inputs.config)
+    return budget_penalty(inputs.ratio, target, weight=inputs.config.budget_weight)
+
+
+def budget_target(step, config: LossConfig):
+    """Return the ratio of MACs to aim at: 1 at first, then a line, then the budget."""
+    ramp = 1.0 - (1.0 - config.budget) * step / config.budget_warmup_steps
+    return jnp.where(step < config.budget_hold_steps, 1.0, jnp.maximum(ramp, config.budget))
+
+
+def budget_penalty(ratio, target, *, weight: float):
+    """Return weight * (mean ratio - target)^2 for ratios [B] of a batch."""
+    return weight * (ratio.mean() - target) ** 2
+
+
+LOSS_TERMS = Registry("loss term", LossTerm, {"mse": mse, "vb": vb, "budget": budget})
+register_loss_term = LOSS_TERMS.register
+
+
+def weigh_terms(inputs: LossInputs) -> dict[str, jax.Array]:
+    """Return the terms of a pass by name, [B] or scalars, each times its weight.
+
+    Raises:
+      InputError: a user's term that returns something else.
+    """
+    terms = {}
+    for name, weight in inputs.config.weighted_terms.items():
+        value = LOSS_TERMS[name](inputs)
+        if value is not None:
+            shape = () if getattr(value, "shape", None) == () else inputs.labels.shape
+            returns = "a number for each image [B], a scalar, or None where this pass has no such term"
+            require_array(value, shape, "float32", method=f"The loss term {name!r}", returns=returns)
+            terms[name] = weight * value
+    return terms

@@ -1,0 +1,80 @@
+"""The optimizer: clipping, AdamW, a schedule of the learning rate, and the routers' own learning rate."""
+
+import dataclasses
+
+import jax
+import optax
+
+from dydit_jax.errors import InputError, require_known
+from dydit_jax.records import require_range
+from dydit_jax.trees import path_name
+
+LEARNING_RATES = ("constant", "cosine")
+LAST_SHARE = 0.05  # of the peak, where the cosine ends
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and what happens to gradients before it.
+
+    Attributes:
+      learning_rate: peak of the learning rate, for everything but the routers.
+      router_multiplier: the routers' learning rate in units of `learning_rate`. Their biases start far from the
+        threshold; a short run needs about 10, the published long runs 1.
+      decay: "constant" or "cosine" to 5 % of the peak.
+      warmup_steps: steps in which the learning rate grows from 0 to the peak.
+      decay_steps: step at which the cosine ends.
+      beta1, beta2, weight_decay: AdamW's parameter of this name.
+      clip_norm: gradients of a larger global norm are scaled down to it; None does not clip.
+      skip_norm: a batch whose norm is not below it is skipped and counted; None skips non-finite ones alone.
+    """
+
+    learning_rate: float
+    router_multiplier: float = 1.0
+    decay: str = "constant"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    skip_norm: float | None = None
+
+    def __post_init__(self):
+        require_range("optimizer.learning_rate", self.learning_rate, low=0.0)
+        require_range("optimizer.router_multiplier", self.router_multiplier, low=0.0)
+        require_range("optimizer.warmup_steps", self.warmup_steps, low=0)
+        require_range("optimizer.beta1", self.beta1, 0.0, 1.0)
+        require_range("optimizer.beta2", self.beta2, 0.0, 1.0)
+        require_range("optimizer.weight_decay", self.weight_decay, low=0.0)
+        require_known("optimizer.decay", self.decay, LEARNING_RATES)
+        if self.decay == "cosine" and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
+            raise InputError("optimizer.decay 'cosine' needs optimizer.decay_steps above optimizer.warmup_steps.")
+        for name in ("clip_norm", "skip_norm"):
+            if getattr(self, name) is not None:
+                require_range(f"optimizer.{name}", getattr(self, name), low=1e-12)
+
+
+def build_learning_rate(config: OptimizerConfig):
+    """Make the function from step to the learning rate of everything but the routers."""
+    if config.decay == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            0.0, config.learning_rate, config.warmup_steps, config.decay_steps, LAST_SHARE * config.learning_rate
+        )
+    if config.warmup_steps:
+        return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    return optax.constant_schedule(config.learning_rate)
+
+
+def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Make clipping, AdamW and the routers' own learning rate. Skipping is the trainer's: it keeps the whole state."""
+    return optax.chain(
+        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(build_learning_rate(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
+        optax.masked(optax.scale(config.router_multiplier), _is_router),
+    )
+
+
+def _is_router(params):
+    """Mark the leaves of the routers."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "_router/" in path_name(path), params)
