@@ -19,8 +19,9 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
+from dydit_jax.data.batches import batches
 from dydit_jax.data.latent_files import checksums_of
-from dydit_jax.data.sources import DataConfig, batches, open_source
+from dydit_jax.data.sources import DataConfig, open_source
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.precision import build_model
 from dydit_jax.runtime.console import run

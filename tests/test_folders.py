@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dydit_jax.data.batches import batches
 from dydit_jax.data.folders import list_class_folders, list_pictures
 from dydit_jax.data.image_sets import open_images
 from dydit_jax.data.images import SUFFIXES
-from dydit_jax.data.sources import DataConfig, batches, open_source
+from dydit_jax.data.sources import DataConfig, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
 

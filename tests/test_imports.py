@@ -15,7 +15,7 @@ CONFINED = {
     "diffusers": (),
     "wandb": ("runtime/tracking.py",),
     "tensorboardX": ("runtime/tracking.py",),
-    "grain": ("data/sources.py",),
+    "grain": ("data/batches.py",),
 }
 MODULES = sorted((ROOT / "dydit_jax").rglob("*.py"))
 

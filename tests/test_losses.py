@@ -74,12 +74,12 @@ def test_training_gates_equal_the_original(step, reference):
 @pytest.mark.parametrize("name", ["mse", "vb"])
 def test_loss_terms_equal_the_original(step, reference, mode, recorded, name):
     ours, theirs = step["of_images"][mode][name], reference[f"loss_{recorded}{name}"]
-    np.testing.assert_allclose(step["metrics"][f"loss/{mode}_{name}"], theirs.mean(), rtol=1e-5)
     noisy = (reference["t"] == 0) & (name == "vb")
     np.testing.assert_allclose(ours[~noisy], theirs[~noisy], rtol=1e-5)
     # At t = 0 the original subtracts two float32 probabilities near 1: its recorded value is 2.2e-5 (vb) and 1.4e-5
     # (complete_vb) away from the same formula in float64, ours 1.3e-6 (see the next test).
     np.testing.assert_allclose(ours[noisy], theirs[noisy], rtol=3e-5)
+    np.testing.assert_allclose(step["metrics"][f"loss/{mode}_{name}"], theirs.mean(), rtol=3e-5 if any(noisy) else 1e-5)
 
 
 def test_bound_at_step_zero_is_accurate_to_float32():

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from stand_ins import mean_for_autoencoder
 
+from dydit_jax.data.batches import batches, examples
 from dydit_jax.data.latent_files import LatentFiles
-from dydit_jax.data.sources import DataConfig, batches, examples, open_source
+from dydit_jax.data.sources import DataConfig, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.jobs import prepare_latents as preparation
 from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents, verify_latents

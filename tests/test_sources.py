@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from dydit_jax.data.sources import DataConfig, batches, digits, open_source
+from dydit_jax.data.batches import batches
+from dydit_jax.data.sources import DataConfig, digits, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
 

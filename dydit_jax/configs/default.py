@@ -44,8 +44,10 @@ def get_config():
     config.data.threads = 2
     config.data.max_bad = 100
 
-    # Loss terms and budget: dydit_jax/diffusion/losses.py, LossConfig.
+    # Loss terms and budget: dydit_jax/diffusion/terms.py, LossConfig.
     config.loss = ml_collections.ConfigDict()
+    config.loss.terms = ("mse", "vb", "budget")
+    config.loss.weights = ()  # one for each term; none: 1 throughout
     config.loss.label_dropout = 0.1
     config.loss.complete_steps = -1  # -1: the complete pass is trained throughout
     config.loss.budget = 0.5
@@ -53,7 +55,7 @@ def get_config():
     config.loss.budget_hold_steps = 100
     config.loss.budget_warmup_steps = 1000
 
-    # AdamW: dydit_jax/training/experiment.py, OptimizerConfig.
+    # AdamW: dydit_jax/training/optimizer.py, OptimizerConfig.
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 1e-4
     config.optimizer.router_multiplier = 1.0
@@ -66,7 +68,7 @@ def get_config():
     config.optimizer.clip_norm = config_dict.placeholder(float)
     config.optimizer.skip_norm = config_dict.placeholder(float)
 
-    # The run: dydit_jax/training/experiment.py, TrainConfig.
+    # The run: dydit_jax/training/update.py, TrainConfig.
     config.train = ml_collections.ConfigDict()
     config.train.steps = 400_000
     config.train.seed = 0

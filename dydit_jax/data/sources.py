@@ -1,15 +1,15 @@
 """Where training examples come from: random access by index, one source per dataset.
 
-A source has a length, a fingerprint (what it holds, in words and a checksum), and gives example i as {"image": float32
-[side,side,C] in [-1, 1] or a latent, "label": int32}, or something of which `draw` makes one. Batches are a pure
-function of seed and step, whatever the number of processes: resuming needs the step alone.
+`DataSource` says what a source is; `batches` puts its examples in order.
 """
 
 import dataclasses
 import hashlib
 import logging
 import os
+import reprlib
 import threading
+import typing
 
 import numpy as np
 from etils import epath
@@ -17,9 +17,10 @@ from etils import epath
 from dydit_jax.data.folders import list_class_folders
 from dydit_jax.data.images import center_crop, decode_image, read_picture
 from dydit_jax.data.latent_files import LABELS_FILE, LATENTS_FILE, LatentFiles
-from dydit_jax.errors import InputError, require_known
+from dydit_jax.errors import InputError
 from dydit_jax.models.autoencoder import LATENT_SCALE
 from dydit_jax.records import require_range
+from dydit_jax.registry import Registry, is_built_in, require_array
 from dydit_jax.runtime.seeds import require_seed
 
 DIGITS_HELD_OUT = 360
@@ -49,11 +50,41 @@ class DataConfig:
     max_bad: int = 100
 
     def __post_init__(self):
-        require_known("dataset", self.name, SOURCES)
+        SOURCES.require("dataset", self.name)
         require_seed("data.seed", self.seed)
         require_range("data.batch_size", self.batch_size, low=1, high=MOST_BATCH)
         require_range("data.threads", self.threads, low=0, high=MOST_THREADS)
         require_range("data.max_bad", self.max_bad, low=0)
+
+
+class DataSource(typing.Protocol):
+    """Examples to train on, by their number.
+
+    A source may also have `draw(example, generator)`, which makes the example of a step from what `__getitem__` returns
+    and a `numpy.random.Generator`: a mirror image, a crop. All that is random belongs there.
+
+    Attributes:
+      fingerprint: what it holds, for people and to notice that data have changed: a name, a count, a checksum.
+    """
+
+    fingerprint: str
+
+    def __init__(self, config: DataConfig, model):
+        """Open the source.
+
+        Args:
+          config: the section `data`, with the path.
+          model: a `DiTConfig`: images must be of its side and channels, labels below its classes.
+        """
+
+    def __len__(self) -> int:
+        """Return the number of examples, at least 1."""
+
+    def __getitem__(self, index: int) -> dict:
+        """Return {"image": float32 [side,side,C], "label": a whole number}, or what `draw` makes it of.
+
+        Images lie in [-1, 1]; latents are scaled by `LATENT_SCALE`. Called from several threads.
+        """
 
 
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -284,10 +315,12 @@ def read_example(source, index: int, name: str) -> dict:
         raise InputError(f"{name} is not a readable picture: {' '.join(str(error).split())[:200]}.") from error
 
 
-SOURCES = {"digits": Digits, "images": Images, "latents": Latents, "synthetic": Synthetic, "tfds": Prepared}
+BUILT_IN = {"digits": Digits, "images": Images, "latents": Latents, "synthetic": Synthetic, "tfds": Prepared}
+SOURCES = Registry("data source", DataSource, BUILT_IN)
+register_source = SOURCES.register
 
 
-def open_source(config: DataConfig, model):
+def open_source(config: DataConfig, model) -> DataSource:
     """Open a dataset.
 
     Args:
@@ -295,9 +328,38 @@ def open_source(config: DataConfig, model):
       model: the model's config, for its input's shape.
 
     Raises:
-      InputError: not there, broken, or of another shape.
+      InputError: not there, broken, or of another shape; or a user's class whose methods return something else than
+        `DataSource` says.
     """
-    return SOURCES[config.name](config, model)
+    source = SOURCES[config.name](config, model)
+    if not is_built_in(type(source)):
+        _require_source(source, (model.side, model.side, model.channels), model.classes)
+    return source
+
+
+def draw_example(source: DataSource, index: int) -> dict:
+    """Return an example as a step might see it, the same at every call."""
+    example = source[index]
+    return source.draw(example, np.random.default_rng(index)) if hasattr(source, "draw") else example
+
+
+def _require_source(source: DataSource, shape: tuple[int, ...], classes: int | None) -> None:
+    """Raise unless a user's source is what `DataSource` says, its first example included."""
+    name = type(source).__name__
+    if not isinstance(getattr(source, "fingerprint", None), str):
+        raise InputError(f"{name}.__init__ must set `fingerprint`, a text that says what the source holds.")
+    if len(source) < 1:
+        raise InputError(f"{name}.__len__ must return the number of examples, at least 1, not {len(source)}.")
+    method = f"{name}.draw" if hasattr(source, "draw") else f"{name}.__getitem__"
+    example = draw_example(source, 0)
+    if not isinstance(example, dict) or set(example) != {"image", "label"}:
+        raise InputError(f'{method} must return {{"image": ..., "label": ...}}, not {reprlib.repr(example)}.')
+    require_array(example["image"], shape, "float32", method=method, returns='the "image"')
+    if np.shape(example["label"]) != ():
+        raise InputError(
+            f'{method} must return one "label", a whole number, not an array {np.shape(example["label"])}.'
+        )
+    _require_labels(method, example["label"], classes or np.inf)
 
 
 def _digest(content: bytes) -> str:
@@ -325,58 +387,3 @@ def _require_labels(where, labels, classes: int) -> None:
             f"{where} has label {wrong[0]}; labels are whole numbers from 0 to {classes - 1}. Mend the data, or set "
             "model.classes."
         )
-
-
-def examples(source, *, count: int) -> dict:
-    """Return examples spread evenly over a dataset, the same at every call.
-
-    Args:
-      source: from `open_source`.
-      count: how many; all of a smaller dataset.
-
-    Returns:
-      {"image": [n,side,side,C], "label": [n]}.
-    """
-    rows = []
-    for index in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)):
-        row = source[int(index)]
-        rows.append(source.draw(row, np.random.default_rng(index)) if hasattr(source, "draw") else row)
-    return {name: np.stack([row[name] for row in rows]) for name in ("image", "label")}
-
-
-class _Batches:
-    """The batches of a run by their number, or some rows of each: random access for reading ahead."""
-
-    def __init__(self, examples, batch_size: int, rows: np.ndarray):
-        self._examples, self._size, self._rows = examples, batch_size, rows
-
-    def __len__(self):
-        return len(self._examples) // self._size
-
-    def __getitem__(self, step):
-        rows = [self._examples[step * self._size + int(row)] for row in self._rows]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def batches(source, config: DataConfig, *, start: int, rows=None):
-    """Iterate over the batches from step `start` on, endlessly.
-
-    Args:
-      source: from `open_source`.
-      config: how many at once, in which order.
-      start: the first step's number.
-      rows: of the global batch, those that this process brings; all by default.
-
-    Returns:
-      An iterator of {"image": [rows,side,side,C], "label": [rows]}; every epoch is shuffled anew.
-    """
-    import grain  # here: only training needs it
-
-    dataset = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
-    if hasattr(source, "draw"):
-        # Before rows are chosen, so that the draws belong to the global batch.
-        dataset = dataset.random_map(source.draw)
-    rows = np.arange(config.batch_size) if rows is None else rows
-    dataset = grain.MapDataset.source(_Batches(dataset, config.batch_size, rows))
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=4 * config.threads)
-    return iter(dataset[start:].to_iter_dataset(options))

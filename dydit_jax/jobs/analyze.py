@@ -23,7 +23,8 @@ from etils import epath
 from tqdm import tqdm
 
 from dydit_jax.checkpoints import Weights, package_versions
-from dydit_jax.data.sources import DataConfig, examples, open_source
+from dydit_jax.data.batches import examples
+from dydit_jax.data.sources import DataConfig, open_source
 from dydit_jax.drawing import figures, loss_figures
 from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.drawing.report import ANALYSIS_FILE, write_report

@@ -29,7 +29,8 @@ from dydit_jax.checkpoints import (
     read_run_config,
     save_weights,
 )
-from dydit_jax.data.sources import batches, examples, open_source
+from dydit_jax.data.batches import batches, examples
+from dydit_jax.data.sources import open_source
 from dydit_jax.drawing.pictures import draw_grid, save_image, to_uint8
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.endings import about_newest, checkpoint_named, require_finite, require_progress
