@@ -8,7 +8,7 @@ groups in every block, and 65 % of the tokens are open, with standard deviation 
 are those that a job's own calibration would choose, for each execution: rows of each image (`one_hot`), or of all
 images of a pass together (`mosaic`); `--capacity` sets another number. `capacities.py` measures how much images differ
 and how many rows they need. `tpu_compiler.py` explains both models of cost and what they leave out. The efficiency is
-the measured speed-up divided by the ratio of MACs.
+the speed-up divided by the ratio of MACs.
 """
 
 import json

@@ -5,8 +5,10 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from decimal import ROUND_HALF_EVEN, ROUND_HALF_UP, Decimal
@@ -200,6 +202,32 @@ def test_commands_of_code_blocks_parse(command, typed, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", commands(whole=False))
 def test_commands_in_sentences_have_these_flags(command, typed):
     require_flags(words_of(command), typed)
+
+
+# What makes a command of the README short.
+SHORT = {
+    "train.py": ("--config.train.steps=2", "--config.data.batch_size=8"),
+    "sample.py": ("--sampling.steps=2", "--weights=params"),
+    "analyze.py": ("--num_examples=8", "--num_timesteps=2"),
+}
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run_one_after_the_other(tmp_path):
+    """Those that need no network: a training, a fine-tuning of its result, images of that, an analysis."""
+    for path in (ROOT / "configs", ROOT / "assets", *SCRIPTS):
+        (tmp_path / path.name).symlink_to(path)
+    environment, done = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT)), []
+    for command in (parameter.values[0] for parameter in commands(whole=True) if "README" in parameter.id):
+        script, *rest = words_of(command)
+        if script in SHORT and "xl2" not in command:
+            process = [sys.executable, script, *rest, *SHORT[script]]
+            result = subprocess.run(process, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+            assert result.returncode == 0, result.stderr
+            done.append(script)
+    assert done == ["train.py", "train.py", "sample.py", "analyze.py"]
+    assert (tmp_path / "out" / "grid" / "grid.png").is_file()
+    assert (tmp_path / "out" / "analysis" / "report.html").is_file()
 
 
 # --- Snippets ------------------------------------------------------------------------------------
