@@ -19,6 +19,13 @@ def require_known(kind: str, name, known) -> None:
         raise InputError(f"Unknown {kind} {name!r}; known: {', '.join(sorted(map(str, known)))}.")
 
 
+def some_of(names, *, most: int = 4, separator: str = ", ") -> str:
+    """Return the first of many names, and how many more there are."""
+    names = list(names)
+    rest = [f"and {len(names) - most} more"] if len(names) > most else []
+    return separator.join([*map(str, names[:most]), *rest])
+
+
 class StopError(Exception):
     """A run that can't or must not go on now; its state is saved, and `code` is the program's exit status."""
 

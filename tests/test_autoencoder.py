@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dydit_jax.convert.autoencoders import convert_autoencoder, export_autoencoder
+from dydit_jax.convert.autoencoders import convert_autoencoder, export_autoencoder, only_autoencoder
 from dydit_jax.convert.conversion import Conversion, convert, export
 from dydit_jax.convert.torch_files import read_tensors, write_tensors
 from dydit_jax.errors import InputError
@@ -93,6 +93,67 @@ def test_old_attention_names_and_shapes_are_read(theirs, params):
         old[name] = tensor.numpy()
     assert old.keys() != theirs.state_dict().keys()
     jax.tree.map(np.testing.assert_array_equal, convert_autoencoder(old), params)
+
+
+def compvis_names() -> dict[str, str]:
+    """Return diffusers' name of every module, by its name in CompVis's code."""
+    resnet = lambda theirs, ours, names: {f"{theirs}.{a}": f"{ours}.{b}" for a, b in names.items()}
+    plain = dict(norm1="norm1", conv1="conv1", norm2="norm2", conv2="conv2")
+    widening = plain | dict(nin_shortcut="conv_shortcut")
+    attention = dict(norm="group_norm", q="to_q", k="to_k", v="to_v", proj_out="to_out.0")
+    names = dict(quant_conv="quant_conv", post_quant_conv="post_quant_conv")
+    for side in ("encoder", "decoder"):
+        names |= {f"{side}.conv_in": f"{side}.conv_in", f"{side}.conv_out": f"{side}.conv_out"}
+        names[f"{side}.norm_out"] = f"{side}.conv_norm_out"
+        for number in (1, 2):
+            names |= resnet(f"{side}.mid.block_{number}", f"{side}.mid_block.resnets.{number - 1}", plain)
+        names |= resnet(f"{side}.mid.attn_1", f"{side}.mid_block.attentions.0", attention)
+    for level in range(4):
+        for number in range(2):
+            kind = widening if number == 0 and level in (1, 2) else plain
+            names |= resnet(
+                f"encoder.down.{level}.block.{number}", f"encoder.down_blocks.{level}.resnets.{number}", kind
+            )
+        for number in range(3):
+            kind = widening if number == 0 and level in (0, 1) else plain
+            names |= resnet(
+                f"decoder.up.{level}.block.{number}", f"decoder.up_blocks.{3 - level}.resnets.{number}", kind
+            )
+        if level < 3:
+            names[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
+        if level > 0:
+            names[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{3 - level}.upsamplers.0.conv"
+    return names
+
+
+def in_compvis_layout(theirs) -> dict:
+    """Return diffusers' weights as CompVis's code stores them: linear layers as 1 x 1 convolutions."""
+    state, tensors = theirs.state_dict(), {}
+    for name, other in compvis_names().items():
+        for kind in ("weight", "bias"):
+            tensor = state[f"{other}.{kind}"]
+            is_matrix = "attn_1" in name and tensor.ndim == 2
+            tensors[f"{name}.{kind}"] = tensor[..., None, None] if is_matrix else tensor
+    assert len(tensors) == len(state)
+    return tensors
+
+
+def test_the_layout_of_compvis_makes_the_same_autoencoder(theirs, params):
+    tensors = in_compvis_layout(theirs)
+    convert_theirs = pytest.importorskip("diffusers.loaders.single_file_utils").convert_ldm_vae_checkpoint
+    assert convert_theirs(dict(tensors), theirs.config).keys() == theirs.state_dict().keys()
+    ours = convert_autoencoder({name: tensor.numpy() for name, tensor in tensors.items()})
+    jax.tree.map(np.testing.assert_array_equal, ours, params)
+
+
+@pytest.mark.parametrize("start", ["", "first_stage_model."])
+def test_what_lies_beside_an_autoencoder_is_left_out(start):
+    inside = {f"{start}encoder.conv_in.bias": np.ones(2), f"{start}decoder.conv_in.bias": np.ones(2)}
+    inside_training = {f"{start}loss.logvar": np.ones(1), f"{start}model_ema.decay": np.ones(1)}
+    beside = {"model.diffusion_model.out.weight": np.ones(1), "cond_stage_model.position_ids": np.arange(3)}
+    tensors = inside | inside_training | (beside if start else {})
+    assert only_autoencoder(tensors).keys() == {"encoder.conv_in.bias", "decoder.conv_in.bias"}
+    assert only_autoencoder(beside) == beside
 
 
 def test_conversion_of_a_file_is_loaded_again(theirs, params, tmp_path):

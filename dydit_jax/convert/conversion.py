@@ -21,7 +21,13 @@ from dydit_jax.checkpoints import (
     save_weights,
     write_arrays,
 )
-from dydit_jax.convert.autoencoders import convert_autoencoder, export_autoencoder, is_autoencoder, rescale_latents
+from dydit_jax.convert.autoencoders import (
+    convert_autoencoder,
+    export_autoencoder,
+    is_autoencoder,
+    only_autoencoder,
+    rescale_latents,
+)
 from dydit_jax.convert.detect import LABEL_TABLE, SPACES, detect_config
 from dydit_jax.convert.evidence import GUESS, Evidence, gather_evidence
 from dydit_jax.convert.ordering import order_by_magnitude
@@ -30,7 +36,7 @@ from dydit_jax.convert.torch_files import read_torch_file, release_pages, write_
 from dydit_jax.convert.torch_network import run_torch
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.errors import InputError, require_known
+from dydit_jax.errors import InputError, require_known, some_of
 from dydit_jax.models.autoencoder import LATENT_SCALE
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.cost import format_count
@@ -181,6 +187,7 @@ def convert(request: Conversion) -> Report:
     if target.exists() and not request.overwrite:
         raise InputError(f"{target} exists; give --overwrite to replace it.")
     file = read_torch_file(request.source, weights=request.weights)
+    file = dataclasses.replace(file, tensors=only_autoencoder(file.tensors))
     require_floats(file.tensors)
     evidence = gather_evidence(request.source, file.options, request.said)
     about = dict(source=epath.Path(request.source).name, weights=request.weights, versions=package_versions())
@@ -273,7 +280,7 @@ def require_floats(tensors: Mapping[str, np.ndarray]) -> None:
     if wrong:
         raise InputError(
             f"{len(wrong)} tensors hold no weights but codes of quantised ones, whose scales are unknown: "
-            f"{'; '.join(wrong)}. Convert a file of {', '.join(FLOATS)}."
+            f"{some_of(wrong)}. Convert a file of {', '.join(FLOATS)}."
         )
 
 
@@ -291,7 +298,7 @@ def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
             wrong.append(f"{name} ({tensor.size - finite} of {tensor.size})")
         release_pages(tensor)
     if wrong:
-        raise InputError(f"{len(wrong)} tensors hold NaN or infinite numbers: {'; '.join(wrong)}.")
+        raise InputError(f"{len(wrong)} tensors hold NaN or infinite numbers: {some_of(wrong)}.")
 
 
 def compare_with_torch(tensors: Mapping, params, config: DiTConfig, evidence: Evidence) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dydit_jax.convert.evidence import TENSORS, Evidence
 from dydit_jax.convert.tables import POSITION_NAME
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, some_of
 from dydit_jax.models.autoencoder import DOWNSAMPLING, LATENT_CHANNELS
 from dydit_jax.models.config import SIZES, DiTConfig
 from dydit_jax.models.layers import position_table
@@ -61,22 +61,17 @@ def detect_config(tensors: Mapping[str, np.ndarray], evidence: Evidence | None =
 
 def _shape(tensors: Mapping, name: str, axes: int) -> tuple[int, ...]:
     if name not in tensors:
-        raise InputError(f"These are not the weights of a DiT: there is no {name} among {_some(tensors)}.")
+        raise InputError(f"These are not the weights of a DiT: there is no {name} among {some_of(tensors)}.")
     if tensors[name].ndim != axes or 0 in tensors[name].shape:
         raise InputError(f"{name} must have {axes} axes, not the shape {tensors[name].shape}.")
     return tensors[name].shape
-
-
-def _some(names) -> str:
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _depth(tensors: Mapping) -> int:
     """Count the blocks, which must be numbered from 0 without a gap."""
     numbers = {name.split(".")[1] for name in tensors if name.startswith("blocks.")}
     if numbers != {str(number) for number in range(len(numbers))}:
-        raise InputError(f"The blocks must be numbered from 0 to {len(numbers) - 1}, not {_some(sorted(numbers))}.")
+        raise InputError(f"The blocks must be numbered from 0 to {len(numbers) - 1}, not {some_of(sorted(numbers))}.")
     return len(numbers)
 
 

@@ -42,8 +42,26 @@ TENSOR_DTYPES = {
 }
 ORDERED_DICT, NAMESPACE, SIZE = "collections OrderedDict", "argparse Namespace", "torch Size"
 TENSOR, TENSOR_WITH_DTYPE = "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3"
-PARAMETER = "torch._utils _rebuild_parameter"
-NAMES = {ORDERED_DICT, NAMESPACE, SIZE, TENSOR, TENSOR_WITH_DTYPE, PARAMETER, *STORAGE_DTYPES, *TENSOR_DTYPES}
+PARAMETERS = ("torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state")
+# A scalar of numpy, as a loss or a step that was stored beside the weights: its dtype, and its bytes as a text.
+SCALAR = ("numpy.core.multiarray scalar", "numpy._core.multiarray scalar")
+SCALAR_DTYPE, BYTES = "numpy dtype", "_codecs encode"
+SCALAR_DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+MAX_SCALAR_BYTES = 8
+# What stands beside weights and says nothing about them: dtypes, devices, counters, sets and paths. None is made.
+INERT_VALUES = tuple(
+    f"torch {name}"
+    for name in ("float16", "bfloat16", "float32", "float64", "complex64", "complex128", "bool")
+    + ("int8", "int16", "int32", "int64", "uint8")
+)
+INERT_CALLS = ("torch device", "collections Counter", "__builtin__ set", "builtins set")
+INERT_CALLS += tuple(
+    f"{module} {kind}"
+    for module in ("pathlib", "pathlib._local")
+    for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+)
+NAMES = {ORDERED_DICT, NAMESPACE, SIZE, TENSOR, TENSOR_WITH_DTYPE, *PARAMETERS, *STORAGE_DTYPES, *TENSOR_DTYPES}
+NAMES |= {*SCALAR, SCALAR_DTYPE, BYTES, *INERT_VALUES, *INERT_CALLS}
 
 
 class RefusedError(ValueError):
@@ -64,6 +82,17 @@ class Namespace:
 
 class _Name(str):
     """The name of a class or function, "module name", as the file spells it."""
+
+
+class _ScalarDtype(str):
+    """The dtype of a numpy scalar: a kind and a size, such as "f8"."""
+
+
+class Inert:
+    """Stands for a value that says nothing about weights."""
+
+
+INERT = Inert()
 
 
 class _Storage:
@@ -124,7 +153,7 @@ class _Machine:
 
     MARK = object()  # where on the stack a group of values begins
     CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-    VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+    VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "SHORT_BINBYTES"}
 
     def __init__(self, storage_of):
         self._storage_of, self._stack, self._memo = storage_of, [], {}
@@ -143,6 +172,10 @@ class _Machine:
                 push([])
             case "EMPTY_DICT":
                 push({})
+            case "EMPTY_SET":  # what is in a set is read, and no set is made
+                push(INERT)
+            case "ADDITEMS":
+                self._pop_group()
             case "MARK":
                 push(self.MARK)
             case "TUPLE":
@@ -234,8 +267,16 @@ def _make(name: _Name, arguments: tuple):
         return Namespace()
     if name == SIZE and len(arguments) == 1:
         return _require(arguments[0], tuple)
-    if name == PARAMETER and arguments:
+    if name in PARAMETERS and arguments:
         return _require(arguments[0], np.ndarray)
+    if name in INERT_CALLS:
+        return INERT
+    if name == SCALAR_DTYPE and arguments and arguments[0] in SCALAR_DTYPES:
+        return _ScalarDtype(arguments[0])
+    if name == BYTES and len(arguments) == 2 and arguments[1] == "latin1":
+        return _scalar_bytes(_require(arguments[0], str))
+    if name in SCALAR and len(arguments) == 2:
+        return _scalar(_require(arguments[0], _ScalarDtype), _require(arguments[1], bytes))
     if name == TENSOR and len(arguments) >= 4:
         storage, offset, size, stride = arguments[:4]
         return _view(_require(storage, _Storage).numbers, offset, size, stride)
@@ -245,6 +286,20 @@ def _make(name: _Name, arguments: tuple):
             raise RefusedError("it has a tensor of a type that is none")
         return _view(_require(storage, _Storage).numbers.view(TENSOR_DTYPES[dtype]), offset, size, stride)
     raise RefusedError(f"it uses {name.replace(' ', '.')!r} as weights do not")
+
+
+def _scalar_bytes(text: str) -> bytes:
+    """Return a scalar's bytes; of longer texts none are made, since a file could ask for them again and again."""
+    if len(text) > MAX_SCALAR_BYTES:
+        raise RefusedError(f"it has a number of more than {MAX_SCALAR_BYTES} bytes")
+    return text.encode("latin1")
+
+
+def _scalar(dtype: _ScalarDtype, content: bytes):
+    """Return a numpy scalar as a number or truth of Python."""
+    if len(content) != np.dtype(dtype).itemsize:
+        raise RefusedError(f"it has a number of {len(content)} bytes, which should be one of {dtype}")
+    return np.frombuffer(content, f"<{dtype}")[0].item()
 
 
 def _view(storage: np.ndarray, offset: int, size: tuple, stride: tuple) -> np.ndarray:
@@ -269,5 +324,8 @@ def _set_state(target, state) -> None:
     """Give an object the state that the pickle has for it, where that means anything to weights."""
     if type(target) is Namespace:
         target.state = _require(state, dict)
+    elif type(target) is _ScalarDtype:  # the tuple that numpy describes a dtype with: version, byte order and more
+        if _require(state, tuple)[1:2] not in (("<",), ("|",)):
+            raise RefusedError("it has a number in another byte order")
     elif type(target) is not dict:  # PyTorch's notes on a state dict are left out
         raise RefusedError(f"it sets the state of a {type(target).__name__}")

@@ -15,7 +15,7 @@ import einops
 import numpy as np
 
 from dydit_jax.convert.torch_files import release_pages
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, some_of
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.models.layers import position_table
@@ -129,7 +129,7 @@ def convert_state_dict(source: Mapping[str, np.ndarray], config: DiTConfig) -> d
       The tree, float32; arrays that need no reordering or stacking share memory with `source`.
 
     Raises:
-      InputError: listing every missing, surplus or misshapen tensor.
+      InputError: naming missing, surplus and misshapen tensors.
     """
     require_complete(source, config)
     sizes, leaves = axis_sizes(config), {}
@@ -161,18 +161,32 @@ def require_complete(source: Mapping[str, np.ndarray], config: DiTConfig) -> Non
     """Raise unless `source` holds exactly the tensors of `config`, in their shapes.
 
     Raises:
-      InputError: listing all of what is missing, surplus and misshapen.
+      InputError: naming what is missing, surplus and misshapen.
     """
     expected = source_shapes(config)
-    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in source]
-    problems += [f"surplus {name} {source[name].shape}" for name in source if name not in (*expected, POSITION_NAME)]
-    problems += [
+    missing = [f"missing {name} {shape}" for name, shape in expected.items() if name not in source]
+    surplus = [
+        f"surplus {name} {tensor.shape}"
+        for name, tensor in source.items()
+        if name not in expected and name != POSITION_NAME
+    ]
+    misshapen = [
         f"{name} is {source[name].shape}, must be {shape}"
         for name, shape in expected.items()
         if name in source and source[name].shape != shape
     ]
-    if problems:
-        raise InputError(f"The tensors do not make this model ({len(problems)} problems): " + "; ".join(problems))
+    require_no_problems("this model", missing, surplus, misshapen)
+
+
+def require_no_problems(what: str, *kinds: list[str]) -> None:
+    """Raise where tensors do not make a model; a few problems of each kind are named, all are counted.
+
+    Raises:
+      InputError: naming them.
+    """
+    if count := sum(map(len, kinds)):
+        named = "; ".join(some_of(problems, separator="; ") for problems in kinds if problems)
+        raise InputError(f"The tensors do not make {what} ({count} problem{'s' * (count > 1)}): {named}.")
 
 
 def export_state_dict(params: Mapping, config: DiTConfig) -> dict[str, np.ndarray]:

@@ -3,7 +3,8 @@
 A `.pt`, `.pth` or `.bin` file lists its tensors in a pickle, which `pickles` reads without running it; their numbers
 are stored beside it, as members of a zip file or, before 2020, one after the other. A `.safetensors` file lists them in
 JSON. Tensors come out as read-only views of the file, so that a 10.9 GB training file costs no memory until an array is
-used. What a file states about itself is compared with its bytes before it is used.
+used. What a file states about itself is compared with its bytes before it is used. A `.safetensors.index.json` lists
+the files over which the tensors of one network are spread.
 """
 
 import collections
@@ -22,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from dydit_jax.convert.pickles import MAX_AXES, MAX_LIST_BYTES, Namespace, RefusedError, read_pickle
+from dydit_jax.convert.state_dicts import pick_state_dict
 from dydit_jax.errors import InputError
 from dydit_jax.runtime.files import write_atomically
 
@@ -70,11 +72,11 @@ def read_torch_file(path, *, weights: str = "ema") -> TorchFile:
     """Read the tensors of a PyTorch checkpoint by name, and the options of the training that wrote it.
 
     Args:
-      path: a `.safetensors`, `.pt`, `.pth` or `.bin` file; its content decides, not its name.
+      path: a `.safetensors`, `.pt`, `.pth` or `.bin` file, or the index of several; its content decides, not its name.
       weights: which part of a training file: "ema" or "model".
 
     Returns:
-      The content; a prefix `module.` on every name is removed.
+      The content, under the network's own names: see `state_dicts`.
 
     Raises:
       InputError: no such file, an unknown or broken format, something that weights have no need of, or no tensors.
@@ -90,9 +92,7 @@ def read_torch_file(path, *, weights: str = "ema") -> TorchFile:
         content = _read(path)
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror or error}).") from error
-    tensors = _tensors_of(content, weights, path)
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    tensors = pick_state_dict(content, weights, path)
     options = content.get("args")
     return TorchFile(tensors, options.plain_values() if isinstance(options, Namespace) else {})
 
@@ -103,6 +103,8 @@ def _read(path: Path):
         start = file.read(9)
     if start[:4] == ZIP_SIGNATURE:
         read = _read_zip
+    elif start[:1] == b"{" and b"\0" not in start:
+        read = _read_index
     elif start[8:9] == b"{":
         read = _read_safetensors
     elif start[:1] == b"\x80":
@@ -122,26 +124,6 @@ def _read(path: Path):
 def _short(error: Exception) -> str:
     """Return an error's message as one short line; it may quote a file at length."""
     return textwrap.shorten(str(error), 300)
-
-
-def _tensors_of(content, weights: str, path: Path) -> dict[str, np.ndarray]:
-    """Pick the state dict out of what a file holds."""
-    if not isinstance(content, Mapping):
-        raise InputError(f"{path} holds no tensors by name.")
-    if not any(isinstance(value, np.ndarray) for value in content.values()):
-        parts = [key for key in content if isinstance(content[key], Mapping)]
-        key = weights if weights in content else "state_dict"
-        if key not in content:
-            raise InputError(f"{path} holds {sorted(map(str, parts))}, but no {weights!r}; choose one with --weights.")
-        content = content[key]
-    tensors = content if isinstance(content, Mapping) else {}
-    tensors = {str(name): tensor for name, tensor in tensors.items() if isinstance(tensor, np.ndarray)}
-    if not tensors:
-        raise InputError(f"{path} holds no tensors by name.")
-    for name in tensors:
-        if not name.isprintable():
-            raise InputError(f"{path} is refused: no tensor's name can be {name[:80]!a}.")
-    return tensors
 
 
 # --- Pickles with the numbers beside them --------------------------------------------------------
@@ -274,10 +256,37 @@ def _safetensor(name: str, stored: np.ndarray, dtype: str, shape: list[int]) -> 
     return stored.view(dtype).reshape(shape)
 
 
+def _read_index(path: Path) -> dict[str, np.ndarray]:
+    """Map the arrays of all `.safetensors` files that an index lists; they lie in its own folder."""
+    if path.stat().st_size > MAX_LIST_BYTES:
+        raise RefusedError(f"its list of tensors takes more than {MAX_LIST_BYTES} bytes")
+    files = json.loads(path.read_text(), object_pairs_hook=_unrepeated)["weight_map"]
+    shards = {name: _read_shard(path, name) for name in sorted(set(files.values()))}
+    held = [(tensor, name) for name, shard in shards.items() for tensor in shard]
+    if sorted(held) != sorted(files.items()):
+        wrong = sorted({*held} ^ {*files.items()})[0][0]
+        raise InputError(f"{path} and its files disagree about the tensor {wrong!r:.80}; copy all of them again.")
+    return {tensor: shards[name][tensor] for tensor, name in files.items()}
+
+
+def _read_shard(index: Path, name: str) -> dict[str, np.ndarray]:
+    if not name.isprintable() or Path(name).name != name or name in ("", ".."):
+        raise RefusedError(f"it lists the file {name[:80]!a}, which is not one in its folder")
+    path = index.with_name(name)
+    if not path.is_file():
+        raise InputError(f"{index} lists {name}, which is not in its folder; put it there.")
+    try:
+        return _read_safetensors(path)
+    except (InputError, RefusedError, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001 (a broken file can raise anything)
+        raise InputError(f"{path} is broken or cut short: {type(error).__name__}: {_short(error)}.") from error
+
+
 def _unrepeated(pairs: list[tuple]) -> dict:
     """Make a dict of a JSON object, where no key may come twice."""
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("its header names a tensor twice")
+        raise ValueError("it names a tensor twice")
     return dict(pairs)
 
 
