@@ -10,13 +10,17 @@ import importlib.metadata
 import typing
 
 if typing.TYPE_CHECKING:
+    from dydit_jax.data.sources import register_source
+    from dydit_jax.diffusion.terms import register_loss_term
     from dydit_jax.drawing.pictures import draw_grid, to_uint8
+    from dydit_jax.fast.execution.registry import register_execution
     from dydit_jax.jobs.analyze import Analysis, analyze
     from dydit_jax.jobs.evaluate import Evaluation, evaluate
     from dydit_jax.jobs.train import train_and_evaluate as train
     from dydit_jax.loading import load_checkpoint
     from dydit_jax.models.config import DiTConfig, published_config
     from dydit_jax.models.dit import Model
+    from dydit_jax.models.routing import register_time_router, register_token_router
     from dydit_jax.pipeline import Pipeline
     from dydit_jax.sampling.generate import generate
 
@@ -32,18 +36,27 @@ __all__ = [
     "generate",
     "load_checkpoint",
     "published_config",
+    "register_execution",
+    "register_loss_term",
+    "register_source",
+    "register_time_router",
+    "register_token_router",
     "to_uint8",
     "train",
 ]
 # Where they are; in another place by another name.
 _MODULES = {
+    "data.sources": ("register_source",),
+    "diffusion.terms": ("register_loss_term",),
     "drawing.pictures": ("draw_grid", "to_uint8"),
+    "fast.execution.registry": ("register_execution",),
     "jobs.analyze": ("Analysis", "analyze"),
     "jobs.evaluate": ("Evaluation", "evaluate"),
     "jobs.train": ("train",),
     "loading": ("load_checkpoint",),
     "models.config": ("DiTConfig", "published_config"),
     "models.dit": ("Model",),
+    "models.routing": ("register_time_router", "register_token_router"),
     "pipeline": ("Pipeline",),
     "sampling.generate": ("generate",),
 }

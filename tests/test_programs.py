@@ -21,6 +21,7 @@ from jax.experimental import serialize_executable
 
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.models.config import DiTConfig
 from dydit_jax.runtime import aot
 from dydit_jax.runtime.aot import compile_for, compiled, compiled_ahead, describe_call
 from dydit_jax.runtime.cache import program_folder as program_folder_of_scripts
@@ -106,6 +107,16 @@ settings = dict(settings=SegmentSettings(model, SamplingConfig(), executions, me
 shape = jax.ShapeDtypeStruct((4, 8), np.float32, sharding=batch_sharding(mesh))
 name = describe_call(run_segment, (shape, {"kernel": np.zeros(3)}), settings).name
 """
+
+
+def test_a_program_with_code_of_a_user_is_not_kept_and_shared_with_no_other_class(program_folder):
+    x, classes = np.ones(2, np.float32), [type("Own", (), {"__module__": "own"}) for _ in range(2)]
+    calls = [describe_call(scaled, (x,), dict(factor=4), code=(DiTConfig, cls)) for cls in classes]
+    assert len({call.name for call in calls}) == 2
+    np.testing.assert_array_equal(made(calls[0])(x)["scaled"], [4, 4])
+    assert not program_folder.exists()
+    made(describe_call(scaled, (x,), dict(factor=4), code=(DiTConfig,)))
+    assert len(list(program_folder.iterdir())) == 1
 
 
 def test_a_name_is_the_same_in_another_process():
@@ -273,6 +284,6 @@ def test_images_of_a_second_start_are_those_of_the_first(devices, tiny, program_
     monkeypatch.setattr(
         runner,
         "describe_call",
-        lambda *described: dataclasses.replace(describe_call(*described), lower=forbidden),
+        lambda *described, **code: dataclasses.replace(describe_call(*described, **code), lower=forbidden),
     )
     np.testing.assert_array_equal(draw().images, first.images)

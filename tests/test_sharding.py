@@ -72,6 +72,13 @@ def test_every_leaf_of_a_training_state_has_a_rule(routers):
     assert layout.opt_state[1][0].mu["blocks"]["attention"]["qkv"].spec == spec
 
 
+def test_parameters_of_a_router_of_ones_own_are_copied_whatever_their_names():
+    of_router = {name: np.zeros((4, 8, 8)) for name in ("mlp/up", "attention/out", "modulation/kernel", "anything")}
+    tree = dict(head_router=of_router, group_router=of_router, blocks=dict(token_router=of_router))
+    for sharding in jax.tree.leaves(shardings(make_mesh(MeshConfig(data=1, fsdp=2, tensor=2)), tree)):
+        assert sharding.is_fully_replicated
+
+
 def test_leaf_without_a_rule_is_an_error():
     with pytest.raises(ValueError, match="No sharding rule matches mystery"):
         shardings(make_mesh(MeshConfig()), {"mystery": np.zeros(3)})

@@ -34,7 +34,8 @@ class _Batches:
 
     def __getitem__(self, step):
         rows = [self._examples[step * self._size + int(row)] for row in self._rows]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        image = np.stack([row["image"] for row in rows])
+        return {"image": image, "label": np.array([row["label"] for row in rows], np.int32)}
 
 
 def batches(source: DataSource, config: DataConfig, *, start: int, rows=None):

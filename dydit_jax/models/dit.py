@@ -350,9 +350,17 @@ class Model:
 
 @functools.cache
 def _graph(config: DiTConfig, routers: Routers, dtype, platform: str):
-    """Return nnx's static description of the network; traced once per configuration."""
+    """Return nnx's static description of the network; traced once per configuration.
+
+    Raises:
+      InputError: a user's router with state that is no parameter.
+    """
     settings = dict(routers=routers, dtype=dtype, platform=platform)
-    return nnx.graphdef(nnx.eval_shape(lambda: DiT(config, **settings, rngs=nnx.Rngs(0))))
+    graph, _, others = nnx.split(nnx.eval_shape(lambda: DiT(config, **settings, rngs=nnx.Rngs(0))), nnx.Param, ...)
+    for path, variable in nnx.to_flat_state(others):
+        name, kind = "/".join(map(str, path)), type(variable).__name__
+        raise InputError(f"A router may hold no state but nnx.Param; {name} is a {kind}.")
+    return graph
 
 
 @functools.cache
