@@ -10,6 +10,7 @@ index alone, not on the batch that they are drawn in.
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
-from tqdm import tqdm
 
 from dydit_jax.checkpoints import Weights, checksum
 from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
@@ -32,7 +32,9 @@ from dydit_jax.models.cost import ModelMacs
 from dydit_jax.models.precision import build_model
 from dydit_jax.models.routing import Routing
 from dydit_jax.records import read_record
+from dydit_jax.runtime.cache import keep_programs
 from dydit_jax.runtime.processes import is_main
+from dydit_jax.runtime.progress import Progress, compile_seconds
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh, replicated, round_up
 from dydit_jax.sampling.generate import Samples, SamplingRun
@@ -72,13 +74,15 @@ class DrawResult:
       samples: the last batch's images, with the record of all images; None before the first batch.
       plan: of `fast`, as it is now, or None.
       images: how many were drawn.
-      seconds: that it took.
+      seconds: that it took, compiling included.
+      compile_seconds: of these, what it waited for programs to be compiled.
     """
 
     samples: Samples | None = None
     plan: Plan | None = None
     images: int = 0
     seconds: float = 0.0
+    compile_seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +149,7 @@ class Pipeline:
           precision: "auto", "bfloat16", "float32" or "highest".
           mesh: from `make_mesh`; all devices by default.
         """
+        keep_programs()
         self.weights, self.mesh = weights, mesh or make_mesh(MeshConfig())
         self.model = build_model(weights.model, precision=precision, mesh=self.mesh)
         self._runs = {}
@@ -215,26 +220,30 @@ class Pipeline:
           InputError: labels out of range, or settings that are not allowed.
           StopError: an image that is not finite.
         """
+        began, compiled = time.monotonic(), compile_seconds()
         run = self.prepare(job.sampling)
         size = round_up(min(job.batch_size, len(job.indices)), run.devices)
         plan = JobPlan(run, self.checksum, segments=job.segments) if job.mode == "fast" else None
         if plan is not None:
             plan.tune(job.labels, job.indices, seed=job.seed, batch=size)
-        steps = -(-len(job.indices) // size) * len(run.schedule.step)
-        record, done = None, 0
-        with tqdm(total=steps, unit="step", desc="sampling") as progress:
+        steps, record, done = len(run.schedule.step), None, 0
+        total, unit = (steps, "step") if len(job.indices) <= size else (len(job.indices), "image")
+        with Progress(total, unit, "sampling", delay=0) as progress:
             for first in range(0, len(job.indices), size):
                 wanted = job.indices[first : first + size]
+                units_of_step = 1 if unit == "step" else len(wanted) / steps
+                report = lambda count, each=units_of_step: progress.advance(count * each)
                 # One shape for all batches; the last one is filled up and cut again.
                 indices = np.concatenate([wanted, np.repeat(wanted[-1:], size - len(wanted))])
                 settings = dict(seed=job.seed, indices=indices, mode=job.mode, plan=plan and plan.plan)
-                samples = run.draw(job.labels[indices], **settings, report=progress.update)
+                samples = run.draw(job.labels[indices], **settings, report=report)
                 if plan is not None:
                     plan.observe(samples)
                 done += len(wanted)
                 record = samples if record is None else record.merge(samples, weight=len(wanted) / done)
                 pixels = to_uint8(self.decode(samples.images, job.sampling), indices=indices)[: len(wanted)]
-                yield Batch(wanted, pixels, DrawResult(record, plan and plan.plan, images=done))
+                taken = dict(seconds=time.monotonic() - began, compile_seconds=compile_seconds() - compiled)
+                yield Batch(wanted, pixels, DrawResult(record, plan and plan.plan, images=done, **taken))
         if plan is not None and is_main():
             plan.keep(record)
 

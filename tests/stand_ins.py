@@ -14,8 +14,9 @@ def mean_for_autoencoder():
     """Put a plain mean over 8x8 pixels in the autoencoder's place; gives the list of how many images it is given."""
     given = []
 
-    def encode(params, images, mesh):
+    def encode(params, images, mesh, report):
         given.append(len(images))
+        report(len(images))
         count, side = len(images), images.shape[1] // 8
         mean = images.reshape(count, side, 8, side, 8, 3).mean((2, 4))
         mean = np.concatenate([mean, mean[..., :1]], axis=-1)

@@ -22,6 +22,7 @@ from etils import epath
 
 from dydit_jax.errors import InputError
 from dydit_jax.runtime.files import is_local, write_atomically
+from dydit_jax.runtime.progress import counted_bytes
 
 DTYPES = {
     **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
@@ -44,13 +45,14 @@ def write_arrays(path, leaves: dict, metadata: dict[str, str]) -> None:
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in leaves.items()}
     # Wide types first: each tensor then lies at a multiple of its own width.
     arrays = dict(sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
-    checksums = {name: _checksum(_as_bytes(array)) for name, array in arrays.items()}
+    found = counted_bytes(arrays, f"checksums of {epath.Path(path).name}")
+    checksums = {name: _checksum(_as_bytes(array)) for name, array in found}
     metadata = metadata | {TENSORS_KEY: json.dumps(checksums, sort_keys=True), HEADER_KEY: "0" * DIGITS}
     header = _header(arrays, metadata)
     header = header.replace(_BEFORE_SUM + b"0" * DIGITS, _BEFORE_SUM + _checksum(header).encode())
     with write_atomically(path) as partial, partial.open("wb") as file:
         file.write(header)
-        for array in arrays.values():
+        for _, array in counted_bytes(arrays, f"writing {epath.Path(path).name}"):
             file.write(_as_bytes(array))
 
 
@@ -68,8 +70,9 @@ def read_arrays(path, wanted_format: str) -> tuple[dict[str, np.ndarray], dict[s
                 "convert files of other programs with convert_torch_weights.py."
             )
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    for name, checksum in json.loads(metadata.pop(TENSORS_KEY, "{}")).items():
-        if _checksum(_as_bytes(arrays[name])) != checksum:
+    checksums = json.loads(metadata.pop(TENSORS_KEY, "{}"))
+    for name, array in counted_bytes(arrays, f"checking {epath.Path(path).name}"):
+        if name in checksums and _checksum(_as_bytes(array)) != checksums[name]:
             raise _damaged(path, f"tensor {name}")
     metadata.pop(HEADER_KEY, None)
     return arrays, metadata

@@ -17,6 +17,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.records import read_record
+from dydit_jax.runtime.progress import counted_bytes
 from dydit_jax.trees import flatten, unflatten
 
 FORMAT = "dydit-jax weights 1"
@@ -42,7 +43,7 @@ def package_versions() -> dict[str, str]:
 def checksum(params) -> str:
     """Return the SHA-256 of a parameter tree's names and values, the same in whatever file it lies."""
     digest = hashlib.sha256()
-    for name, leaf in sorted(flatten(params).items()):
+    for name, leaf in counted_bytes(dict(sorted(flatten(params).items())), "checksum of the weights"):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(leaf))
     return digest.hexdigest()

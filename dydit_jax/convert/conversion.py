@@ -44,6 +44,7 @@ from dydit_jax.models.dit import Model
 from dydit_jax.models.routing import LAYOUTS
 from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_json
+from dydit_jax.runtime.progress import counted, counted_bytes
 from dydit_jax.runtime.seeds import make_key, require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.trees import flatten, unflatten
@@ -291,7 +292,7 @@ def require_finite(tensors: Mapping[str, np.ndarray]) -> None:
       InputError: naming the tensors and how many numbers of each are not.
     """
     wrong = []
-    for name, tensor in tensors.items():
+    for name, tensor in counted_bytes(tensors, "reading"):
         with np.errstate(over="ignore"):  # what float32 can't hold is infinite here
             finite = np.isfinite(np.asarray(tensor, np.float32)).sum()
         if finite < tensor.size:
@@ -315,7 +316,7 @@ def compare_with_torch(tensors: Mapping, params, config: DiTConfig, evidence: Ev
     x = generator.standard_normal((2, config.side, config.side, config.channels)).astype(np.float32)
     t, labels = np.array([17, 803]), np.array([0, rows - 1])
     model, differences = Model(config, matmul_precision="highest"), []
-    for mode in ("gated", "complete"):
+    for mode in counted(("gated", "complete"), 2, "mode", "comparing with PyTorch"):
         theirs = run_torch(tensors, evidence.value("heads"), x, t, labels, mode=mode)
         ours, _ = jax.jit(model.apply, static_argnames="mode")(params, x, t, labels, mode=mode)
         differences.append(float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()))

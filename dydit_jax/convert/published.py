@@ -16,11 +16,10 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dydit_jax.errors import InputError
 from dydit_jax.runtime.cache import cache_folder
 from dydit_jax.runtime.files import hold_lock, write_atomically
+from dydit_jax.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -249,11 +248,11 @@ def _receive(response, partial: Path, done: int) -> None:
             version.write_text(_version_told(response.headers))
     with (
         partial.open("ab") as file,
-        tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=partial.stem) as progress,
+        Progress(total, "B", partial.stem, done=done) as progress,
     ):
         while chunk := response.read(CHUNK_BYTES):
             file.write(chunk)
-            progress.update(len(chunk))
+            progress.advance(len(chunk))
     size = partial.stat().st_size
     if "Content-Length" in response.headers and size != total:
         raise OSError(f"the connection broke off after {size} of {total} bytes; try again")

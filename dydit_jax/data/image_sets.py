@@ -19,9 +19,11 @@ from dydit_jax.data.folders import list_pictures
 from dydit_jax.data.images import MAX_PIXELS, center_crop, decode_image, read_picture
 from dydit_jax.data.sources import open_prepared, read_example
 from dydit_jax.errors import InputError
+from dydit_jax.runtime.progress import Progress, counted
 
 IMAGES_ENTRY = "arr_0"
 DATASET_PREFIX = "tfds:"
+CHUNK_BYTES = 2**24
 # What the standard library raises for archives that are damaged, encrypted or packed in a way of their own.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
@@ -135,15 +137,18 @@ def _open_npz(path) -> ImageSet:
         except ZIP_ERRORS as error:
             raise InputError(f"{path} is damaged, at image {done} or before: {error}.") from error
 
-    with path.open("rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    return ImageSet(str(path), shape[0], checksum, images)
+    digest, size = hashlib.sha256(), path.stat().length
+    with path.open("rb") as file, Progress(size, "B", f"checksum of {path}") as progress:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            progress.advance(len(chunk))
+    return ImageSet(str(path), shape[0], digest.hexdigest(), images)
 
 
 def _open_folder(path, side: int) -> ImageSet:
     files = list_pictures(path / "images" if (path / "images").is_dir() else path)
     digest = hashlib.sha256()
-    for file in files:
+    for file in counted(files, len(files), "image", f"checksum of {path}"):
         digest.update(os.fsencode(file.name) + hashlib.sha256(read_picture(file)).digest())
     read = lambda file: _sized(decode_image(read_picture(file), str(file)), side)
     return ImageSet(str(path), len(files), digest.hexdigest(), lambda: map(read, files))

@@ -21,13 +21,13 @@ from collections.abc import Iterator
 
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from tqdm import tqdm
 
 from dydit_jax.data.archives import PictureSource, open_pictures
 from dydit_jax.data.folders import is_left_by_system
 from dydit_jax.data.images import decode_image
 from dydit_jax.errors import InputError
 from dydit_jax.runtime.files import hold_lock, is_local, read_json, write_atomically, write_json
+from dydit_jax.runtime.progress import counted
 
 NAME, VERSION, SPLIT = "class_pictures", "1.0.0", "train"
 SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"  # without their number, which is known last
@@ -174,13 +174,8 @@ def _write_shards(source: PictureSource, partial: pathlib.Path, shards: list[Sha
     """Write what is left of a source, and append to the shards and the journal."""
     seen = shards[-1].seen if shards else 0
     left_out = [name for shard in shards for name in shard.left_out]
-    pictures = tqdm(
-        itertools.islice(source.pictures(), seen, None),
-        initial=seen,
-        total=source.count,
-        unit="picture",
-        desc="preparing",
-    )
+    left = itertools.islice(source.pictures(), seen, None)
+    pictures = counted(left, source.count, "picture", "preparing", done=seen)
     records = _records(enumerate(pictures, seen + 1), _features(source.classes), left_out, max_bad)
     with (partial / JOURNAL_FILE).open("a") as journal:
         for first in records:

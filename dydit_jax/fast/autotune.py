@@ -49,7 +49,9 @@ def _benchmark(model: Model, params, plan: Plan, images: int, evaluations: int) 
     blocks = jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])
     layers = narrow(blocks, heads=segment.heads[:depth], groups=segment.groups[:depth], dtype=model.dtype)
     runs = {}
-    for execution in available_executions(small, images * evaluations):
+    found = available_executions(small, images * evaluations)
+    logger.info("Compiling the %d ways to run the open tokens.", len(found))
+    for execution in found:
         try:
             runs[execution.name] = _compile(small, params, layers, plan, segment, execution, (images, evaluations))
         except jax.errors.JaxRuntimeError as error:  # kernels may find too little memory beside the rest of a program

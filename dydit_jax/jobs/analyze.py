@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dydit_jax.checkpoints import Weights, package_versions
 from dydit_jax.data.batches import examples
@@ -37,6 +36,7 @@ from dydit_jax.pipeline import Pipeline
 from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.origin import origin
+from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, replicated
@@ -189,7 +189,7 @@ def measure_losses(weights: Weights, batch: dict, timesteps, request: Analysis, 
     size = -(-min(request.batch_size, count) // mesh.size) * mesh.size
     losses = np.zeros((count, len(timesteps)))
     maps = np.zeros((len(timesteps), weights.model.tokens))
-    with tqdm(total=count * len(timesteps), unit="pass", desc=f"losses of {name}") as progress:
+    with Progress(count * len(timesteps), "pass", f"losses of {name}") as progress:
         for first in range(0, count, size):
             indices = np.arange(first, first + size).clip(max=count - 1)  # one shape for all batches
             kept = min(size, count - first)
@@ -200,7 +200,7 @@ def measure_losses(weights: Weights, batch: dict, timesteps, request: Analysis, 
                 _require_finite(found, name, timestep, first)
                 losses[first : first + kept, column] = found.mean(-1)
                 maps[column] += found.sum(0) / count
-                progress.update(kept)
+                progress.advance(kept)
     return losses, maps
 
 
@@ -230,8 +230,8 @@ def _draw_routing(out, weights: Weights, request: Analysis, mesh) -> Samples:
     pipeline = Pipeline(weights, precision=request.precision, mesh=mesh)
     run = SamplingRun(pipeline.model, weights.params, sampling=weights.sampling, diffusion=weights.diffusion)
     plan, steps = run.plan(), len(run.schedule.step)
-    with tqdm(total=len(request.labels) * steps, unit="step", desc=f"images of {out.name}") as progress:
-        draw = functools.partial(run.draw, seed=request.seed, mode="gated", report=progress.update)
+    with Progress(len(request.labels) * steps, "step", f"images of {out.name}") as progress:
+        draw = functools.partial(run.draw, seed=request.seed, mode="gated", report=progress.advance)
         each = [draw([int(label)], indices=np.array([index])) for index, label in enumerate(request.labels)]
     tokens = np.stack([samples.routing.tokens for samples in each])  # [I,S,L,N]
     record = each[0].routing

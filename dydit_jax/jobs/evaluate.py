@@ -13,7 +13,6 @@ import time
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dydit_jax.checkpoints import checksum, package_versions
 from dydit_jax.convert.published import fetch, known_names
@@ -25,6 +24,7 @@ from dydit_jax.metrics.distances import NEIGHBOURS, frechet_distance, inception_
 from dydit_jax.metrics.inception import convert_inception, features
 from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_atomically, write_json
+from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh, map_in_slices
 
@@ -166,14 +166,14 @@ def image_statistics(images: ImageSet, *, params: dict, mesh, batch_size: int) -
     if images.count < 2:
         raise InputError(f"{images.name} has one image; a distance needs at least two.")
     parts = []
-    with tqdm(total=images.count, unit="image", desc=f"features of {images.name}") as progress:
+    with Progress(images.count, "image", f"features of {images.name}") as progress:
         for batch in images.batches(batch_size):
             found = map_in_slices(features, params, batch, mesh, slice_size=batch_size)
             wrong = np.flatnonzero(~np.isfinite(found["pool"]).all(1))
             if wrong.size:
-                raise InputError(f"Image {progress.n + wrong[0]} of {images.name} has features that are not finite.")
+                raise InputError(f"Image {progress.done + wrong[0]} of {images.name} has features that are not finite.")
             parts.append(found)
-            progress.update(len(batch))
+            progress.advance(len(batch))
     pool, spatial, logits = (np.concatenate([part[name] for part in parts]) for name in ("pool", "spatial", "logits"))
     told = dict(name=images.name, count=images.count, checksum=images.checksum)
     return Statistics(told, dict(zip(MOMENTS, (*moments(pool), *moments(spatial)))), pool, logits)

@@ -25,7 +25,6 @@ import types
 import jax
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from dydit_jax.checkpoints import checksum
 from dydit_jax.data.latent_files import (
@@ -44,6 +43,7 @@ from dydit_jax.loading import load_autoencoder
 from dydit_jax.records import require_range
 from dydit_jax.runtime.files import is_free, read_json, write_atomically, write_json
 from dydit_jax.runtime.processes import is_main, require_same, together
+from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 
@@ -138,7 +138,7 @@ def _make_chunks(starts: list[int], source, params, request: LatentsRequest, out
     chunk_at = lambda first: range(first, min(first + request.chunk, len(source)))
     with (
         concurrent.futures.ThreadPoolExecutor(request.threads) as readers,
-        tqdm(total=sum(len(chunk_at(first)) for first in starts), unit="picture", desc="latents") as progress,
+        Progress(sum(len(chunk_at(first)) for first in starts), "picture", "latents") as progress,
         _Arrays(out) as arrays,
     ):
         read = lambda first: [readers.submit(source.__getitem__, index) for index in chunk_at(first)]
@@ -146,9 +146,9 @@ def _make_chunks(starts: list[int], source, params, request: LatentsRequest, out
         for first, following in itertools.zip_longest(starts, starts[1:]):
             examples = [future.result() for future in ahead]
             ahead = [] if following is None else read(following)  # while the devices work
-            moments = _encode(params, np.stack([example["pixels"] for example in examples]), mesh)
+            pixels = np.stack([example["pixels"] for example in examples])
+            moments = _encode(params, pixels, mesh, progress)
             arrays.write(first, moments, np.array([example["label"] for example in examples], np.int32))
-            progress.update(len(examples))
 
 
 @own_settings()
@@ -165,7 +165,7 @@ def verify_latents(folder) -> None:
     chunk, expected = files.info.get("chunk"), files.info.get("chunks")
     if type(chunk) is not int or chunk < 1 or not isinstance(expected, list):
         raise InputError(f"{folder / INFO_FILE} holds no checksums of chunks: it is damaged, or not of this tool.")
-    with tqdm(total=len(files), unit="picture", desc="verifying") as progress:
+    with Progress(len(files), "picture", "verifying") as progress:
         for number, first in enumerate(range(0, len(files), chunk)):
             rows = range(first, min(first + chunk, len(files)))
             digest = hashlib.sha256()
@@ -174,7 +174,7 @@ def verify_latents(folder) -> None:
             digest.update(files.labels[first : rows.stop].tobytes())
             if expected[number : number + 1] != [digest.hexdigest()]:
                 raise InputError(f"{folder} is damaged: pictures {first} to {rows.stop - 1} have other checksums.")
-            progress.update(len(rows))
+            progress.advance(len(rows))
     logger.info("%s: %d chunks, as they were made.", folder, len(expected))
 
 
@@ -309,9 +309,11 @@ def _current(out, name: str):
 # --- One chunk -----------------------------------------------------------------------------------
 
 
-def _encode(params, pixels: np.ndarray, mesh) -> np.ndarray:
+def _encode(params, pixels: np.ndarray, mesh, progress: Progress) -> np.ndarray:
     """Return the moments float16 [n,2,side/8,side/8,8] of pictures uint8 [n,side,side,3] and their mirror images."""
-    both = [encode_moments(params, view.astype(np.float32) / 127.5 - 1, mesh) for view in (pixels, pixels[:, :, ::-1])]
+    report = lambda pictures: progress.advance(pictures / 2)
+    views = (pixels, pixels[:, :, ::-1])
+    both = [encode_moments(params, view.astype(np.float32) / 127.5 - 1, mesh, report) for view in views]
     packed = [np.concatenate([moments.mean, moments.log_variance], axis=-1) for moments in both]
     return np.stack(packed, axis=1).astype(np.float16)
 

@@ -45,7 +45,7 @@ from dydit_jax.runtime.processes import from_main, is_main, together
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import MODES, Samples, SamplingRun
-from dydit_jax.sampling.guidance import require_no_class
+from dydit_jax.sampling.guidance import evaluations_per_step, require_no_class
 from dydit_jax.sampling.noise import uniform_labels
 
 logger = logging.getLogger(__name__)
@@ -222,8 +222,15 @@ def _cost(drawn: DrawResult, weights: Weights) -> dict:
         **{name: float(np.mean(gates)) for name, gates in vars(samples.routing).items()},
         images=drawn.images,
         seconds=drawn.seconds,
+        compile_seconds=drawn.compile_seconds,
+        macs_of_all_images=_macs_of_all(drawn, weights),
         made=origin(),
     )
+
+
+def _macs_of_all(drawn: DrawResult, weights: Weights) -> float:
+    """Return what was executed for all images of the job, decoding not included."""
+    return drawn.images * evaluations_per_step(weights.sampling) * float(drawn.samples.executed_macs.sum())
 
 
 def _log_summary(drawn: DrawResult, weights: Weights, out) -> None:
@@ -235,6 +242,10 @@ def _log_summary(drawn: DrawResult, weights: Weights, out) -> None:
             "MACs per image and pass: %s complete, %s needed (%.1f %%), %s executed (%.1f %%).",
             *(format_count(complete), format_count(needed), 100 * needed / complete),
             *(format_count(executed), 100 * executed / complete),
+        )
+        logger.info(
+            "Drew %d images in %.1f s, %.1f s of them compiling; %s MACs in all.",
+            *(drawn.images, drawn.seconds, drawn.compile_seconds, format_count(_macs_of_all(drawn, weights))),
         )
         if plan is not None and plan.usage is not None and samples.overflow_count.any():
             logger.info(

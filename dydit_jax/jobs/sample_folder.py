@@ -19,6 +19,7 @@ from dydit_jax.drawing.pictures import image_of, read_image, save_image
 from dydit_jax.drawing.report import MANIFEST_FILE
 from dydit_jax.errors import InputError
 from dydit_jax.runtime.files import is_free, is_local, read_json, write_atomically, write_json
+from dydit_jax.runtime.progress import counted
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ def missing_images(out, count: int, shape: tuple[int, int, int]) -> list[int]:
     """
     state = functools.partial(_state, shape=shape)
     with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
-        states = list(readers.map(state, (image_path(out, index) for index in range(count))))
+        found = readers.map(state, (image_path(out, index) for index in range(count)))
+        states = list(counted(found, count, "image", "looking for images"))
     damaged = [index for index, state in enumerate(states) if state == "damaged"]
     if damaged:
         shown = ", ".join(image_path(out, index).name for index in damaged[:5])
@@ -129,7 +131,7 @@ def write_set(out, labels: np.ndarray) -> None:
         with archive.open("arr_0.npy", "w", force_zip64=True) as entry:
             header = dict(descr="|u1", fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(entry, header)
-            for index in range(len(labels)):
+            for index in counted(range(len(labels)), len(labels), "image", "packing samples.npz"):
                 entry.write(read_image(image_path(out, index)).tobytes())
         with archive.open("labels.npy", "w") as entry:
             np.lib.format.write_array(entry, labels)

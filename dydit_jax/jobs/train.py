@@ -282,6 +282,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     finite = jax.jit(all_finite, out_shardings=replicated(mesh))
     if step < last:
         require_finite(finite, step, state, workdir)
+        logger.info("Compiling a step.")
         compiled(passes(step))  # before the clock starts
         _foretell(step, model, experiment)
     clock = Clock(step, last)

@@ -6,12 +6,16 @@ on the device.
 Source of the Fréchet Inception distance: https://arxiv.org/abs/1706.08500, equation 6.
 """
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 import scipy.special
+
+from dydit_jax.runtime.progress import Progress
 
 NEIGHBOURS = 3  # k of precision and recall in the field's figures
 
@@ -92,32 +96,54 @@ def precision_recall(
     chex.assert_equal_shape_suffix([reference, samples], 1)
     # Distances do not change, but their squares are differences of smaller numbers.
     centre = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
-    settings = dict(centre=centre, block=block)
+    blocks = sum(-(-len(points) // block) for points in (reference, samples))
 
     def share(points, manifold):
         if len(manifold) <= neighbours:
             return None
-        return _share_inside(points, manifold, squared_radii(manifold, neighbours=neighbours, **settings), **settings)
+        radii = squared_radii(manifold, neighbours=neighbours, **settings)
+        return _share_inside(points, manifold, radii, **settings)
 
-    return share(samples, reference), share(reference, samples)
+    with Progress(blocks**2, "block", "precision and recall") as progress:
+        settings = dict(centre=centre, block=block, report=progress.advance)
+        return share(samples, reference), share(reference, samples)
 
 
-def squared_radii(points: np.ndarray, *, neighbours: int, centre=0.0, block: int = 2500) -> np.ndarray:
-    """Return the squared distance [n] of each point [n,d] to its k-th nearest other point; infinite if n <= k."""
+def squared_radii(
+    points: np.ndarray,
+    *,
+    neighbours: int,
+    centre=0.0,
+    block: int = 2500,
+    report: Callable[[int], None] = lambda pairs: None,
+) -> np.ndarray:
+    """Return the squared distance [n] of each point to its k-th nearest other point; infinite if n <= k.
+
+    Args:
+      points: [n,d].
+      neighbours: k.
+      centre: that points are measured from [d].
+      block: points on each side whose distances are in memory at once.
+      report: called with the number of pairs of blocks done since its last call.
+    """
     radii = []
     for part in _blocks(points, block):
         nearest = np.full((len(part), neighbours + 1), np.inf, np.float32)  # itself is the nearest
         for others in _blocks(points, block):
-            nearest = _nearest(part, others, centre, nearest)
+            nearest = jax.block_until_ready(_nearest(part, others, centre, nearest))
+            report(1)
         radii.append(np.asarray(nearest[:, -1]))
     return np.concatenate(radii)
 
 
-def _share_inside(points: np.ndarray, manifold: np.ndarray, radii: np.ndarray, *, centre, block: int) -> float:
+def _share_inside(points: np.ndarray, manifold: np.ndarray, radii: np.ndarray, *, centre, block: int, report) -> float:
     inside = []
     for part in _blocks(points, block):
-        pairs = zip(_blocks(manifold, block), _blocks(radii, block))
-        inside.append(np.any([_any_inside(part, others, centre, reach) for others, reach in pairs], axis=0))
+        found = np.zeros(len(part), bool)
+        for others, reach in zip(_blocks(manifold, block), _blocks(radii, block)):
+            found |= np.asarray(_any_inside(part, others, centre, reach))
+            report(1)
+        inside.append(found)
     return float(np.concatenate(inside).mean())
 
 

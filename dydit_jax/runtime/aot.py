@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 THREADS = 8  # compilers of large programs want much memory
 KEPT_IN_MEMORY = 128
-SILENT_SECONDS = 5
 # Products of queries, keys and values merged into one, and kernels of XLA's own in the race with the library's: either
 # keeps bias and GELU from riding on a product, as passes over its result.
 OPTIONS = {"gpu": {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm": False}}
@@ -133,9 +132,6 @@ def compiled_ahead(calls: Iterable[CompileRequest]):
 
     def in_turn():
         first = next(calls)
-        message = threading.Timer(SILENT_SECONDS, logger.info, ["Compiling; the run starts with the first program."])
-        message.start()
-        submit(first).add_done_callback(lambda _: message.cancel())
         yield submit(first)
         others = list(calls)
         futures = [submit(call) for call in others]

@@ -1,7 +1,7 @@
 """Where things lie that can be made or fetched again: downloads, converted weights, calibrations, compiled programs.
 
 Compiled programs are code, ours and those that JAX keeps by itself: whoever can write to their folder can run code as
-the user who reads it. Ours are read only from a folder of this user alone. JAX asks nobody, so the scripts give it
+the user who reads it. Ours are read only from a folder of this user alone. JAX asks nobody, so this package gives it
 such a folder or none; a user who names another one in JAX_COMPILATION_CACHE_DIR trusts all who can write there.
 """
 
@@ -10,6 +10,8 @@ import logging
 import os
 import stat
 from pathlib import Path
+
+import jax
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,12 @@ def program_folder() -> str | None:
         warn_once(f"Compiled programs are not kept: {' '.join(str(error).split())}.")
         return None
     return str(folder) if is_private(folder) else None
+
+
+def keep_programs() -> None:
+    """Let a second start find its programs compiled, in `program_folder` unless the user has chosen another place."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", program_folder())
 
 
 def make_private(folder: Path) -> None:

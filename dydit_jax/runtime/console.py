@@ -3,17 +3,21 @@
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import absl.logging
-import jax
 from absl import flags
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from dydit_jax.errors import InputError
 from dydit_jax.runtime import last_words
 from dydit_jax.runtime.arguments import parse_flags
-from dydit_jax.runtime.cache import program_folder
+from dydit_jax.runtime.cache import keep_programs
 from dydit_jax.runtime.processes import joined_processes
+from dydit_jax.runtime.tracking import duration
+
+logger = logging.getLogger(__name__)
 
 
 def run(
@@ -44,13 +48,14 @@ def run(
     # Says on every machine without a TPU that there is none.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     _hush_storage()
-    # A second start finds its programs compiled.
-    jax.config.update("jax_compilation_cache_dir", jax.config.jax_compilation_cache_dir or program_folder())
+    keep_programs()
     try:
         distributed = values["distributed"].value or values["coordinator"].value
         place = [values[name].value for name in ("coordinator", "num_processes", "process_id")]
-        with joined_processes(*place) if distributed else contextlib.nullcontext():
+        began = time.monotonic()
+        with logging_redirect_tqdm(), joined_processes(*place) if distributed else contextlib.nullcontext():
             main()
+            logger.info("Finished in %s.", duration(time.monotonic() - began))
     except (Exception, KeyboardInterrupt) as error:
         ending = last_words.ending_of(error)
         if ending is None:

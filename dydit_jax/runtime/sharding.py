@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -172,7 +173,9 @@ def run_without_mesh(function):
         return alone.submit(own_settings()(function)).result()  # settings are known to one thread, too
 
 
-def map_in_slices(function, params, batch: np.ndarray, mesh: Mesh, *, slice_size: int):
+def map_in_slices(
+    function, params, batch: np.ndarray, mesh: Mesh, *, slice_size: int, report: Callable[[int], None] | None = None
+):
     """Apply `function(params, slice)` to slices of a batch, each split over all devices, and join the results.
 
     The last slice is filled up, so that one compiled program serves all.
@@ -183,6 +186,7 @@ def map_in_slices(function, params, batch: np.ndarray, mesh: Mesh, *, slice_size
       batch: [n,...] on the host.
       mesh: from `make_mesh`.
       slice_size: rounded up to a multiple of the devices.
+      report: called with the rows of the batch that are done since its last call, or None.
 
     Returns:
       The function's results for the whole batch, on the host.
@@ -190,7 +194,11 @@ def map_in_slices(function, params, batch: np.ndarray, mesh: Mesh, *, slice_size
     size = round_up(min(slice_size, len(batch)), mesh.size)
     filled = np.concatenate([batch, np.repeat(batch[-1:], -len(batch) % size, axis=0)])
     run = _compiled(function, mesh)
-    results = [to_host(run(params, filled[first : first + size])) for first in range(0, len(filled), size)]
+    results = []
+    for first in range(0, len(filled), size):
+        results.append(to_host(run(params, filled[first : first + size])))
+        if report is not None:
+            report(min(size, len(batch) - first))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(batch)], *results)
 
 

@@ -39,6 +39,7 @@ from dydit_jax.models.dit import Model
 from dydit_jax.models.execution import Masked, TokenExecution
 from dydit_jax.models.layers import unconstrained
 from dydit_jax.models.routing import Routing
+from dydit_jax.runtime.cache import keep_programs
 from dydit_jax.runtime.processes import to_host
 from dydit_jax.runtime.seeds import seed_words
 from dydit_jax.runtime.settings import own_settings
@@ -303,6 +304,7 @@ def generate(
       sampling, diffusion: as for `SamplingRun`.
       labels, seed, mode: as for `SamplingRun.draw`.
     """
+    keep_programs()
     return SamplingRun(model, params, sampling=sampling, diffusion=diffusion).draw(labels, seed=seed, mode=mode)
 
 

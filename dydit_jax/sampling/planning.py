@@ -22,6 +22,7 @@ from dydit_jax.fast.plan import CUTTING, Plan
 from dydit_jax.registry import is_built_in
 from dydit_jax.runtime.cache import cache_folder
 from dydit_jax.runtime.processes import from_main
+from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.sharding import round_up
 from dydit_jax.sampling.generate import Samples, SamplingRun
 from dydit_jax.sampling.guidance import evaluations_per_step
@@ -73,7 +74,9 @@ class JobPlan:
         count = round_up(int(count), self._run.devices)
         few = indices[np.arange(count) % len(indices)]
         logger.info("Calibrating token capacities on %d images.", len(few))
-        usage = self._run.draw(labels[few], indices=few, seed=seed, mode="gated").usage
+        with Progress(len(self._run.schedule.step), "step", "calibrating") as progress:
+            settings = dict(seed=seed, mode="gated", report=progress.advance)
+            usage = self._run.draw(labels[few], indices=few, **settings).usage
         plan = self.plan.with_usage(usage.without_max_rows())
         self.plan = dataclasses.replace(plan, execution=self._fastest_execution(plan, batch))
 

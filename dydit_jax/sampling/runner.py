@@ -18,6 +18,7 @@ from dydit_jax.diffusion.gaussian import Coefficients
 from dydit_jax.fast.narrow import NarrowedBlocks
 from dydit_jax.runtime.aot import CompileRequest, compiled_ahead, describe_call, shape_of
 from dydit_jax.runtime.processes import to_host
+from dydit_jax.runtime.progress import result_of
 from dydit_jax.sampling.segment import SegmentProgram, SegmentSettings, StepRecord, run_segment, segment_inputs
 
 
@@ -97,7 +98,7 @@ class SegmentRunner:
         """Start a program on a state; returns the new state and the record, which are there when it is done."""
         blocks = self.blocks.narrow_to(*program.segment.kept)  # the first while its program is compiled
         inputs = segment_inputs(program, schedule=self.schedule, blocks=blocks, state=state, **self.arrays)
-        return executable.result()(inputs)
+        return result_of(executable)(inputs)
 
     def _redo(self, program: SegmentProgram, state) -> tuple:
         """Run the steps of a program with all rows; returns the state after them and their record."""
