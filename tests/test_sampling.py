@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import types
 
@@ -47,9 +48,15 @@ def test_grid_has_a_column_per_label(checkpoint, tmp_path):
     assert len(manifest["checksum"]) == 64 and manifest["precision"] == "float32"
 
 
-def test_set_is_exact_and_packed_for_evaluation(checkpoint, tmp_path):
+def test_set_is_exact_and_packed_for_evaluation(checkpoint, tmp_path, capsys, caplog):
     out = tmp_path / "set"
-    sample(Request(checkpoint, str(out), num_images=7, batch_size=3))
+    with caplog.at_level(logging.INFO):
+        sample(Request(checkpoint, str(out), num_images=7, batch_size=3))
+    assert re.search(r"sampling: 100%.* 7/7 .*image", capsys.readouterr().err)  # a single batch counts steps
+    cost = json.loads((out / "cost.json").read_text())
+    assert 0 <= cost["compile_seconds"] <= cost["seconds"]
+    assert cost["macs_of_all_images"] == pytest.approx(7 * 2 * cost["macs_executed"])  # images and steps
+    assert f"Drew 7 images in {cost['seconds']:.1f} s" in caplog.text
     packed = np.load(out / "samples.npz")
     assert packed["arr_0"].shape == (7, 8, 8, 1) and packed["arr_0"].dtype == np.uint8
     assert packed["labels"].shape == (7,) and packed["labels"].max() < 10
