@@ -10,6 +10,7 @@ import os
 import reprlib
 import threading
 import typing
+from collections.abc import Callable
 
 import numpy as np
 from etils import epath
@@ -317,7 +318,11 @@ def read_example(source, index: int, name: str) -> dict:
 
 BUILT_IN = {"digits": Digits, "images": Images, "latents": Latents, "synthetic": Synthetic, "tfds": Prepared}
 SOURCES = Registry("data source", DataSource, BUILT_IN)
-register_source = SOURCES.register
+
+
+def register_source(name: str) -> Callable:
+    """Return a decorator that adds a `DataSource` of one's own to what `data.name` may name; see `Registry.register`."""
+    return SOURCES.register(name)
 
 
 def open_source(config: DataConfig, model) -> DataSource:

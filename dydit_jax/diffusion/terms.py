@@ -8,6 +8,7 @@ Source: DyDiT, https://arxiv.org/abs/2410.03456, section 3.4 (budget), and its t
 
 import dataclasses
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,11 @@ def budget_penalty(ratio, target, *, weight: float):
 
 
 LOSS_TERMS = Registry("loss term", LossTerm, {"mse": mse, "vb": vb, "budget": budget})
-register_loss_term = LOSS_TERMS.register
+
+
+def register_loss_term(name: str) -> Callable:
+    """Return a decorator that adds a `LossTerm` of one's own to what `loss.terms` may name; see `Registry.register`."""
+    return LOSS_TERMS.register(name)
 
 
 def weigh_terms(inputs: LossInputs) -> dict[str, jax.Array]:

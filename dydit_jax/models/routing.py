@@ -14,6 +14,7 @@ Source: DyDiT, https://arxiv.org/abs/2410.03456, sections 3.2 and 3.3. Three lay
 import dataclasses
 import functools
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -236,8 +237,16 @@ class MLPTokenRouter(nnx.Module):
 
 TIME_ROUTERS = Registry("time router", TimeRouter, {"linear": LinearTimeRouter}, base=nnx.Module)
 TOKEN_ROUTERS = Registry("token router", TokenRouter, {"mlp": MLPTokenRouter}, base=nnx.Module)
-register_time_router = TIME_ROUTERS.register
-register_token_router = TOKEN_ROUTERS.register
+
+
+def register_time_router(name: str) -> Callable:
+    """Return a decorator that adds a `TimeRouter` of one's own as `model.time_router`; see `Registry.register`."""
+    return TIME_ROUTERS.register(name)
+
+
+def register_token_router(name: str) -> Callable:
+    """Return a decorator that adds a `TokenRouter` of one's own as `model.token_router`; see `Registry.register`."""
+    return TOKEN_ROUTERS.register(name)
 
 
 @dataclasses.dataclass(frozen=True)
