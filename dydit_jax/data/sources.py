@@ -321,7 +321,7 @@ SOURCES = Registry("data source", DataSource, BUILT_IN)
 
 
 def register_source(name: str) -> Callable:
-    """Return a decorator that adds a `DataSource` of one's own to what `data.name` may name; see `Registry.register`."""
+    """Return a decorator that adds a `DataSource` of one's own as `data.name`; see `Registry.register`."""
     return SOURCES.register(name)
 
 

@@ -138,7 +138,7 @@ LOSS_TERMS = Registry("loss term", LossTerm, {"mse": mse, "vb": vb, "budget": bu
 
 
 def register_loss_term(name: str) -> Callable:
-    """Return a decorator that adds a `LossTerm` of one's own to what `loss.terms` may name; see `Registry.register`."""
+    """Return a decorator that adds a `LossTerm` of one's own for `loss.terms`; see `Registry.register`."""
     return LOSS_TERMS.register(name)
 
 
