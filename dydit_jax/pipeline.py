@@ -23,7 +23,7 @@ from dydit_jax.checkpoints import Weights, checksum
 from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import make_schedule
-from dydit_jax.drawing.pictures import draw_grid, image_of, to_uint8
+from dydit_jax.drawing.pictures import draw_grid, image_of, label_texts, to_uint8
 from dydit_jax.errors import InputError
 from dydit_jax.fast.plan import Plan
 from dydit_jax.latents import decode_latents, encode_images
@@ -107,10 +107,12 @@ class Drawn:
     Attributes:
       pixels: uint8 [B,side,side,1 or 3].
       samples: how they were computed: gates, MACs, tokens.
+      labels: of the images, as they are written on a grid.
     """
 
     pixels: np.ndarray
     samples: Samples
+    labels: tuple[str, ...]
 
     @property
     def pictures(self) -> list[Image.Image]:
@@ -128,8 +130,8 @@ class Drawn:
         return float(self.samples.macs.mean())
 
     def grid(self, columns: int) -> Image.Image:
-        """Return all pictures in one, row by row."""
-        return draw_grid(self.pixels, columns=columns)
+        """Return all pictures in one, row by row, below their labels."""
+        return draw_grid(self.pixels, columns, self.labels)
 
 
 class Pipeline:
@@ -196,7 +198,8 @@ class Pipeline:
         require_no_class(trained, sampling, labels=labels, classes=self.weights.model.classes)
         job = DrawJob(labels, np.arange(len(labels)), sampling, seed=seed, mode=mode)
         batches = list(self.draw(job))
-        return Drawn(np.concatenate([batch.pixels for batch in batches]), batches[-1].result.samples)
+        pixels = np.concatenate([batch.pixels for batch in batches])
+        return Drawn(pixels, batches[-1].result.samples, label_texts(labels, self.weights.model.classes))
 
     def sampling(self, **overrides) -> SamplingConfig:
         """Return the checkpoint's sampling settings, with those replaced that are not None.

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dydit_jax.drawing.figures import draw_macs, draw_plan, draw_routing, tint_closed
-from dydit_jax.drawing.pictures import draw_grid, save_image, to_uint8
+from dydit_jax.drawing.pictures import draw_grid, label_texts, save_image, to_uint8
 from dydit_jax.drawing.style import CLOSED, DPI, KEPT, LEFT_OUT, LINES, OPEN, WIDTH, save_figure
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.fast.plan import make_plan
@@ -86,7 +86,7 @@ def test_grid_has_its_labels_above_the_images(labels, written):
 
 def test_labels_of_no_class_and_of_many_digits_stay_in_their_cell():
     images = np.full((4, 64, 64, 1), 255, np.uint8)
-    pixels = np.asarray(draw_grid(images, columns=4, labels=["none"] * 4))
+    pixels = np.asarray(draw_grid(images, columns=4, labels=label_texts([10] * 4, 10)))
     ink = (pixels[:30] < 100).any(0)
     assert not any(ink[70 * column : 70 * column + 6].any() for column in range(5))
 

@@ -3,11 +3,14 @@
 import concurrent.futures
 import io
 import logging
+import os
+import pty
 import re
 import sys
 import threading
 import time
 import types
+import unittest.mock
 
 import jax
 import numpy as np
@@ -119,6 +122,18 @@ def test_without_a_terminal_a_bar_is_few_lines(monkeypatch, clock):
         clock(1)
     lines = [line for line in stream.getvalue().split("\r") if line.strip()]
     assert 5 <= len(lines) <= 9 and "200/200" in lines[-1]
+
+
+def test_a_terminal_without_a_size_shows_the_bar():
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream:
+        assert os.get_terminal_size(theirs).columns == 0
+        with unittest.mock.patch.object(progress, "sys", types.SimpleNamespace(stderr=stream)):
+            assert list(counted(range(2), 2, "image", "packing")) == [0, 1]
+            with Progress(2, "image", "sampling", delay=0) as bar:
+                bar.advance(2)
+        assert b"2/2" in os.read(ours, 10_000)
+    os.close(ours)
 
 
 def test_log_lines_stand_beside_the_bar(monkeypatch, terminal):

@@ -62,6 +62,11 @@ def read_image(path) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
+def label_texts(labels, classes: int) -> tuple[str, ...]:
+    """Return labels as they are written on a grid; `classes` itself stands for "no class"."""
+    return tuple("none" if label == classes else str(label) for label in labels)
+
+
 def draw_grid(pixels: np.ndarray, columns: int, labels: Sequence[str] = ()) -> Image.Image:
     """Set images row by row into one picture, with gaps between them.
 

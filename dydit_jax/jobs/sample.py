@@ -28,7 +28,7 @@ from etils import epath
 from dydit_jax.checkpoints import Weights, package_versions
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.drawing import figures
-from dydit_jax.drawing.pictures import draw_grid, read_image, save_image
+from dydit_jax.drawing.pictures import draw_grid, label_texts, read_image, save_image
 from dydit_jax.drawing.report import COST_FILE, write_report
 from dydit_jax.drawing.style import save_figure, save_table
 from dydit_jax.errors import InputError, require_known
@@ -198,7 +198,7 @@ def _finish(request: Request, weights: Weights, labels, out, drawn: DrawResult) 
         write_json(out / COST_FILE, _cost(drawn, weights))
     if request.labels is not None:
         pixels = np.stack([read_image(image_path(out, index)) for index in range(len(labels))])
-        save_image(out / "grid.png", draw_grid(pixels, len(request.labels), _label_texts(labels, weights)))
+        save_image(out / "grid.png", draw_grid(pixels, len(request.labels), label_texts(labels, weights.model.classes)))
     else:
         write_set(out, labels)
     if (request.routing or request.report) and samples is not None:
@@ -299,11 +299,6 @@ def _label_numbers(labels: list, classes: int, where: str) -> np.ndarray:
             f"{', '.join(ascii(word[:SHOWN_BYTES])[1:-1] for word in wrong[:5]) or 'nothing'}."
         )
     return np.asarray([int(word) for word in words], np.int32)
-
-
-def _label_texts(labels, weights: Weights) -> list[str]:
-    """Return labels as they are written on a grid."""
-    return ["none" if label == weights.model.classes else str(label) for label in labels]
 
 
 def _image_shape(weights: Weights) -> tuple[int, int, int]:

@@ -31,7 +31,7 @@ from dydit_jax.checkpoints import (
 )
 from dydit_jax.data.batches import batches, examples
 from dydit_jax.data.sources import open_source
-from dydit_jax.drawing.pictures import draw_grid, save_image, to_uint8
+from dydit_jax.drawing.pictures import draw_grid, label_texts, save_image, to_uint8
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.endings import about_newest, checkpoint_named, require_finite, require_progress
 from dydit_jax.loading import load_checkpoint, load_decoder, warn_of_start
@@ -394,7 +394,6 @@ def _draw_samples(
     if is_main():
         folder = workdir / SAMPLES_FOLDER
         folder.mkdir(exist_ok=True)
-        save_image(
-            folder / f"{step:08d}.png", draw_grid(pixels, min(len(labels), 10), [str(label) for label in labels])
-        )
+        texts = label_texts(labels, model.config.classes)
+        save_image(folder / f"{step:08d}.png", draw_grid(pixels, min(len(labels), 10), texts))
     return {"ema/macs_share": float(samples.macs.mean()) / model.config.macs.complete}

@@ -6,6 +6,7 @@ the log of a job, a bar is a line every half minute.
 """
 
 import concurrent.futures
+import os
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ END_EVENT = "/jax/core/compile/backend_compile_duration"
 SHORT_SECONDS = 2.0  # what is over by then needs no bar
 TICK_SECONDS = 1.0
 SECONDS_BETWEEN_LINES = 30.0  # without a terminal
+COLUMNS, ROWS = 80, 24  # where none are known
 
 
 class _Thread(threading.local):
@@ -61,8 +63,8 @@ class Progress:
             delay=delay,
             mininterval=interval,
             maxinterval=max(10.0, interval),
-            dynamic_ncols=terminal,
             file=sys.stderr,
+            **_size_of(sys.stderr),
         )
         self.done, self._name = done, name
 
@@ -137,6 +139,15 @@ def result_of(program: concurrent.futures.Future):
 def compile_seconds() -> float:
     """Return how long this thread has compiled, and waited for programs, since it began."""
     return _thread.compile_seconds
+
+
+def _size_of(stream) -> dict:
+    """Return tqdm's settings for the size of a terminal; a log has none, nor has a container's terminal."""
+    try:
+        known = os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        known = False
+    return dict(dynamic_ncols=True) if known else dict(ncols=COLUMNS, nrows=ROWS)
 
 
 def _note_begin(event: str, **_) -> None:
