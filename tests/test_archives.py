@@ -14,7 +14,8 @@ from dydit_jax.data.archives import open_pictures
 from dydit_jax.data.image_sets import open_images
 from dydit_jax.data.images import MAX_BYTES
 from dydit_jax.data.packing import prepare_pictures
-from dydit_jax.data.sources import DataConfig, open_prepared, open_source
+from dydit_jax.data.prepared import open_prepared
+from dydit_jax.data.sources import DataConfig, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
 
@@ -75,6 +76,34 @@ def test_pictures_become_a_dataset_that_trains(folder, tmp_path, form, caplog):
     key = lambda example: (int(example["label"]), example["pixels"].tobytes())
     # The last picture of the folder is broken and stands for the first one again.
     assert {key(found[i]) for i in range(COUNT - 1)} == {key(folder_source[i]) for i in range(COUNT)}
+
+
+def test_features_of_other_names_are_read_by_their_keys(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "_features", renamed_features)
+    monkeypatch.setattr(packing.tfds.features.FeaturesDict, "encode_example", renamed_example)
+    path = prepare_pictures(str(folder), str(tmp_path / "out"))
+    opened = lambda **keys: open_source(DataConfig(name="tfds", path=path, batch_size=1, **keys), MODEL)
+    source = opened(image_key="photo", label_key="kind")
+    plain = open_source(DataConfig(name="images", path=str(folder), batch_size=1), MODEL)
+    for index in range(COUNT):
+        np.testing.assert_array_equal(source[index]["pixels"], plain[index]["pixels"])
+        assert source[index]["label"] == plain[index]["label"]
+    assert source.fingerprint.endswith(f"train {COUNT} photo kind")
+    assert open_images(f"tfds:{path}", image_key="photo").count == COUNT
+    with pytest.raises(InputError, match="has no picture named 'image' but .*photo"):
+        opened()
+    with pytest.raises(InputError, match="has no classes named 'label' but .*kind.*data.label_key"):
+        opened(image_key="photo")
+
+
+def renamed_features(classes):
+    label, text = packing.tfds.features.ClassLabel(names=classes), packing.tfds.features.Text()
+    return packing.tfds.features.FeaturesDict(dict(photo=packing.tfds.features.Image(), kind=label, file_name=text))
+
+
+def renamed_example(features, example):
+    example = {dict(image="photo", label="kind").get(name, name): value for name, value in example.items()}
+    return {name: feature.encode_example(example[name]) for name, feature in features.items()}
 
 
 def test_wrong_sources_are_refused(folder, tmp_path):

@@ -81,6 +81,14 @@ def test_unknown_section_is_refused():
         read_experiment(dict(config_of("digits_dit"), modle={}))
 
 
+def test_runs_of_before_a_setting_go_on_with_its_default():
+    new = dict(data=dict(name="digits", batch_size=8, flip=True, image_key="image", label_key="label"))
+    old = dict(data=dict(name="digits", batch_size=8))
+    assert differences(old, new) == []
+    new["data"]["flip"] = False
+    assert differences(old, new) == ["data.flip: True there, False here"]
+
+
 def test_differences_leave_out_what_may_change():
     old, new = config_of("digits_dit"), config_of("digits_dit")
     new["train"]["steps"] += 1

@@ -1,5 +1,6 @@
 """`evaluate.py`: sets in every form, saved statistics, ADM's reference batches, and an error for each mistake."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_damaged_batches_and_statistics_are_named(tmp_path, size):
     with pytest.raises(InputError, match=r"set\.npz is damaged, at image \d or before"):
         list(open_images(tmp_path / "set.npz").batches(2))
     with pytest.raises(InputError, match=r"kept\.npz .*damaged.*Bad CRC-32 for file .pool"):
-        _reference_statistics(str(tmp_path / "kept.npz"), "network", None, 0)
+        _reference_statistics(str(tmp_path / "kept.npz"), "network", None, None)
 
 
 def test_images_of_another_length_than_the_header_says_are_refused(tmp_path):
@@ -152,7 +153,8 @@ def test_image_without_finite_features_is_named(files):
     [
         (dict(images=pictures(2, 0)), "has no arr_0; it has images"),
         (dict(arr_0=pictures(2, 0).astype(np.float32)), "must be uint8"),
-        (dict(arr_0=pictures(2, 0)[..., 0]), "must be uint8"),
+        (dict(arr_0=pictures(1, 0)[0]), "must be uint8"),
+        (dict(arr_0=pictures(2, 0)[..., :2]), "must be uint8"),
         (dict(arr_0=pictures(0, 0)), "must be uint8"),
     ],
 )
@@ -160,6 +162,42 @@ def test_wrong_batches_are_refused(tmp_path, arrays, told):
     np.savez(tmp_path / "wrong.npz", **arrays)
     with pytest.raises(InputError, match=told):
         open_images(tmp_path / "wrong.npz")
+
+
+@pytest.mark.parametrize("axes", [(), (1,)])
+def test_grey_batches_are_colour_pictures_of_equal_channels(tmp_path, axes):
+    grey = pictures(5, 0)[..., 0]
+    np.savez(tmp_path / "grey.npz", arr_0=grey.reshape(*grey.shape, *axes))
+    images = open_images(tmp_path / "grey.npz")
+    found = np.concatenate(list(images.batches(2)))
+    assert images.count == 5
+    np.testing.assert_array_equal(found, np.stack([grey] * 3, axis=-1))
+
+
+def test_class_folders_are_a_set(tmp_path):
+    for number, picture in enumerate(pictures(4, 0)):
+        place = tmp_path / "set" / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(place / f"{number // 2}.png")  # the same names in both
+    images = open_images(tmp_path / "set")
+    found = np.concatenate(list(images.batches(3)))
+    np.testing.assert_array_equal(found, pictures(4, 0)[[0, 2, 1, 3]])
+    (tmp_path / "set" / "class0").rename(tmp_path / "set" / "class2")
+    assert images.count == 4 and open_images(tmp_path / "set").checksum != images.checksum
+
+
+def test_statistics_of_mu_and_sigma_alone_give_the_fid_and_reasons_for_the_rest(tmp_path):
+    """The distance of two Gaussians with unit covariances is that of their means, squared."""
+    np.savez(tmp_path / "known.npz", mu=np.full(2048, 0.5), sigma=np.eye(2048))
+    reference = _reference_statistics(str(tmp_path / "known.npz"), "network", None, None)
+    moments = dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
+    scores = compare(dataclasses.replace(statistics_of(5), moments=moments), reference)
+    assert scores["fid"] == pytest.approx(2048 / 4)
+    assert scores["sfid"] is scores["precision"] is scores["recall"] is None
+    assert scores["missing"]["sfid"] == "the reference has no mu_s and sigma_s"
+    assert scores["missing"]["precision"] == "the reference has moments alone, no features of images"
+    record = dict(scores, samples=dict(name="five", count=5))
+    assert evaluation._table([record]).splitlines()[1].count("none") == 3
 
 
 def test_wrong_files_are_refused(tmp_path):
@@ -213,7 +251,7 @@ def test_damaged_statistics_are_refused(files, tmp_path, damage):
     content[len(content) // 2] ^= damage == "flipped"
     path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
     with pytest.raises(InputError, match="statistics.npz (is not an .npz|holds)") as caught:
-        _reference_statistics(str(path), "network", None, 0)
+        _reference_statistics(str(path), "network", None, None)
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -1,5 +1,6 @@
 """Folders of pictures: what counts, what is passed over, and what stands in for an unreadable picture."""
 
+import dataclasses
 import os
 
 import numpy as np
@@ -45,6 +46,34 @@ def test_folder_gives_every_picture_once_an_epoch_mirrored_at_random(folder):
         np.testing.assert_array_equal(batch["label"], (levels * 127.5 + 127.5 > 35).astype(int))
         mirrored += (batch["image"][:, 0, -1, 0] == 1).tolist()
     assert 4 < sum(mirrored) < 28 and source.fingerprint.startswith("images 8 ")
+
+
+def test_flips_can_be_left_out(folder):
+    source, config = opened(folder, flip=False)
+    run = batches(source, config, start=0)
+    for _ in range(4):
+        image = next(run)["image"]
+        assert (image[:, :, 0] == 1).all() and (image[:, :, -1] < 1).all()  # white on the left, as in the files
+
+
+def test_flips_are_the_same_as_ever(folder):
+    """Runs of before the setting go on with the same pictures: one draw decides."""
+    source, _ = opened(folder)
+    for seed in range(8):
+        image = source.draw(source[0], np.random.default_rng(seed))["image"]
+        assert (image[0, 0, 0] == 1) == (np.random.default_rng(seed).integers(2) == 0)
+
+
+def test_models_of_one_channel_read_pictures_in_grey(folder):
+    Image.new("RGB", (9, 9), (255, 0, 0)).save(folder / "ants" / "0.png")
+    Image.new("L", (9, 9), 77).save(folder / "ants" / "1.png")
+    config = DataConfig(name="images", path=str(folder), batch_size=8)
+    source = open_source(config, dataclasses.replace(MODEL, channels=1))
+    assert source[0]["pixels"].shape == (8, 8, 1)
+    assert (source[0]["pixels"] == 76).all() and (source[1]["pixels"] == 77).all()  # red is 0.299 of white
+    assert next(batches(source, config, start=0))["image"].shape == (8, 8, 8, 1)
+    with pytest.raises(InputError, match=r"images \(8, 8, 3\) and 2 classes; the model is made for \(8, 8, 4\)"):
+        open_source(config, dataclasses.replace(MODEL, channels=4))
 
 
 def test_unreadable_pictures_are_replaced_counted_and_limited(folder, caplog):

@@ -17,7 +17,7 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.fast.execution.registry import EXECUTIONS
-from dydit_jax.jobs.sample import Request, sample
+from dydit_jax.jobs.sample import Request, _read_words, sample
 from dydit_jax.jobs.sample_folder import prepare_folder
 from dydit_jax.models import autoencoder
 from dydit_jax.models.config import DiTConfig
@@ -65,6 +65,38 @@ def test_set_is_exact_and_packed_for_evaluation(checkpoint, tmp_path, capsys, ca
             np.asarray(Image.open(out / f"images/{index:06d}.png")), packed["arr_0"][index, ..., 0]
         )
     assert len(list((out / "images").iterdir())) == 7
+
+
+def test_set_grows_in_its_folder_and_does_not_shrink(checkpoint, tmp_path):
+    out, whole = tmp_path / "set", tmp_path / "whole"
+    request = dict(checkpoint=checkpoint, batch_size=4)
+    sample(Request(out=str(out), num_images=4, **request))
+    first, labels = (np.load(out / "samples.npz")[name] for name in ("arr_0", "labels"))
+    kept = (out / "images/000003.png").stat().st_mtime_ns
+    sample(Request(out=str(out), num_images=8, **request))
+    sample(Request(out=str(whole), num_images=8, **request))
+    grown, theirs = np.load(out / "samples.npz"), np.load(whole / "samples.npz")
+    assert (out / "images/000003.png").stat().st_mtime_ns == kept
+    np.testing.assert_array_equal(grown["arr_0"][:4], first)
+    np.testing.assert_array_equal(grown["labels"][:4], labels)
+    np.testing.assert_array_equal(grown["labels"], theirs["labels"])
+    assert np.abs(grown["arr_0"].astype(int) - theirs["arr_0"]).max() <= 1
+    assert (out / "manifest.json").read_text() == (whole / "manifest.json").read_text()
+    with pytest.raises(InputError, match="holds a set of 8 images, more than 6; name another --out"):
+        sample(Request(out=str(out), num_images=6, **request))
+    with pytest.raises(InputError, match=r"made otherwise \(labels, num_images, seed differ\)"):
+        sample(Request(out=str(out), num_images=9, seed=1, **request))
+    (tmp_path / "labels.txt").write_text(" ".join(["3"] * 9))
+    with pytest.raises(InputError, match=r"made otherwise \(labels, num_images differ\)"):
+        sample(Request(out=str(out), labels_file=str(tmp_path / "labels.txt"), **request))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-with-mark"])
+def test_files_of_labels_may_begin_with_a_mark(tmp_path, encoding):
+    text = "3\r\n1\r\n4\r\n"
+    content = b"\xff\xfe" + text.encode("utf-16-le") if encoding.endswith("mark") else text.encode(encoding)
+    (tmp_path / "labels.txt").write_bytes(content)
+    assert _read_words(tmp_path / "labels.txt") == ["3", "1", "4"]
 
 
 def test_killed_job_makes_only_what_is_missing(checkpoint, tmp_path):

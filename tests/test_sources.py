@@ -73,6 +73,11 @@ def test_latents_are_drawn_anew_from_both_flips(packed):
     assert (first != np.sort(batches_of_two_epochs[1]["image"].ravel())).any()
 
 
+def test_latents_without_flips_are_those_of_the_pictures_alone(packed):
+    [batch] = take(0, 1, name="latents", path=packed, batch_size=40, flip=False)
+    np.testing.assert_allclose(batch["image"].mean(axis=(1, 2, 3)) / 0.18215, 1, atol=0.01)
+
+
 def test_latents_that_do_not_fit_are_refused(packed, tmp_path):
     with pytest.raises(InputError, match="needs data.path, a folder with moments.npy and labels.npy, not ''"):
         take(0, 1, name="latents")

@@ -43,6 +43,9 @@ def get_config():
     config.data.seed = 0
     config.data.threads = 2
     config.data.max_bad = 100
+    config.data.flip = True  # mirror images half of the time; False for writing and faces
+    config.data.image_key = "image"  # of a tfds dataset: names of the picture and the class in its examples
+    config.data.label_key = "label"
 
     # Loss terms and budget: dydit_jax/diffusion/terms.py, LossConfig.
     config.loss = ml_collections.ConfigDict()

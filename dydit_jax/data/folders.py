@@ -77,6 +77,17 @@ def list_pictures(folder) -> list:
     return files
 
 
+def list_set(folder) -> list:
+    """Return the pictures of a folder, or those of all its class folders, in alphabetical order.
+
+    Raises:
+      InputError: see `list_pictures` and `list_class_folders`.
+    """
+    pictures, others = _pictures_and_others(folder)
+    has_classes = any(_is_data_folder(place) and _pictures_and_others(place)[0] for place in others)
+    return list_class_folders(folder)[0] if has_classes and not pictures else list_pictures(folder)
+
+
 def log_ignored(where, names: Iterable[str]) -> None:
     """Log what was passed over: a warning for possible data, a note for what systems leave behind."""
     names = list(names)

@@ -1,6 +1,7 @@
 """Sets of finished images, to be judged: an `.npz` batch, a folder of pictures, a prepared tfds dataset.
 
-Images come as uint8 [n,height,width,3], a few at a time: 50,000 images of 256 px need 10 GB of memory.
+Images come as uint8 [n,height,width,3], grey ones with three equal channels, a few at a time: 50,000 images of 256 px
+need 10 GB of memory.
 """
 
 import dataclasses
@@ -15,9 +16,9 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from dydit_jax.data.folders import list_pictures
+from dydit_jax.data.folders import list_set
 from dydit_jax.data.images import MAX_PIXELS, center_crop, decode_image, read_picture
-from dydit_jax.data.sources import open_prepared, read_example
+from dydit_jax.data.prepared import open_prepared, read_example
 from dydit_jax.errors import InputError
 from dydit_jax.runtime.progress import Progress, counted
 
@@ -62,19 +63,21 @@ class ImageSet:
             yield np.stack(batch)
 
 
-def open_images(path, side: int = 0) -> ImageSet:
+def open_images(path, side: int = 0, *, image_key: str = "image") -> ImageSet:
     """Open a set of images.
 
     Args:
-      path: an `.npz` with the key arr_0, uint8 [n,height,width,3]; a folder of pictures, with or without a sub-folder
-        `images` (what `sample.py` writes); or "tfds:<folder or name>/<split>" of a dataset that is prepared.
+      path: an `.npz` with the key arr_0, uint8 [n,height,width,3], or grey: [n,height,width] or [n,height,width,1]; a
+        folder of pictures, of class folders, or with a sub-folder `images` (what `sample.py` writes); or
+        "tfds:<folder or name>/<split>" of a dataset that is prepared.
       side: pictures of a folder or a dataset are cropped to it as ADM does; 0 leaves them as they are.
+      image_key: name of the picture in the examples of a dataset.
 
     Raises:
       InputError: nothing of the kind, or other content.
     """
     if str(path).startswith(DATASET_PREFIX):
-        return _open_dataset(str(path), side)
+        return _open_dataset(str(path), side, image_key)
     path = epath.Path(path)
     if path.is_dir():
         return _open_folder(path, side)
@@ -120,9 +123,12 @@ def _open_npz(path) -> ImageSet:
     if IMAGES_ENTRY not in shapes:
         raise InputError(f"{path} has no {IMAGES_ENTRY}; it has {', '.join(sorted(shapes)) or 'nothing'}.")
     shape, dtype = shapes[IMAGES_ENTRY]
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or not shape[0]:
-        raise InputError(f"{IMAGES_ENTRY} of {path} must be uint8 [n,height,width,3], not {dtype} {list(shape)}.")
-
+    is_grey = len(shape) == 3 and shape[-1] > 4  # with 3 or 4 columns it is one picture with its channels
+    if dtype != np.uint8 or not (is_grey or (len(shape) == 4 and shape[-1] in (1, 3))) or not shape[0]:
+        raise InputError(
+            f"{IMAGES_ENTRY} of {path} must be uint8 [n,height,width,3], or grey [n,height,width] or "
+            f"[n,height,width,1], not {dtype} {list(shape)}."
+        )
     if math.prod(shape[1:3]) > MAX_PIXELS:
         raise InputError(f"{path} has images of {shape[2]} x {shape[1]} pixels; at most {MAX_PIXELS} are read.")
 
@@ -132,7 +138,8 @@ def _open_npz(path) -> ImageSet:
             with path.open("rb") as file, zipfile.ZipFile(file) as archive, archive.open(entry) as array:
                 _read_header(array)
                 while done < shape[0]:
-                    yield np.frombuffer(array.read(math.prod(shape[1:])), np.uint8).reshape(shape[1:])
+                    image = np.frombuffer(array.read(math.prod(shape[1:])), np.uint8).reshape(*shape[1:3], -1)
+                    yield np.broadcast_to(image, (*shape[1:3], 3))
                     done += 1
         except ZIP_ERRORS as error:
             raise InputError(f"{path} is damaged, at image {done} or before: {error}.") from error
@@ -146,21 +153,22 @@ def _open_npz(path) -> ImageSet:
 
 
 def _open_folder(path, side: int) -> ImageSet:
-    files = list_pictures(path / "images" if (path / "images").is_dir() else path)
+    folder = path / "images" if (path / "images").is_dir() else path
+    files = list_set(folder)
     digest = hashlib.sha256()
     for file in counted(files, len(files), "image", f"checksum of {path}"):
-        digest.update(os.fsencode(file.name) + hashlib.sha256(read_picture(file)).digest())
+        digest.update(os.fsencode(file.relative_to(folder)) + hashlib.sha256(read_picture(file)).digest())
     read = lambda file: _sized(decode_image(read_picture(file), str(file)), side)
     return ImageSet(str(path), len(files), digest.hexdigest(), lambda: map(read, files))
 
 
-def _open_dataset(name: str, side: int) -> ImageSet:
-    _, source = open_prepared(name.removeprefix(DATASET_PREFIX))
+def _open_dataset(name: str, side: int, image_key: str) -> ImageSet:
+    _, source = open_prepared(name.removeprefix(DATASET_PREFIX), image_key)
 
     def images():
         for index in range(len(source)):
             where = f"Example {index} of {name}"
-            yield _sized(decode_image(read_example(source, index, where)["image"], where), side)
+            yield _sized(decode_image(read_example(source, index, where)[image_key], where), side)
 
     return ImageSet(name, len(source), "", images)
 

@@ -99,11 +99,11 @@ def center_crop(image: Image.Image, side: int) -> np.ndarray:
     Halved by box filter while at least twice as large, then resized bicubically, then cut.
 
     Args:
-      image: RGB, any size.
+      image: RGB or grey, any size.
       side: of the result, in pixels.
 
     Returns:
-      uint8 [side,side,3].
+      uint8 [side,side,3], or [side,side] of a grey one.
     """
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)

@@ -18,6 +18,7 @@ from etils import epath
 from dydit_jax.data.folders import list_class_folders
 from dydit_jax.data.images import center_crop, decode_image, read_picture
 from dydit_jax.data.latent_files import LABELS_FILE, LATENTS_FILE, LatentFiles
+from dydit_jax.data.prepared import open_prepared, read_example
 from dydit_jax.errors import InputError
 from dydit_jax.models.autoencoder import LATENT_SCALE
 from dydit_jax.records import require_range
@@ -41,6 +42,10 @@ class DataConfig:
       seed: seed of the order.
       threads: threads that read ahead, per process, at most `MOST_THREADS`; 0 reads when asked.
       max_bad: unreadable pictures that are replaced by their neighbours before the run stops.
+      flip: show pictures and latents as their mirror images half of the time; off for writing and for faces. Digits are
+        never mirrored.
+      image_key: name of the picture in the examples of a tfds dataset.
+      label_key: name of the class in them.
     """
 
     name: str
@@ -49,6 +54,9 @@ class DataConfig:
     seed: int = 0
     threads: int = 2
     max_bad: int = 100
+    flip: bool = True
+    image_key: str = "image"
+    label_key: str = "label"
 
     def __post_init__(self):
         SOURCES.require("dataset", self.name)
@@ -141,7 +149,7 @@ class Synthetic:
 
 
 class Latents:
-    """Moments of an autoencoder, computed once and packed; every epoch draws flip and latent anew.
+    """Moments of an autoencoder, computed once and packed; every epoch draws new flips and latents.
 
     `path` is a folder of the files that `latent_files` describes; `tools/prepare_latents.py` makes one.
     """
@@ -155,7 +163,7 @@ class Latents:
                 f"Dataset latents needs data.path, a folder with {LATENTS_FILE} and {LABELS_FILE}, not "
                 f"{config.path!r}. Make one with tools/prepare_latents.py."
             )
-        self.files = LatentFiles(folder)
+        self.files, self.flip = LatentFiles(folder), config.flip
         _, _, *side, channels = self.files.shape
         _require_shape("latents", (*side, channels // 2), model.classes, model)
         _require_labels(folder / LABELS_FILE, self.files.labels, model.classes)
@@ -170,35 +178,40 @@ class Latents:
     def __getitem__(self, index):
         return {"moments": self.files.read(index), "label": self.labels[index]}
 
-    @staticmethod
-    def draw(example, generator: np.random.Generator):
+    def draw(self, example, generator: np.random.Generator):
         """Choose the image or its mirror image, and a latent from its Gaussian."""
-        moments = np.asarray(example["moments"][generator.integers(2)], np.float32)
+        view = generator.integers(2) if self.flip else 0
+        moments = np.asarray(example["moments"][view], np.float32)
         mean, log_variance = np.split(moments, 2, axis=-1)
         noise = generator.standard_normal(mean.shape, np.float32)
         return {"image": LATENT_SCALE * (mean + np.exp(0.5 * log_variance) * noise), "label": example["label"]}
 
 
 class _Pictures:
-    """Pictures with labels, cropped to the model's side and mirrored at random; unreadable ones are replaced."""
+    """Pictures with labels, cropped to the model's side and mirrored at random; unreadable ones are replaced.
+
+    They are read in colour, or in grey for a model of one channel.
+    """
 
     def __init__(self, config, model):
-        self.side, self.max_bad = model.side, config.max_bad
+        self.side, self.max_bad, self.flip = model.side, config.max_bad, config.flip
+        self.channels = 1 if model.channels == 1 else 3
         self._bad, self._lock = set(), threading.Lock()
 
     def __getitem__(self, index):
-        """Return the picture uint8 [side,side,3]; in place of an unreadable one the next that can be read."""
+        """Return the picture uint8 [side,side,C]; in place of an unreadable one the next that can be read."""
         for offset in range(len(self)):
             place = (index + offset) % len(self)
             name = self._name(place)
             try:
                 content, label = self._read(place)
-                pixels = center_crop(decode_image(content, name), self.side)
+                image = decode_image(content, name)
             except InputError as error:
                 self._count(name, error)
                 continue
             _require_labels(name, label, self.classes)
-            return {"pixels": pixels, "label": np.int32(label)}
+            pixels = center_crop(image if self.channels == 3 else image.convert("L"), self.side)
+            return {"pixels": pixels.reshape(self.side, self.side, self.channels), "label": np.int32(label)}
         raise InputError("No picture of the dataset can be read.")
 
     def _count(self, name: str, error: InputError) -> None:
@@ -213,10 +226,10 @@ class _Pictures:
                 f"{count} pictures can't be read, the last of them {name}; data.max_bad allows {self.max_bad}."
             ) from error
 
-    @staticmethod
-    def draw(example, generator: np.random.Generator):
+    def draw(self, example, generator: np.random.Generator):
         """Choose the picture or its mirror image, in [-1, 1]."""
-        pixels = example["pixels"][:, :: 1 - 2 * int(generator.integers(2))]
+        mirrored = self.flip and generator.integers(2)
+        pixels = example["pixels"][:, :: -1 if mirrored else 1]
         return {"image": pixels.astype(np.float32) / 127.5 - 1, "label": example["label"]}
 
 
@@ -232,7 +245,7 @@ class Images(_Pictures):
             )
         self.files, self.labels = list_class_folders(folder)
         self.classes = int(self.labels.max()) + 1
-        _require_shape("images", (model.side, model.side, 3), self.classes, model)
+        _require_shape("images", (model.side, model.side, self.channels), self.classes, model)
         names = "\n".join(f"{file.parent.name}/{file.name}" for file in self.files)
         self.fingerprint = f"images {len(self.files)} {_digest(os.fsencode(names))}"
 
@@ -254,13 +267,18 @@ class Prepared(_Pictures):
 
     def __init__(self, config, model):
         super().__init__(config, model)
-        info, self._source = open_prepared(config.path)
-        names = info.features.keys()
-        if not {"image", "label"} <= set(names) or not hasattr(info.features["label"], "num_classes"):
-            raise InputError(f"{config.path!r} is no set of images with classes: it has {', '.join(names)}.")
-        self.classes = info.features["label"].num_classes
-        _require_shape("tfds", (model.side, model.side, 3), self.classes, model)
-        self.fingerprint = f"tfds {info.full_name} {config.path.rpartition('/')[2]} {len(self._source)}"
+        info, self._source = open_prepared(config.path, config.image_key)
+        self._keys = (config.image_key, config.label_key)
+        features = dict(info.features.items())
+        if not hasattr(features.get(config.label_key), "num_classes"):
+            raise InputError(
+                f"{config.path!r} has no classes named {config.label_key!r} but {', '.join(features)}; "
+                "name them with data.label_key."
+            )
+        self.classes = features[config.label_key].num_classes
+        _require_shape("tfds", (model.side, model.side, self.channels), self.classes, model)
+        keys = "" if self._keys == ("image", "label") else " " + " ".join(self._keys)
+        self.fingerprint = f"tfds {info.full_name} {config.path.rpartition('/')[2]} {len(self._source)}{keys}"
 
     def __len__(self):
         return len(self._source)
@@ -270,50 +288,7 @@ class Prepared(_Pictures):
 
     def _read(self, index):
         example = read_example(self._source, index, self._name(index))
-        return example["image"], example["label"]
-
-
-def open_prepared(path: str):
-    """Open a dataset that lies as array_record files, without TensorFlow.
-
-    Args:
-      path: <folder with dataset_info.json>/<split>, or <name known to tensorflow_datasets>/<split>.
-
-    Returns:
-      Its `DatasetInfo` and a random-access source of examples, pictures as the bytes of their files.
-
-    Raises:
-      InputError: not there, or prepared in another form.
-    """
-    import tensorflow_datasets as tfds
-
-    name, _, split = path.rpartition("/")
-    try:
-        found = (epath.Path(name) / "dataset_info.json").is_file()
-        builder = tfds.builder_from_directory(name) if found else tfds.builder(name)
-        return builder.info, builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except Exception as error:  # noqa: BLE001 (tfds has no common error for "is not there")
-        told = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path!r} can't be opened as <folder or name>/<split> of a prepared dataset: {told}"
-        ) from error
-
-
-def read_example(source, index: int, name: str) -> dict:
-    """Return an example of a prepared dataset.
-
-    Args:
-      source: from `open_prepared`.
-      index: the example's.
-      name: for the message.
-
-    Raises:
-      InputError: damaged, or its file is gone; the files hold checksums.
-    """
-    try:
-        return source[index]
-    except Exception as error:  # noqa: BLE001 (RuntimeError for damage; what else strangers' files may raise is open)
-        raise InputError(f"{name} is not a readable picture: {' '.join(str(error).split())[:200]}.") from error
+        return tuple(example[key] for key in self._keys)
 
 
 BUILT_IN = {"digits": Digits, "images": Images, "latents": Latents, "synthetic": Synthetic, "tfds": Prepared}

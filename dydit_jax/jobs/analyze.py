@@ -170,9 +170,11 @@ def _examples(request: Analysis, models: dict[str, Weights]) -> dict:
     name, path = request.data or trained_on.get("name", ""), request.data_path
     if not name:
         raise InputError("The first model does not say what it was trained on; name --data (and --data_path).")
+    settings = {}
     if not request.data:
         path = path or trained_on.get("path", "")
-    source = open_source(DataConfig(name=name, path=path, batch_size=1), first.model)
+        settings = {key: trained_on[key] for key in ("flip", "image_key", "label_key") if key in trained_on}
+    source = open_source(DataConfig(name=name, path=path, batch_size=1, **settings), first.model)
     return examples(source, count=min(request.num_examples, len(source)))
 
 

@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 
 MOST_BATCH, MOST_SIDE = 65_536, 4096
 DEFAULT_INCEPTION = "inception-2015"
-MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")  # the names in ADM's reference batches
+# The names in ADM's reference batches. Other tools keep the first two.
+MOMENT_SHAPES = dict(mu=(2048,), sigma=(2048, 2048), mu_s=(2023,), sigma_s=(2023, 2023))
+MOMENTS = tuple(MOMENT_SHAPES)
 ENOUGH = dict(fid=50_000, sfid=50_000, inception_score=50_000, precision=10_000, recall=10_000)
 
 
@@ -42,14 +44,15 @@ class Evaluation:
 
     Attributes:
       samples: sets of images to judge, with commas between them.
-      reference: set to compare with: images, an ADM reference batch, or statistics that were saved; without one only
-        the Inception score is given.
+      reference: set to compare with: images, an ADM reference batch, or statistics; those with mu and sigma alone give
+        the FID alone. Without a reference only the Inception score is given.
       out: file for the results, JSON.
       inception: file of the published PyTorch port of the network, or its name to have it fetched.
       save_statistics: file for the statistics of the reference, to be reused.
       batch_size: images at once; does not change the results.
       side: crop pictures of folders and datasets to this side, as ADM does; 0 leaves them as they are.
       report: also write the results into the folder of each set, as evaluation.json and on its page.
+      image_key: name of the picture in the examples of a prepared dataset.
     """
 
     samples: tuple[str, ...]
@@ -60,6 +63,7 @@ class Evaluation:
     batch_size: int = 64
     side: int = 0
     report: bool = False
+    image_key: str = "image"
 
     def __post_init__(self):
         if not self.samples:
@@ -78,7 +82,8 @@ class Statistics:
 
     Attributes:
       told: name, count and checksum, for the record.
-      moments: "mu" [2048], "sigma" [2048,2048], "mu_s" [2023], "sigma_s" [2023,2023], float64.
+      moments: "mu" [2048], "sigma" [2048,2048], "mu_s" [2023], "sigma_s" [2023,2023], float64; the latter two may be
+        unknown.
       pool: features [n,2048], or None where only the moments are known.
       logits: [n,1008], or None.
     """
@@ -99,13 +104,14 @@ def evaluate(request: Evaluation) -> list[dict]:
     Raises:
       InputError: anything wrong with the files, as far as possible before anything is computed.
     """
-    sets = [open_images(path, request.side) for path in request.samples]
+    open_set = functools.partial(open_images, side=request.side, image_key=request.image_key)
+    sets = [open_set(path) for path in request.samples]
     params, network = load_inception(request.inception)
     mesh = make_mesh(MeshConfig())
     measure = functools.partial(image_statistics, params=params, mesh=mesh, batch_size=request.batch_size)
     reference = None
     if request.reference:
-        reference = _reference_statistics(request.reference, network, measure, request.side)
+        reference = _reference_statistics(request.reference, network, measure, open_set)
         if request.save_statistics:
             save_statistics(request.save_statistics, reference, network)
     records = []
@@ -186,28 +192,35 @@ def compare(samples: Statistics, reference: Statistics | None) -> dict:
         return scores
     ours, theirs = samples.moments, reference.moments
     scores["fid"] = frechet_distance(ours["mu"], ours["sigma"], theirs["mu"], theirs["sigma"])
-    scores["sfid"] = frechet_distance(ours["mu_s"], ours["sigma_s"], theirs["mu_s"], theirs["sigma_s"])
-    if reference.pool is not None:
+    scores |= dict(sfid=None, precision=None, recall=None)
+    missing = {}
+    if "mu_s" in theirs:
+        scores["sfid"] = frechet_distance(ours["mu_s"], ours["sigma_s"], theirs["mu_s"], theirs["sigma_s"])
+    else:
+        missing["sfid"] = "the reference has no mu_s and sigma_s"
+    if reference.pool is None:
+        missing |= dict.fromkeys(("precision", "recall"), "the reference has moments alone, no features of images")
+    else:
         scores["precision"], scores["recall"] = precision_recall(reference.pool, samples.pool)
         sides = dict(precision=("the reference", reference.pool), recall=("the set", samples.pool))
-        scores["missing"] = {
+        missing |= {
             name: f"{side} has {len(pool)} images; {NEIGHBOURS} nearest neighbours of each need {NEIGHBOURS + 1}"
             for name, (side, pool) in sides.items()
             if scores[name] is None
         }
-    return scores
+    return scores | dict(missing=missing)
 
 
-def _reference_statistics(path: str, network: str, measure, side: int) -> Statistics:
-    """Read or compute the reference: saved statistics, an ADM batch with moments, or plain images."""
+def _reference_statistics(path: str, network: str, measure, open_set) -> Statistics:
+    """Read or compute the reference: statistics, an ADM batch with moments, or plain images."""
     shapes = npz_shapes(path) if path.endswith(".npz") and epath.Path(path).is_file() else {}
-    has_moments = all(name in shapes for name in MOMENTS)
-    if not has_moments:
-        return measure(open_images(path, side))
+    names = MOMENTS if all(name in shapes for name in MOMENTS) else MOMENTS[:2]
+    if not all(name in shapes for name in names):
+        return measure(open_set(path))
     try:
         with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             other = "network" in arrays and str(arrays["network"]) != network
-            known = {name: np.asarray(arrays[name], np.float64) for name in MOMENTS}
+            known = {name: np.asarray(arrays[name], np.float64) for name in names}
             told = json.loads(str(arrays["told"])) if "told" in arrays else dict(name=path)
             pool = arrays.get("pool")
     except ZIP_ERRORS as error:
@@ -216,11 +229,11 @@ def _reference_statistics(path: str, network: str, measure, side: int) -> Statis
         raise InputError(f"{path} holds statistics of another network; make them anew with --save_statistics.")
     if not all(np.isfinite(array).all() for array in known.values()):
         raise InputError(f"{path} holds moments that are not finite; make it anew.")
-    if [known[name].shape for name in MOMENTS] != [(2048,), (2048, 2048), (2023,), (2023, 2023)]:
-        raise InputError(f"{path} holds moments of other features: {[list(known[name].shape) for name in MOMENTS]}.")
+    if any(known[name].shape != MOMENT_SHAPES[name] for name in names):
+        raise InputError(f"{path} holds moments of other features: {[list(known[name].shape) for name in names]}.")
     if pool is None and IMAGES_ENTRY in shapes:
         # The moments of ADM's batches are those of the whole training set, the images a part of it.
-        images = measure(open_images(path))
+        images = measure(open_set(path))
         told, pool = images.told | dict(moments="from the file"), images.pool
     return Statistics(told, known, pool)
 

@@ -5,10 +5,11 @@
     <out>/checksums.npy  uint32 [n]: of each picture's moments and label, for those who read them
     <out>/info.json      what made them, and a checksum per chunk
 
-Training draws flip and latent anew in every epoch, as with pictures. Several processes share the chunks, each with
-the devices of its own machine and a journal of its own, progress-<process>.jsonl. A job that was killed makes only
-the chunks that are in no journal, with any number of processes: a line is written after its chunk is on the disk. What
-a kill or damage has left of a line names no chunk, so that its pictures are encoded again.
+Training draws new flips and latents in every epoch, as with pictures; `data.flip=False` takes the pictures alone.
+Several processes share the chunks, each with the devices of its own machine and a journal of its own,
+progress-<process>.jsonl. A job that was killed makes only the chunks that are in no journal, with any number of
+processes: a line is written after its chunk is on the disk. What a kill or damage has left of a line names no chunk, so
+that its pictures are encoded again.
 """
 
 import concurrent.futures
@@ -67,6 +68,8 @@ class LatentsRequest:
       chunk: pictures that a process makes at once, between two points to go on from.
       threads: threads that read pictures.
       max_bad: unreadable pictures that are replaced by their neighbours before the job stops.
+      image_key: name of the picture in the examples of a prepared dataset.
+      label_key: name of the class in them.
     """
 
     out: str
@@ -77,6 +80,8 @@ class LatentsRequest:
     chunk: int = 1024
     threads: int = 4
     max_bad: int = 100
+    image_key: str = "image"
+    label_key: str = "label"
 
     def __post_init__(self):
         if not self.path:
@@ -105,7 +110,8 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
     Raises:
       InputError: pictures or an autoencoder that can't be read, or a folder of another job.
     """
-    config = DataConfig(name=request.data, path=request.path, batch_size=1, max_bad=request.max_bad)
+    settings = dict(max_bad=request.max_bad, image_key=request.image_key, label_key=request.label_key)
+    config = DataConfig(name=request.data, path=request.path, batch_size=1, **settings)
     pictures = types.SimpleNamespace(side=request.side, channels=3, classes=None)
     source, params = together(lambda: (open_source(config, pictures), load_autoencoder(request.autoencoder)))
     job = dict(

@@ -13,10 +13,10 @@ An image is a function of the weights, the settings, the seed and its index. A j
 the images that are missing when it is started again.
 """
 
+import codecs
 import concurrent.futures
 import dataclasses
 import functools
-import hashlib
 import logging
 import math
 import time
@@ -32,7 +32,14 @@ from dydit_jax.drawing.pictures import draw_grid, label_texts, read_image, save_
 from dydit_jax.drawing.report import COST_FILE, write_report
 from dydit_jax.drawing.style import save_figure, save_table
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.jobs.sample_folder import image_path, missing_images, prepare_folder, write_image, write_set
+from dydit_jax.jobs.sample_folder import (
+    image_path,
+    labels_digest,
+    missing_images,
+    prepare_folder,
+    write_image,
+    write_set,
+)
 from dydit_jax.latents import LATENT_FACTOR
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.cost import format_count
@@ -67,7 +74,7 @@ class Request:
       out: folder for the images: new, empty, or of the same job, which goes on.
       labels: labels of a grid, one column each: 0,1,2. Exactly one of this, `num_images` and `labels_file` is given.
       rows: rows of the grid: images of each label.
-      num_images: number of images with uniform labels, also as samples.npz.
+      num_images: number of images with uniform labels, also as samples.npz; a larger number lets a set grow.
       labels_file: file with one label per line: a set with these labels.
       seed: seed of all noise and of uniform labels, 0 to 2^64 - 1.
       batch_size: images at once; does not change them.
@@ -141,7 +148,8 @@ def sample(request: Request) -> Samples:
     manifest = _manifest(request, pipeline, labels)
     shape = _image_shape(weights)
     size = 0 if request.labels is not None else len(labels) * math.prod(shape)
-    prepare = functools.partial(prepare_folder, request.out, manifest, sample_bytes=size)
+    set_labels = labels if request.labels is None else None
+    prepare = functools.partial(prepare_folder, request.out, manifest, sample_bytes=size, labels=set_labels)
     out = together(lambda: prepare() if is_main() else epath.Path(request.out))
     missing = missing_images(out, len(labels), shape) if is_main() else []
     missing = from_main(missing, len(labels))  # the others may not see the folder
@@ -280,11 +288,12 @@ def _read_words(path) -> list[str]:
     most = MOST_IMAGES * LABEL_BYTES
     try:
         with path.open("rb") as file:
-            text = file.read(most + 1).decode()
+            content = file.read(most + 1)
+        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Windows writes it
+        words = content.decode("utf-16" if is_wide else "utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read as text; --labels_file wants one label per line ({error}).") from error
-    words = text.split()
-    if len(text) > most or len(words) > MOST_IMAGES:
+    if len(content) > most or len(words) > MOST_IMAGES:
         raise InputError(f"{path} is too long for labels; at most {MOST_IMAGES} images are drawn at once.")
     return words
 
@@ -313,7 +322,7 @@ def _manifest(request: Request, pipeline: Pipeline, labels: np.ndarray) -> dict:
     """Describe all that makes the images."""
     weights = pipeline.weights
     return dict(
-        labels=hashlib.sha256(labels).hexdigest() if request.labels is None else request.labels,
+        labels=labels_digest(labels) if request.labels is None else request.labels,
         num_images=len(labels),
         checkpoint=str(request.checkpoint),
         checksum=pipeline.checksum,

@@ -5,6 +5,7 @@ Every file is whole or not there. A manifest says whose pictures they are; a job
 
 import concurrent.futures
 import functools
+import hashlib
 import json
 import logging
 import pathlib
@@ -24,15 +25,19 @@ from dydit_jax.runtime.progress import counted
 logger = logging.getLogger(__name__)
 
 READERS = 8
+SET_FILE = "samples.npz"
 
 
-def prepare_folder(out, manifest: dict, *, sample_bytes: int) -> epath.Path:
+def prepare_folder(out, manifest: dict, *, sample_bytes: int, labels: np.ndarray | None = None) -> epath.Path:
     """Make the folder and write the manifest; a folder of the same job is continued, any other is refused.
+
+    The job of a set may have grown: it then begins with the labels of the set that is there.
 
     Args:
       out: the folder.
       manifest: of the job, see `MANIFEST_FILE`.
       sample_bytes: what the set takes on the disk at least.
+      labels: of all images of a set; None for a grid.
 
     Raises:
       InputError: a folder of another job, one that can't be written to, or a disk that is too small.
@@ -41,7 +46,7 @@ def prepare_folder(out, manifest: dict, *, sample_bytes: int) -> epath.Path:
     path = out / MANIFEST_FILE
     try:
         if path.is_file():
-            _require_same_job(path, manifest)
+            _require_same_job(path, manifest, labels)
         elif not is_free(out):
             raise InputError(f"{out} is not empty and has no {MANIFEST_FILE}; name another --out.")
         _require_room(out, sample_bytes)
@@ -66,12 +71,25 @@ def _require_room(out, sample_bytes: int) -> None:
         )
 
 
-def _require_same_job(path, manifest: dict) -> None:
-    """Raise where pictures are there that another job drew."""
+def labels_digest(labels: np.ndarray) -> str:
+    """Return the checksum of a set's labels [n] int32, for its manifest."""
+    return hashlib.sha256(labels).hexdigest()
+
+
+def _require_same_job(path, manifest: dict, labels: np.ndarray | None) -> None:
+    """Raise where pictures are there that another job drew; of a set that has grown, remove the packed smaller one."""
     found = read_json(path, remedy="name another --out, or remove the folder and start again")
     manifest = json.loads(json.dumps(manifest))  # as it reads when it comes back
     # The path of the weights does not matter where their checksum is known.
     changed = [key for key in sorted(manifest | found) if key != "checkpoint" and found.get(key) != manifest.get(key)]
+    before, now = found.get("num_images"), manifest.get("num_images")
+    if changed == ["labels", "num_images"] and labels is not None and type(before) is int:
+        if 0 < before < now and labels_digest(labels[:before]) == found["labels"]:
+            logger.info("%s held %d images of this set; it grows to %d.", path.parent, before, now)
+            (path.parent / SET_FILE).unlink(missing_ok=True)
+            return
+        if before > now:
+            raise InputError(f"{path.parent} holds a set of {before} images, more than {now}; name another --out.")
     if changed and any((path.parent / "images").glob("*.png")):
         raise InputError(
             f"{path.parent} holds images made otherwise ({', '.join(changed)} differ); name another --out."
@@ -124,7 +142,7 @@ def write_set(out, labels: np.ndarray) -> None:
     """Pack all images, one in memory at a time, into `samples.npz` as ADM's evaluation reads it."""
     shape = (len(labels), *read_image(image_path(out, 0)).shape)
     with (
-        write_atomically(out / "samples.npz") as partial,
+        write_atomically(out / SET_FILE) as partial,
         partial.open("wb") as file,
         zipfile.ZipFile(file, "w", allowZip64=True) as archive,
     ):
