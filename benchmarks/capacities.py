@@ -29,7 +29,8 @@ from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.console import run
-from dydit_jax.sampling.generate import SamplingRun, schedule_coefficients
+from dydit_jax.sampling.generate import SamplingRun
+from dydit_jax.sampling.table import make_table
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "assets/digits_dydit.safetensors", "Weights to sample.")
 MODEL = flags.DEFINE_string("model", None, "Instead of those: a published size, with random weights.")
@@ -79,7 +80,7 @@ def _subject() -> SamplingRun:
         return SamplingRun(model, params, sampling=weights.sampling, diffusion=weights.diffusion)
     model = Model(published_config(MODEL.value, side=32, routers="free"), jnp.dtype("float32"))
     settings = dict(sampling=SamplingConfig(sampler="ddpm", steps=STEPS.value), diffusion=DiffusionConfig())
-    params = profiled_params(model, schedule_coefficients(**settings).timestep, PROFILE)
+    params = profiled_params(model, make_table(**settings).timestep, PROFILE)
     return SamplingRun(model, params, **settings)
 
 

@@ -24,7 +24,7 @@ from absl import flags
 from etils import epath
 from profiles import swinging_logits
 
-from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
+from dydit_jax.diffusion.samplers import Sampler, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.execution.registry import default_execution, layer_executions
 from dydit_jax.fast.narrow import narrow
@@ -34,8 +34,8 @@ from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.aot import compiled_ahead, describe_call
 from dydit_jax.runtime.console import run
-from dydit_jax.sampling.generate import schedule_coefficients
 from dydit_jax.sampling.segment import SegmentProgram, SegmentSettings, run_segment, segment_inputs
+from dydit_jax.sampling.table import make_table
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 PROFILE = flags.DEFINE_list("profile", ["65", "65", "65"], "Per cent of heads, groups and tokens on.")
@@ -80,8 +80,9 @@ def start() -> dict:
     model = Model(published_config(MODEL.value, side=32, routers="free"))
     config, shares = model.config, [int(per_cent) / 100 for per_cent in PROFILE.value]
     sampling = SamplingConfig(sampler="ddpm", steps=STEPS.value)
-    schedule = schedule_coefficients(sampling, DiffusionConfig())
-    generator, steps = np.random.default_rng(0), len(schedule.step)
+    table = make_table(sampling, DiffusionConfig())
+    sampler = Sampler(table.form)
+    generator, steps = np.random.default_rng(0), len(table)
     units = (config.depth, config.heads)
     gates = [swinging_logits(generator, steps, units, share) > 0 for share in shares[:2]]
     execution = default_execution(model)
@@ -94,14 +95,15 @@ def start() -> dict:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH_SIZE.value))
     labels = jax.ShapeDtypeStruct((BATCH_SIZE.value,), jnp.int32)
     without_blocks = {name: part for name, part in params.items() if name != "blocks"}
-    rest = dict(params=without_blocks, state=SamplerState(noise, noise), labels=labels, keys=keys, schedule=schedule)
+    rest = dict(params=without_blocks, state=jax.eval_shape(sampler.init, noise), labels=labels, keys=keys, table=table)
     began, calls = time.perf_counter(), []
     for segment in plan.segments:
         kept = dict(heads=segment.heads, groups=segment.groups)
         blocks = jax.eval_shape(functools.partial(narrow, **kept, dtype=model.dtype), params["blocks"])
         steps = slice(segment.start, segment.stop)
-        program = SegmentProgram(segment, layer_executions(execution, config, required[steps], images=BATCH_SIZE.value))
-        settings = SegmentSettings(model, sampling, program.executions, mesh=None)
+        executions = layer_executions(execution, config, required[steps], images=BATCH_SIZE.value)
+        program = SegmentProgram(segment, executions, BATCH_SIZE.value)
+        settings = SegmentSettings(model, sampler, sampling.guided_channels, 1, executions, mesh=None)
         inputs = segment_inputs(program, blocks=blocks, **rest)
         calls.append(describe_call(run_segment, (inputs,), dict(settings=settings)))
     seconds = []

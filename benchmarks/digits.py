@@ -122,12 +122,12 @@ def measure(folder: epath.Path, judge: Judge, guidance: float) -> dict:
         )
     macs = weights.model.macs
     blocks = macs.layers * (macs.attention + macs.mlp)
-    on = (samples.macs.mean() - macs.fixed - macs.routers) / blocks if weights.model.routers != "none" else 1.0
+    on = (samples.mean_macs - macs.fixed - macs.routers) / blocks if weights.model.routers != "none" else 1.0
     seen = to_uint8(samples.images).astype(np.float32) / 127.5 - 1
     return dict(
         judge.measure(seen, labels),
         guidance=guidance,
-        macs=float(samples.macs.mean()),
+        macs=samples.mean_macs,
         mac_ratio=float(on),
         sampler=weights.sampling.sampler,
         steps=weights.sampling.steps,

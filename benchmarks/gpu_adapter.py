@@ -21,8 +21,9 @@ from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import build_model, resolve_precision
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, shardings
 from dydit_jax.runtime.tracking import FLOPS_PER_MAC, flops_utilisation
-from dydit_jax.sampling.generate import SamplingRun, schedule_coefficients
+from dydit_jax.sampling.generate import SamplingRun
 from dydit_jax.sampling.guidance import evaluations_per_step
+from dydit_jax.sampling.table import make_table
 from dydit_jax.training.experiment import build_update, read_experiment
 from dydit_jax.training.optimizer import build_optimizer
 from dydit_jax.training.update import batch_shapes, compile_update, init_state
@@ -68,7 +69,7 @@ class Job:
     @property
     def rows(self) -> int:
         """Images in the network, guidance included."""
-        return self.batch * evaluations_per_step(self.settings["sampling"])
+        return self.batch * int(evaluations_per_step(make_table(**self.settings).guidance).max())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Subject:
     def __init__(self, job: Job):
         self.job = job
         self._model = Model(job.config, *resolve_precision(job.precision))
-        timesteps = schedule_coefficients(**job.settings).timestep
+        timesteps = make_table(**job.settings).timestep
         # In float32 whatever the precision is: in all of them the same weights.
         self._params = profiled_params(Model(job.config), timesteps, PROFILE, swings=job.swings)
         # One for `fast` and one for the others: as in a job, which narrows its weights from batch to batch.
@@ -146,9 +147,7 @@ class Subject:
         plan = self.plan if mode == "fast" else None
         samples = run.draw(indices % self.job.config.classes, indices=indices, mode=mode, plan=plan)
         tokens = np.asarray(samples.routing.tokens)
-        return Drawn(
-            samples.images, tokens, float(samples.macs.mean()), int(samples.overflow_count.sum()), samples.usage
-        )
+        return Drawn(samples.images, tokens, samples.mean_macs, int(samples.overflow_count.sum()), samples.usage)
 
 
 class Training:
@@ -213,6 +212,6 @@ def write_checkpoint(folder, job: Job, *, decoder: str | None) -> None:
         leaves = flatten(jax.jit(autoencoder.init)(jax.random.key(0)))
         write_arrays(path, jax.device_get(leaves), dict(format=AUTOENCODER_FORMAT))
         settings |= dict(sampling=dataclasses.replace(settings["sampling"], autoencoder=str(path)))
-    timesteps = schedule_coefficients(**settings).timestep
+    timesteps = make_table(**settings).timestep
     params = jax.device_get(profiled_params(Model(job.config), timesteps, PROFILE, swings=job.swings))
     save_weights(folder / WEIGHTS_FILE, Weights(job.config, params=params, about={}, **settings))

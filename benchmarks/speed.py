@@ -38,9 +38,9 @@ from dydit_jax.models.dit import Layer, Model
 from dydit_jax.models.precision import resolve_precision
 from dydit_jax.runtime.aot import compile_for
 from dydit_jax.runtime.console import run
-from dydit_jax.sampling.generate import MODES, SamplingRun, schedule_coefficients
-from dydit_jax.sampling.guidance import evaluations_per_step
+from dydit_jax.sampling.generate import MODES, SamplingRun
 from dydit_jax.sampling.segment import bind_network
+from dydit_jax.sampling.table import make_table
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights to sample; or give --model.")
 MODEL = flags.DEFINE_string("model", None, "A published size with random weights: S/2, B/2, L/2, XL/2.")
@@ -84,7 +84,7 @@ def main():
         fast=functools.partial(draw, "fast", plan=plan),
     )
     if PEERS.value:
-        contestants |= _peers(model, BATCH_SIZE.value * evaluations_per_step(run_settings["sampling"]))
+        contestants |= _peers(model, BATCH_SIZE.value * int(plan.evaluations.max()))
     for name, contestant in contestants.items():
         if name not in first:
             _, first[name] = _timed(contestant)
@@ -108,7 +108,7 @@ def main():
 def _report(model: Model, plan, *, samples: dict, seconds: dict, first: dict, peak: dict, one_pass=None) -> dict:
     """Gather what was measured up to now, by contestant: their last results, all timed calls, first calls, memory."""
     median = {name: float(np.median(taken)) for name, taken in seconds.items()}
-    macs = {mode: float(samples[mode].macs.mean()) for mode in ("complete", "fast")}
+    macs = {mode: samples[mode].mean_macs for mode in ("complete", "fast")}
     ideal = macs["complete"] / macs["fast"]
     scale = np.abs(samples["gated"].images).max()
     routed = {mode: samples[mode].routing.tokens for mode in ("gated", "fast")}  # [S,L,N], means over the images
@@ -130,7 +130,7 @@ def _report(model: Model, plan, *, samples: dict, seconds: dict, first: dict, pe
         first_call_seconds=first,
         peak_gib_so_far=peak,
         giga_macs_per_pass={mode: count / 1e9 for mode, count in macs.items()},
-        giga_macs_executed_by_fast=float(samples["fast"].executed_macs.mean()) / 1e9,
+        giga_macs_executed_by_fast=samples["fast"].mean_executed_macs / 1e9,
         padding=plan.padding,
         ideal_speedup=ideal,
         speedup_over={name: median[name] / median["fast"] for name in seconds if name != "fast"},
@@ -191,12 +191,12 @@ def _subject():
     sampling = SamplingConfig(sampler="ddpm", steps=STEPS.value, guidance=GUIDANCE.value, clip=1.0)
     settings = dict(sampling=sampling, diffusion=DiffusionConfig())
     shares = tuple(int(per_cent) / 100 for per_cent in PROFILE.value)
-    return model, profiled_params(model, schedule_coefficients(**settings).timestep, shares), settings
+    return model, profiled_params(model, make_table(**settings).timestep, shares), settings
 
 
 def _one_pass(model: Model, params, plan, run_settings) -> dict:
     """Compare fast and gated on the same input, in float32 and in bfloat16: outputs, and gates that differ."""
-    table, config, found = schedule_coefficients(**run_settings), model.config, {}
+    table, config, found = make_table(**run_settings), model.config, {}
     segments = plan.segments[:: max(1, len(plan.segments) // 2)]
     x = jax.random.normal(jax.random.key(1), (BATCH_SIZE.value, config.side, config.side, config.channels))
     labels = jnp.arange(BATCH_SIZE.value) % config.classes

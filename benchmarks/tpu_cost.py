@@ -29,7 +29,7 @@ from absl import flags
 from etils import epath
 from flax import nnx
 
-from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig
+from dydit_jax.diffusion.samplers import Sampler, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.execution.registry import find_execution
 from dydit_jax.fast.narrow import NarrowedBlocks, cast_for_products, narrow
@@ -40,9 +40,9 @@ from dydit_jax.models.dit import Block, Model
 from dydit_jax.models.execution import Dense, TokenExecution
 from dydit_jax.models.routing import Routing
 from dydit_jax.runtime.console import run
-from dydit_jax.sampling.generate import schedule_coefficients
 from dydit_jax.sampling.planning import MOST_CALIBRATED
 from dydit_jax.sampling.segment import SegmentInputs, SegmentSettings, microbatch_size, run_segment
+from dydit_jax.sampling.table import make_table
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 DEPTH = flags.DEFINE_integer("depth", None, "Blocks of the model; those of its size by default.")
@@ -180,13 +180,14 @@ def _models(chip: str, batch: int) -> list[dict]:
     model = _model()
     config = model.config
     sampling, diffusion = SamplingConfig(sampler="ddpm", steps="250"), DiffusionConfig()
-    steps = jax.tree.map(lambda column: jnp.asarray(column[:STEPS]), schedule_coefficients(sampling, diffusion))
+    table = make_table(sampling, diffusion)
+    sampler, rows = Sampler(table.form), jax.tree.map(lambda column: jnp.asarray(column[:STEPS]), table)
     params = model.abstract_params()
     params["blocks"] = jax.eval_shape(functools.partial(cast_for_products, dtype=model.dtype), params["blocks"])
     noise = jax.ShapeDtypeStruct((batch, config.side, config.side, config.channels), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
     costs = {}
-    images = microbatch_size(model, sampling, batch)
+    images = microbatch_size(model, 1, batch)
     without_blocks = {name: part for name, part in params.items() if name != "blocks"}
     for name in (None, *EXECUTIONS.value):
         heads, groups = (config.heads, config.heads) if name is None else (HEADS.value, GROUPS.value)
@@ -196,12 +197,12 @@ def _models(chip: str, batch: int) -> list[dict]:
             params["blocks"],
         )
         execution = Dense("tpu") if name is None else _execution(name, images)
-        settings = SegmentSettings(model, sampling, (execution,) * config.depth, mesh=None)
+        settings = SegmentSettings(model, sampler, "all", 1, (execution,) * config.depth, mesh=None)
 
         def step(params, blocks, noise, labels, settings=settings):
             keys = jax.random.split(jax.random.key(0), batch)
             gates = ((None,) * config.depth, (None,) * config.depth)
-            inputs = SegmentInputs(params, blocks, SamplerState(noise, noise), steps, gates, labels, keys)
+            inputs = SegmentInputs(params, blocks, sampler.init(noise), rows, gates, labels, keys)
             return run_segment(inputs, settings=settings)
 
         costs["complete" if name is None else _fast(name)] = compile_and_cost(

@@ -127,7 +127,7 @@ class Drawn:
     @property
     def macs(self) -> float:
         """Mean MACs of one image's forward pass; guidance runs two passes per step."""
-        return float(self.samples.macs.mean())
+        return self.samples.mean_macs
 
     def grid(self, columns: int) -> Image.Image:
         """Return all pictures in one, row by row, below their labels."""
@@ -229,7 +229,7 @@ class Pipeline:
         plan = JobPlan(run, self.checksum, segments=job.segments) if job.mode == "fast" else None
         if plan is not None:
             plan.tune(job.labels, job.indices, seed=job.seed, batch=size)
-        steps, record, done = len(run.schedule.step), None, 0
+        steps, record, done = len(run.table), None, 0
         total, unit = (steps, "step") if len(job.indices) <= size else (len(job.indices), "image")
         with Progress(total, unit, "sampling", delay=0) as progress:
             for first in range(0, len(job.indices), size):

@@ -43,7 +43,7 @@ def test_default_config_lists_every_knob():
 @pytest.mark.parametrize(
     "section, key, value, message",
     [
-        ("sampling", "sampler", "ddmi", "Unknown sampler 'ddmi'; known: ddim, ddpm"),
+        ("sampling", "sampler", "ddmi", "Unknown sampler 'ddmi'; known: ab4, ddim, ddpm"),
         ("sampling", "steps", "2000", "section of 1000"),
         ("model", "size", "M/2", "Unknown model size 'M/2'"),
         ("model", "size", "XL/2", "fixes depth, heads, patch, width"),

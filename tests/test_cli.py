@@ -166,7 +166,7 @@ def test_version_is_the_package_s(typed):
         ("train", ("--config=digits_dit", "config.train.steps=5"), "did you mean --config.train.steps=5?"),
         ("sample", ("--steps=5",), "Unknown flag --steps. Did you mean --sampling.steps?"),
         ("sample", ("--sampling.stepz=5",), "Did you mean --sampling.steps?"),
-        ("sample", ("--gidance=5",), "Did you mean --sampling.guidance?"),
+        ("sample", ("--gidance=5",), "Did you mean --sampling.guidance"),
         ("sample", ("--zzz=5",), "Unknown flag --zzz. --help lists them."),
         ("train", ("--steps=5",), "Did you mean --config.train.steps or --config.sampling.steps?"),
         ("train", ("--learning_rate=5",), "Did you mean --config.optimizer.learning_rate?"),

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, channels_last, diffusers_dit, relative_error
 
-from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import SIZES, DiTConfig, published_config
 from dydit_jax.models.dit import Model, count_parameters
@@ -64,7 +63,8 @@ def test_guided_pass_equals_the_original(golden):
             jnp.asarray(x),
             jnp.asarray(timestep),
             jnp.asarray(labels),
-            sampling=SamplingConfig(guidance=4.0),
+            scale=4.0,
+            guided_channels="first_three",
             config=golden.config,
         )
         assert relative_error(np.asarray(output)[rows], expected[: len(x)][rows]) < 1e-5

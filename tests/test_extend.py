@@ -18,6 +18,7 @@ from dydit_jax.data.batches import batches
 from dydit_jax.data.sources import SOURCES, DataConfig, open_source, register_source
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.diffusion.solvers import SOLVERS
 from dydit_jax.diffusion.terms import LOSS_TERMS, LossConfig, LossInputs, register_loss_term, weigh_terms
 from dydit_jax.errors import InputError
 from dydit_jax.fast.execution.registry import EXECUTIONS, find_execution, register_execution
@@ -34,11 +35,12 @@ from dydit_jax.models.routing import (
 )
 from dydit_jax.pipeline import Pipeline
 from dydit_jax.sampling.generate import SamplingRun
+from dydit_jax.sampling.table import make_table
 from dydit_jax.training.experiment import build_update, read_experiment
 from dydit_jax.training.optimizer import build_optimizer
 from dydit_jax.training.update import init_state
 
-REGISTRIES = (TIME_ROUTERS, TOKEN_ROUTERS, LOSS_TERMS, SOURCES, EXECUTIONS)
+REGISTRIES = (TIME_ROUTERS, TOKEN_ROUTERS, LOSS_TERMS, SOURCES, EXECUTIONS, SOLVERS)
 SMALL = dict(depth=1, width=32, heads=2, patch=4, side=8, channels=1, classes=8, routers="free")
 
 
@@ -108,6 +110,20 @@ def test_loss_term_of_the_page_is_min_snr(page):
     noise = jnp.ones((2, 2, 2, 1))
     inputs = loss_inputs("min_snr", output=jnp.zeros((2, 2, 2, 2)), noise=noise, alphas=[0.5, 0.99])
     np.testing.assert_allclose(weigh_terms(inputs)["min_snr"], [1.0, 5 / 99], rtol=1e-4)
+
+
+def test_solver_of_the_page_takes_the_mean_of_two_noises(page):
+    sampling = SamplingConfig(**page["config"]["sampling"])
+    table, ddim = (
+        make_table(dataclasses.replace(sampling, sampler=name), DiffusionConfig()) for name in ("two_noises", "ddim")
+    )
+    assert len(table) == 10 and table.form.history == 2 and table.form.noise == "none" and not table.form.base
+    np.testing.assert_allclose(table.weights[1:, 0, 2], table.weights[1:, 0, 3])
+    # Where both noises are the same, it is ddim, whose weights of x_0 are these.
+    x, x0 = 0.7, -0.3
+    noise = table.estimate @ [x, x0]
+    moved = table.weights[:, 0, 0] * x + table.weights[:, 0, 2:].sum(1) * noise
+    np.testing.assert_allclose(moved, ddim.weights[:, 0, 0] * x + ddim.weights[:, 0, 2] * x0, atol=1e-5)
 
 
 @pytest.mark.parametrize("opened", [0, 5])

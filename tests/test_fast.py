@@ -11,7 +11,8 @@ from conftest import ROOT, relative_error
 from runs import SAMPLING, draw, make_run
 from test_executions import usage_of_none
 
-from dydit_jax.diffusion.samplers import SAMPLERS, SamplingConfig
+from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.solvers import SOLVERS
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
@@ -27,13 +28,48 @@ def assert_same(fast, gated):
 
 
 @pytest.mark.parametrize(
-    "sampler", [pytest.param(name, marks=() if name == "ddpm" else pytest.mark.slow) for name in SAMPLERS]
+    "sampler",
+    [pytest.param(name, marks=() if name in ("ddpm", "unipc_3") else pytest.mark.slow) for name in SOLVERS],
 )
 def test_fast_trajectory_equals_the_gated_one(tiny, sampler):
     sampling = SamplingConfig(sampler=sampler, steps="6", guidance=2.0 if sampler == "ddpm" else 1.0, clip=1.0)
     gated = draw(*tiny, [1, 2, 3], mode="gated", sampling=sampling)
     assert_same(draw(*tiny, [1, 2, 3], mode="fast", sampling=sampling), gated)
     assert 0.1 < gated.usage.mean.mean() < 0.9
+
+
+@pytest.mark.parametrize("sampler", ["ddim", pytest.param("heun", marks=pytest.mark.slow)])
+def test_outside_the_interval_of_guidance_the_network_runs_once(tiny, sampler):
+    """In what was compiled and recorded, not only in the table."""
+    model, params = tiny
+    sampling = SamplingConfig(sampler=sampler, steps="4", guidance=2.0, guidance_interval=(300, 700), clip=1.0)
+    theirs = dataclasses.replace(model, platform="tpu")  # one-hot products: rows follow the number of images
+    for network in (model, theirs):
+        run = make_run(network, params, sampling=sampling)
+        guided = ((run.table.timestep >= 300) & (run.table.timestep <= 700)).tolist()
+        assert run.evaluations.tolist() == [1 + inside for inside in guided] and any(guided) and not all(guided)
+        plan = run.plan()
+        assert [segment.evaluations for segment in plan.segments] == [1, 2, 1]
+        gated = run.draw([1, 2, 3], mode="gated")
+        for usage in (None, gated.usage):
+            fast = run.draw([1, 2, 3], plan=dataclasses.replace(plan, usage=usage))
+            assert_same(fast, gated)
+            assert fast.evaluations.tolist() == run.evaluations.tolist()
+        programs, _ = run.programs(3, plan=plan)
+        assert [program.images for program in programs] == [3, 6, 3]
+    # Two programs of two and one: where no step is guided, one of one.
+    plain = draw(model, params, [1, 2, 3], mode="gated", sampling=dataclasses.replace(sampling, guidance=1.0))
+    everywhere = dataclasses.replace(sampling, guidance_interval=None)
+    everywhere = draw(model, params, [1, 2, 3], mode="gated", sampling=everywhere)
+    assert relative_error(gated.images, plain.images) > 1e-3 < relative_error(gated.images, everywhere.images)
+
+
+def test_a_scale_per_evaluation_is_an_interval_written_out(tiny):
+    settings = dict(sampler="ddim", steps="4", clip=1.0)
+    interval = SamplingConfig(**settings, guidance=2.0, guidance_interval=(300, 700))
+    scales = SamplingConfig(**settings, guidance_scales=(1.0, 2.0, 2.0, 1.0))
+    images = [draw(*tiny, [1, 2], mode="gated", sampling=sampling).images for sampling in (interval, scales)]
+    np.testing.assert_array_equal(*images)
 
 
 @pytest.mark.slow
@@ -84,10 +120,10 @@ def test_on_a_tpu_images_go_through_in_passes(tiny):
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, side=64))
     theirs = dataclasses.replace(model, platform="tpu")
     sampling = dataclasses.replace(SAMPLING, steps="2", guidance=1.0)
-    sizes = {images: microbatch_size(theirs, sampling, images) for images in (1, 2, 6, 7)}
+    sizes = {images: microbatch_size(theirs, 1, images) for images in (1, 2, 6, 7)}
     assert sizes == {1: 1, 2: 2, 6: 2, 7: 7}  # seven would go one by one
-    assert microbatch_size(theirs, SAMPLING, 6) == 1
-    assert microbatch_size(model, sampling, 6) == 6
+    assert microbatch_size(theirs, 2, 6) == 1
+    assert microbatch_size(model, 1, 6) == 6
     labels = np.arange(6)
     gated = draw(model, params, labels, mode="gated", sampling=sampling)
     whole = draw(theirs, params, labels, mode="fast", segments=1, sampling=sampling, usage=gated.usage)

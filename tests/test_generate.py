@@ -114,9 +114,8 @@ def test_modulations_of_all_steps_are_those_of_each(tiny, monkeypatch, platform)
 def test_guidance_of_one_runs_the_labels_alone(tiny):
     model, params = tiny
     x, labels = jax.random.normal(jax.random.key(0), (2, 8, 8, 1)), jnp.asarray([1, 2])
-    plain = dataclasses.replace(SAMPLING, guidance=1.0)
     network = functools.partial(model.apply, params, mode="gated")
-    output, routing = guide(network, x, jnp.asarray(5), labels, sampling=plain, config=model.config)
+    output, routing = guide(network, x, jnp.asarray(5), labels, scale=None, guided_channels="all", config=model.config)
     expected, _ = model.apply(params, x, jnp.full(2, 5), labels, mode="gated")
     np.testing.assert_array_equal(output, expected)
     assert len(routing.heads) == 2
@@ -131,7 +130,8 @@ def test_guidance_can_cover_all_channels(golden_v2):
         jnp.asarray(x),
         jnp.asarray(t[0]),
         jnp.asarray(labels),
-        sampling=SamplingConfig(guidance=4.0, guided_channels=channels),
+        scale=4.0,
+        guided_channels=channels,
         config=model.config,
     )[0]
     three, all_four = run("first_three"), run("all")

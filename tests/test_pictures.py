@@ -98,7 +98,14 @@ def test_routing_figure_is_labelled(tmp_path):
     timesteps, seen = np.array([999, 749, 499, 250, 0]), np.zeros((5, 2))
     usage = TokenUsage(seen, seen, seen, 1)
     samples = Samples(
-        np.zeros((1, 8, 8, 1)), timesteps, routing, np.linspace(1e5, 2e5, 5), np.linspace(2e5, 3e5, 5), usage, seen
+        np.zeros((1, 8, 8, 1)),
+        timesteps,
+        np.ones(5, int),
+        routing,
+        np.linspace(1e5, 2e5, 5),
+        np.linspace(2e5, 3e5, 5),
+        usage,
+        seen,
     )
     figure = draw_routing(samples, config.macs)
     labels = " ".join(axis.get_ylabel() + axis.get_xlabel() + axis.get_title(loc="left") for axis in figure.axes)

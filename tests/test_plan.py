@@ -152,3 +152,24 @@ def test_segments_execute_the_gates_of_the_plan(gates, count):
         np.testing.assert_array_equal(executed, wanted)
     broken = dataclasses.replace(plan.segments[0], heads=((),) * 3, head_gates=(None,) * 3)
     assert (executed_gates([broken, *plan.segments[1:]], 4)[0] != gates[0]).any()
+
+
+def test_a_plan_is_cut_where_guidance_begins_or_ends(gates):
+    evaluations = np.repeat([1, 2, 1], [3, 5, 4])
+    settings = dict(execution="switch", evaluations=evaluations)
+    plan = make_plan(*gates, MACS, **settings, segments=3)
+    assert [(s.start, s.stop, s.evaluations) for s in plan.segments] == [(0, 3, 1), (3, 8, 2), (8, 12, 1)]
+    by_hand = sum(
+        count * padded_cost(*gates, [start, stop]) for start, stop, count in ((0, 3, 1), (3, 8, 2), (8, 12, 1))
+    )
+    exact = sum(count * padded_cost(*gates, [step, step + 1]) for step, count in enumerate(evaluations))
+    assert plan.padding == pytest.approx(by_hand / exact - 1)
+    for segment in make_plan(*gates, MACS, **settings, segments=6).segments:
+        assert len(set(evaluations[segment.start : segment.stop])) == 1
+    assert len(make_plan(*gates, MACS, **settings).segments) >= 3
+    with pytest.raises(InputError, match="from 3 .guidance begins or ends between them. to the 12 steps"):
+        make_plan(*gates, MACS, **settings, segments=2)
+    whole = whole_segments(*gates, pieces=4, evaluations=evaluations)
+    assert [len(segment) for segment in whole] == [3, 5, 4] and [s.evaluations for s in whole] == [1, 2, 1]
+    whole = whole_segments(*gates, pieces=12, evaluations=evaluations)
+    assert [len(segment) for segment in whole] == [1] * 12

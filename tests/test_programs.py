@@ -91,7 +91,7 @@ import sys
 import jax, numpy as np
 sys.path.insert(0, "tests")
 import conftest
-from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.samplers import Sampler
 from dydit_jax.fast.execution.xla import Switch
 from dydit_jax.sampling.segment import SegmentSettings, run_segment
 from dydit_jax.models.config import DiTConfig
@@ -103,7 +103,7 @@ from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh
 mesh = make_mesh(MeshConfig(data=4))
 model = Model(DiTConfig(depth=2, width=32, heads=4, patch=2, side=8, channels=1, classes=10, routers="free"))
 executions = (Switch("cpu", (8, 16)),) * 2
-settings = dict(settings=SegmentSettings(model, SamplingConfig(), executions, mesh))
+settings = dict(settings=SegmentSettings(model, Sampler(), "all", 2, executions, mesh))
 shape = jax.ShapeDtypeStruct((4, 8), np.float32, sharding=batch_sharding(mesh))
 name = describe_call(run_segment, (shape, {"kernel": np.zeros(3)}), settings).name
 """

@@ -263,7 +263,7 @@ def test_images_made_otherwise_are_left_alone(checkpoint, tmp_path):
         (dict(labels=["1"], mode="quick"), "Unknown mode"),
         (dict(labels=["1"], out=""), "--out is empty"),
         (dict(labels=["1"], segments=0), "--segments must be at least 1"),
-        (dict(labels=["1"], segments=3), "at most the 2 steps"),
+        (dict(labels=["1"], segments=3), "--segments must be from 1 to the 2 steps"),
         (dict(labels=["1"], token_capacity=["half"]), "--token_capacity must be a number"),
         (dict(labels=["1"], token_capacity=["1.5"]), "at most 1, not 1.5"),
         (dict(labels=["1"], out="/proc/x"), "Can't write"),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
+from dydit_jax.diffusion.grids import GRIDS
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
 from dydit_jax.errors import InputError
 
@@ -97,6 +98,18 @@ def test_one_step_keeps_one_timestep():
         ("600,600", "section of 500"),
         ("ddim300", "No whole stride"),
         ("ddim50,20", "ddim takes one number, as in 'ddim50'"),
+        ("trailing", "Unknown spacing 'trailing'"),
+        ("trailing:", "Unknown spacing"),
+        ("trailing:0", "Unknown spacing"),
+        ("tailing:20", "Unknown spacing 'tailing:20'; .*list:999"),
+        ("trailing:10,20", "several numbers"),
+        ("trailing:1001", "trailing:1001 has more timesteps than the 1000"),
+        ("karras:999999999", "more timesteps than the 1000"),
+        ("list:", "Unknown spacing"),
+        ("list:-1", "Unknown spacing"),
+        ("list:1000,5", "from 0 to 999, not 1000"),
+        ("list:5,500", "descend from the noisiest: 500 follows 5"),
+        ("list:500,5,5", "5 follows 5"),
     ],
 )
 def test_impossible_spacings_are_refused(spacing, message):
@@ -112,3 +125,32 @@ def test_unknown_schedule_lists_the_known_ones():
 def test_too_few_steps_for_a_linear_schedule_are_refused():
     with pytest.raises(InputError, match="outside"):
         make_schedule(DiffusionConfig(train_steps=10))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("kind", ["linear", "squared_cosine"])
+def test_named_grids_ascend_within_the_schedule(kind, name):
+    schedule = make_schedule(DiffusionConfig(schedule=kind))
+    for count in (1, 2, 5, 10, 50, 1000):
+        timesteps = respace(schedule, f"{name}:{count}").timesteps
+        assert len(timesteps) == count and (np.diff(timesteps) > 0).all()
+        assert timesteps[0] >= 0 and timesteps[-1] <= 999
+        if name != "leading":
+            assert timesteps[-1] == 999
+
+
+def test_named_grids_are_even_in_what_they_say():
+    schedule = make_schedule(DiffusionConfig())
+    of = lambda spacing: respace(schedule, spacing).timesteps
+    assert of("trailing:4").tolist() == [249, 499, 749, 999]
+    assert of("trailing:3").tolist() == [332, 666, 999]
+    assert of("leading:3").tolist() == [0, 333, 666]
+    assert of("quadratic:4").tolist() == [0, 111, 444, 999]
+    assert of("list:999,600,0").tolist() == [0, 600, 999]
+    assert of("quadratic:64")[:5].tolist() == [0, 1, 2, 3, 4]  # of 0, 0.25, 1, 2.3 and 4
+    log_snr = np.log(schedule.alphas_cumprod / (1 - schedule.alphas_cumprod))
+    steps = np.diff(log_snr[of("logsnr:8")][1:])  # the timesteps near 0 are too coarse to tell
+    np.testing.assert_allclose(steps, steps.mean(), rtol=0.05)
+    ratio = (1 / schedule.alphas_cumprod - 1) ** (1 / 14)
+    steps = np.diff(ratio[of("karras:8")][1:])
+    np.testing.assert_allclose(steps, steps.mean(), rtol=0.05)

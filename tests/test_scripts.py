@@ -89,7 +89,7 @@ def test_command_told_to_stop_is_not_started_again(tmp_path, number):
         (("convert_torch_weights.py", "--source=tests", "--out={tmp}"), "is a folder"),
         (
             ("sample.py", "--checkpoint=x", "--out={tmp}", "--sampling.gidance=2"),
-            "Unknown flag --sampling.gidance. Did you mean --sampling.guidance?",
+            "Unknown flag --sampling.gidance. Did you mean --sampling.guidance",
         ),
     ],
 )

@@ -8,6 +8,8 @@ import typing
 
 from absl import flags
 
+from dydit_jax.errors import InputError
+
 DEFINE = {
     str: flags.DEFINE_string,
     int: flags.DEFINE_integer,
@@ -63,9 +65,17 @@ def define_overrides(cls, section: str, values: flags.FlagValues) -> None:
 
 
 def read_overrides(cls, section: str, values: flags.FlagValues) -> dict:
-    """Return the fields that were given by `--section.field`."""
-    given = {field.name: values[f"{section}.{field.name}"].value for field, _ in _fields(cls)}
-    return {name: value for name, value in given.items() if value is not None}
+    """Return the fields that were given by `--section.field`.
+
+    Raises:
+      InputError: something else than a number in a list of numbers.
+    """
+    hints, given = typing.get_type_hints(cls), {}
+    for field, define in _fields(cls):
+        name, value = f"{section}.{field.name}", values[f"{section}.{field.name}"].value
+        if value is not None:
+            given[field.name] = _numbers(value, hints[field.name], name) if define is flags.DEFINE_list else value
+    return given
 
 
 def read_meanings(cls) -> dict[str, str]:
@@ -91,8 +101,22 @@ def _fields(cls) -> list[tuple]:
     return [(field, define) for field, define in found if define]
 
 
+def _numbers(words: list[str], hint, name: str) -> tuple:
+    """Return the words of a list of numbers as the numbers that its type wants."""
+    kind = typing.get_args(_without_none(hint))[0]
+    try:
+        return tuple(kind(word) for word in words)
+    except ValueError as error:
+        raise InputError(f"--{name} must be numbers with commas between them, not {','.join(words)}.") from error
+
+
 def _kind(hint) -> type:
     """Return the class of a type, without `| None` and what a container holds."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    hint = _without_none(hint)
     return typing.get_origin(hint) or hint
+
+
+def _without_none(hint):
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(option for option in typing.get_args(hint) if option is not type(None))
+    return hint

@@ -89,6 +89,8 @@ def get_config():
     config.sampling.eta = 0.0
     config.sampling.clip = config_dict.placeholder(float)
     config.sampling.guidance = 1.5
+    config.sampling.guidance_interval = config_dict.placeholder(tuple)  # (100, 700): timesteps with guidance
+    config.sampling.guidance_scales = config_dict.placeholder(tuple)
     config.sampling.guided_channels = "first_three"
     config.sampling.autoencoder = ""  # "sd-vae-ft-ema" for latents
 

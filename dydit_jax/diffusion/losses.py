@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dydit_jax.diffusion.gaussian import Coefficients, interpret
+from dydit_jax.diffusion.gaussian import Coefficients, predict_previous
 
 STRATA = 4
 MIN_PROBABILITY = 1e-12  # of a bin in the discretised likelihood
@@ -62,10 +62,10 @@ def variational_bound(output, x0, xt, c: Coefficients):
     """
     noise, variance = jnp.split(output, 2, axis=-1)
     frozen = jnp.concatenate([jax.lax.stop_gradient(noise), variance], axis=-1)
-    prediction = interpret(frozen, xt, c, clip=None)
+    mean, log_variance = predict_previous(frozen, xt, c)
     true_mean = c.posterior_mean_coef_x0 * x0 + c.posterior_mean_coef_xt * xt
-    divergence = _gaussian_divergence(true_mean, c.log_variance_low, prediction.mean, prediction.log_variance)
-    likelihood = _discretised_log_likelihood(x0, prediction.mean, 0.5 * prediction.log_variance)
+    divergence = _gaussian_divergence(true_mean, c.log_variance_low, mean, log_variance)
+    likelihood = _discretised_log_likelihood(x0, mean, 0.5 * log_variance)
     nats = jnp.where(c.step == 0, -likelihood, divergence)
     return _mean_per_image(nats) / math.log(2.0)
 

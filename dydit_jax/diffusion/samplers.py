@@ -1,21 +1,18 @@
-"""Samplers: ways from noise to images, each an `(init, step)` pair, like an optimiser in optax.
+"""Sampling: how it is set, and the one step that runs the table of every solver.
 
-`init(noise)` makes a state, `step(state, output, c, noise)` moves it by one step of the schedule, given the network's
-output at the state's `xt`. A sampler knows no network and no loop, and its state survives being handed from one
-compiled program to the next.
-
-Sources: DDPM, https://arxiv.org/abs/2006.11239; learned variance, https://arxiv.org/abs/2102.09672; DDIM,
-https://arxiv.org/abs/2010.02502, equations 12 and 16.
+`init(noise)` makes a state, `step(state, output, row, noise)` moves it by one row of a `SolverTable`, given the
+network's output at the state's `xt`. A sampler knows no network and no loop, and its state survives being handed from
+one compiled program to the next.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dydit_jax.diffusion.gaussian import Coefficients, interpret
+from dydit_jax.diffusion.solvers import SOLVERS, SolverForm, SolverTable
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.records import require_range
 
@@ -27,11 +24,15 @@ class SamplingConfig:
     """How images are drawn.
 
     Attributes:
-      sampler: ddpm or ddim, a key of `SAMPLERS`.
-      steps: timesteps that are kept: 250, ddim50, or sections such as 10,20,30; see `schedules.respace`.
-      eta: share of DDPM's noise in DDIM, 0 .. 1; DDPM has no such choice and wants 0.
+      sampler: the solver: ddpm, ddim, dpmpp_2m, dpmpp_3m, sde_dpmpp_2m, unipc, unipc_3, heun, ab4, or one of your own.
+      steps: timesteps of the run: 250, ddim50, sections such as 10,20,30, trailing:20, leading:20, logsnr:10,
+        quadratic:10, karras:10 or list:999,600,0; see `grids`.
+      eta: share of DDPM's noise in DDIM, 0 .. 1; the others have no such choice and want 0.
       clip: bound on the estimate of |x_0|, or None. Images in pixels are bounded, latents are not.
       guidance: scale of classifier-free guidance; 1 is none, and then the network runs once per step, not twice.
+      guidance_interval: the lowest and highest timestep with guidance, such as 100,700; at others the network runs
+        once. None guides at all of them.
+      guidance_scales: a scale for each evaluation of the network, the most noise first, instead of the two above.
       guided_channels: first_three (as the published models do) or all.
       autoencoder: whose decoder turns latents into images, a file or a published name; empty for models in pixels.
     """
@@ -41,18 +42,31 @@ class SamplingConfig:
     eta: float = 0.0
     clip: float | None = None
     guidance: float = 1.0
+    guidance_interval: tuple[int, int] | None = None
+    guidance_scales: tuple[float, ...] | None = None
     guided_channels: str = "first_three"
     autoencoder: str = ""
 
     def __post_init__(self):
-        require_known("sampler", self.sampler, SAMPLERS)
+        SOLVERS.require("sampler", self.sampler)
         require_known("sampling.guided_channels", self.guided_channels, GUIDED_CHANNELS)
         require_range("sampling.eta", self.eta, low=0.0, high=1.0)
         require_range("sampling.guidance", self.guidance, low=0.0)
         if self.clip is not None:
             require_range("sampling.clip", self.clip, low=0.0)
-        if self.sampler == "ddpm" and self.eta:
-            raise InputError(f"sampling.eta belongs to ddim; ddpm has none, so {self.eta} can't be honoured.")
+        if self.sampler != "ddim" and self.eta:
+            raise InputError(f"sampling.eta belongs to ddim; {self.sampler} has none, so {self.eta} can't be honoured.")
+        low, high = self.guidance_interval or (0, 0)
+        if low > high:
+            raise InputError(f"sampling.guidance_interval must be (low, high) with low <= high, not {(low, high)}.")
+        wrong = [scale for scale in self.guidance_scales or () if not (scale >= 0 and math.isfinite(scale))]
+        if wrong:
+            raise InputError(f"sampling.guidance_scales must be numbers from 0 on, not {wrong[0]}.")
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether some evaluation of the network may be guided."""
+        return any(scale != 1.0 for scale in self.guidance_scales or (self.guidance,))
 
 
 @jax.tree_util.register_dataclass
@@ -61,79 +75,84 @@ class SamplerState:
     """Where a sampling run stands.
 
     Attributes:
-      xt: x_t, where the network is asked next [B,side,side,C].
+      xt: x_t, where the network is evaluated next [B,side,side,C].
       x0: the latest estimate of x_0 [B,side,side,C].
+      base: where the step began [B,side,side,C], None for a solver without.
+      history: estimates of earlier evaluations, the newest first, K - 1 of [B,side,side,C].
     """
 
     xt: jax.Array
     x0: jax.Array
+    base: jax.Array | None = None
+    history: tuple[jax.Array, ...] = ()
 
 
-class Sampler(NamedTuple):
-    """`init(noise) -> state` and `step(state, output, coefficients, noise) -> state`."""
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """The step of a solver: static, and the same for all tables of a form.
 
-    init: Callable
-    step: Callable
-
-
-def _init(noise) -> SamplerState:
-    return SamplerState(xt=noise, x0=jnp.zeros_like(noise))
-
-
-def ddpm(*, clip: float | None) -> Sampler:
-    """Ancestral sampling with the learned variance."""
-
-    def step(state, output, c, noise):
-        prediction = interpret(output, state.xt, c, clip)
-        # The last step ends on the mean: there is no x_{-1} to be uncertain of.
-        noise = (1.0 - c.is_final) * jnp.exp(0.5 * prediction.log_variance) * noise
-        return SamplerState(prediction.mean + noise, prediction.x0)
-
-    return Sampler(_init, step)
-
-
-def ddim(*, eta: float, clip: float | None) -> Sampler:
-    """Implicit sampling: deterministic at eta 0, DDPM's posterior noise at eta 1."""
-
-    def step(state, output, c, noise):
-        prediction = interpret(output, state.xt, c, clip)
-        before, after = c.alpha_cumprod_prev, c.alpha_cumprod
-        deviation = eta * jnp.sqrt((1 - before) / (1 - after) * (1 - after / before))
-        mean = jnp.sqrt(before) * prediction.x0 + jnp.sqrt(1 - before - deviation**2) * prediction.noise
-        return SamplerState(mean + (1.0 - c.is_final) * deviation * noise, prediction.x0)
-
-    return Sampler(_init, step)
-
-
-def run_sampler(sampler: Sampler, state: SamplerState, steps: Coefficients, extra=None, *, predict, noise_at):
-    """Move a state through consecutive steps inside one compiled program.
-
-    Args:
-      sampler: the pair.
-      state: where to start.
-      steps: rows of the coefficients in the order to run, usually descending, [S] each.
-      extra: anything else that differs from step to step and that `predict` wants, [S,...] each.
-      predict: (x_t, coefficients, extra) of a step -> (output, anything to keep).
-      noise_at: step index [] -> noise [B,side,side,C].
-
-    Returns:
-      The state after the last of the steps, and what `predict` kept, stacked [S,...].
+    Attributes:
+      form: of the table.
+      clip: bound on the estimate of |x_0|, or None.
     """
 
-    def body(state, row):
-        c, extra = row
-        output, kept = predict(state.xt, c, extra)
-        return sampler.step(state, output, c, noise_at(c.step)), kept
+    form: SolverForm = SolverForm()
+    clip: float | None = None
 
-    return jax.lax.scan(body, state, (steps, extra))
+    def init(self, noise) -> SamplerState:
+        """Return the state before the first row, for x_T [B,side,side,C]."""
+        zeros = jnp.zeros_like(noise)
+        base = noise if self.form.base else None
+        return SamplerState(xt=noise, x0=zeros, base=base, history=(zeros,) * (self.form.history - 1))
+
+    def step(self, state: SamplerState, output, row: SolverTable, noise) -> SamplerState:
+        """Return the state after a row.
+
+        Args:
+          state: before it.
+          output: of the network at `state.xt` [B,side,side,2C]: the noise, and v in [-1, 1], the place of a learned
+            log-variance between its bounds, which most solvers ignore.
+          row: of the table, its leading axis gone.
+          noise: to add [B,side,side,C]; ignored where the form has none.
+        """
+        predicted, v = jnp.split(output, 2, axis=-1)
+        x0 = row.x0_from_xt * state.xt - row.x0_from_noise * predicted
+        if self.clip is not None:
+            x0 = jnp.clip(x0, -self.clip, self.clip)
+        newest = row.estimate[0] * state.xt + row.estimate[1] * x0
+        estimates = (newest, *state.history)
+
+        def combine(weights):
+            parts = [weights[0] * state.xt, *(w * m for w, m in zip(weights[2:], estimates, strict=True))]
+            return sum(parts[1:], parts[0]) + (weights[1] * state.base if self.form.base else 0.0)
+
+        xt = combine(row.weights[0])
+        if self.form.noise != "none":
+            learned = jnp.exp(row.learned_range * (v + 1.0) / 2.0) if self.form.noise == "learned" else 1.0
+            xt = xt + row.noise * learned * noise
+        base = combine(row.weights[1]) if self.form.base else None
+        return SamplerState(xt, x0, base, estimates[: self.form.history - 1])
 
 
-SAMPLERS = {
-    "ddpm": lambda config: ddpm(clip=config.clip),
-    "ddim": lambda config: ddim(eta=config.eta, clip=config.clip),
-}
+def run_sampler(sampler: Sampler, state: SamplerState, rows: SolverTable, extra=None, *, predict, noise_at: Callable):
+    """Move a state through consecutive rows of a table inside one compiled program.
 
+    Args:
+      sampler: of the table's form.
+      state: where to start.
+      rows: of the table, in its order.
+      extra: anything else that differs from row to row and that `predict` wants, [S,...] each.
+      predict: (x_t, row, extra) of a row -> (output, anything to keep).
+      noise_at: `row.step` [] -> noise [B,side,side,C].
 
-def make_sampler(config: SamplingConfig) -> Sampler:
-    """Make the sampler that a configuration names."""
-    return SAMPLERS[config.sampler](config)
+    Returns:
+      The state after the last of the rows, and what `predict` kept, stacked [S,...].
+    """
+
+    def body(state, row_and_extra):
+        row, extra = row_and_extra
+        output, kept = predict(state.xt, row, extra)
+        noise = None if sampler.form.noise == "none" else noise_at(row.step)
+        return sampler.step(state, output, row, noise), kept
+
+    return jax.lax.scan(body, state, (rows, extra))

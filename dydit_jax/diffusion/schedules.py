@@ -1,16 +1,17 @@
-"""Noise schedules: betas, what follows from them, and which timesteps a shorter sampling run keeps.
+"""Noise schedules: betas, what follows from them, and the shorter schedule of a sampling run.
 
-Everything is float64 numpy, computed once on the host; samplers and losses read float32 copies by index. Index 0 is
+Everything is float64 numpy, computed once on the host; solvers and losses read float32 copies by index. Index 0 is
 the least noise.
 
 Sources: DDPM, https://arxiv.org/abs/2006.11239 (equations 4, 7 and section 4); Improved DDPM,
-https://arxiv.org/abs/2102.09672 (equation 17 for the cosine, section 4 for kept timesteps).
+https://arxiv.org/abs/2102.09672 (equation 17 for the cosine).
 """
 
 import dataclasses
 
 import numpy as np
 
+from dydit_jax.diffusion.grids import kept_timesteps
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.records import require_range
 
@@ -116,9 +117,7 @@ def respace(schedule: Schedule, spacing: str) -> Schedule:
 
     Args:
       schedule: a training schedule of T steps.
-      spacing: how many and which. "250": that many, evenly, first and last included. "10,20,30": T is cut into
-        as many equal sections as there are numbers, each keeps its own. "ddim50": every i-th from 0 on, with the
-        smallest i that gives 50.
+      spacing: how many and which, see `grids`.
 
     Returns:
       The shorter schedule.
@@ -126,40 +125,7 @@ def respace(schedule: Schedule, spacing: str) -> Schedule:
     Raises:
       InputError: no such spacing of T steps.
     """
-    total = len(schedule)
-    kept = _strided(spacing, total) if spacing.startswith("ddim") else _sectioned(spacing, total)
+    kept = kept_timesteps(spacing, schedule.alphas_cumprod)
     alphas_cumprod = schedule.alphas_cumprod[kept]
     betas = 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
     return Schedule(betas, schedule.timesteps[kept])
-
-
-def _numbers(text: str, spacing: str) -> list[int]:
-    if not all(part.strip().isdecimal() and int(part) for part in text.split(",")):
-        raise InputError(f"Unknown spacing {spacing!r}; write a number of steps (250), sections (10,20,30) or ddim50.")
-    return [int(part) for part in text.split(",")]
-
-
-def _strided(spacing: str, total: int) -> np.ndarray:
-    count, *others = _numbers(spacing.removeprefix("ddim"), spacing)
-    if others:
-        raise InputError(f"Spacing {spacing!r} has sections; ddim takes one number, as in 'ddim{count}'.")
-    for stride in range(1, total + 1):
-        if len(range(0, total, stride)) == count:
-            return np.arange(0, total, stride)
-    raise InputError(f"No whole stride keeps {count} of {total} steps ({spacing!r}); try {count - 1} or '{count}'.")
-
-
-def _sectioned(spacing: str, total: int) -> np.ndarray:
-    counts = _numbers(spacing, spacing)
-    kept, start = [], 0
-    for section, count in enumerate(counts):
-        # The first sections take the remainder of the division.
-        size = total // len(counts) + (section < total % len(counts))
-        if count > size:
-            raise InputError(f"Spacing {spacing!r} wants {count} steps of a section of {size}.")
-        strides = np.full(count - 1, (size - 1) / max(1, count - 1))
-        # The published rule adds stride to stride. At 278 of the 1000 counts its rounding errors decide which side of a
-        # half a number falls on: a product would keep other timesteps.
-        kept.append(start + np.rint(np.append(0.0, np.cumsum(strides))).astype(np.int64))
-        start += size
-    return np.concatenate(kept)

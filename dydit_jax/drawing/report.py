@@ -230,11 +230,19 @@ def _sample_facts(manifest: dict) -> list[tuple]:
         ("model", f"{model['depth']} blocks, width {model['width']}, {model['heads']} heads, patch {model['patch']}"),
         ("images", manifest["num_images"]),
         ("sampler", f"{sampling['sampler']}, {sampling['steps']} steps"),
-        ("guidance", f"{sampling['guidance']}, channels: {sampling['guided_channels']}"),
+        ("guidance", f"{_guidance(sampling)}, channels: {sampling['guided_channels']}"),
         ("seed", manifest["seed"]),
         ("mode", manifest["mode"]),
         ("precision", f"{manifest['precision']}, matrix products: {manifest['matmul_precision']}"),
     ]
+
+
+def _guidance(sampling: dict) -> str:
+    """Return the scale of guidance, and where it applies."""
+    if sampling.get("guidance_scales"):
+        return "a scale per evaluation: " + ", ".join(map(str, sampling["guidance_scales"]))
+    low, high = sampling.get("guidance_interval") or (None, None)
+    return f"{sampling['guidance']}" + ("" if low is None else f" at timesteps {low} to {high}")
 
 
 def _cost(cost: dict | None) -> str:

@@ -3,7 +3,7 @@
 Heads and groups depend on the weights and the timestep alone. Their gates over the whole schedule are cut into a few
 consecutive segments; each keeps the union of the units that are open at any of its steps, and becomes one compiled
 program with narrowed weights. A unit in the union that is closed at a step is multiplied by its gate, so the result is
-exact.
+exact. Where guidance begins or ends, the network runs twice instead of once: there is always a cut.
 
 Where to cut is a shortest path: a segment costs its steps times the MACs of its union, and dynamic programming over the
 cuts finds the cheapest plan for every number of segments. More segments waste less and compile longer.
@@ -33,6 +33,7 @@ class Segment:
       start, stop: steps of the run, counted from its first, stop excluded.
       heads, groups: kept units of each layer, ascending; a layer may keep none.
       head_gates, group_gates: per layer, bool [steps, kept], or None where every kept unit is always open.
+      evaluations: how often the network runs on an image in each of the steps: twice with guidance.
     """
 
     start: int
@@ -41,6 +42,7 @@ class Segment:
     groups: tuple[tuple[int, ...], ...]
     head_gates: tuple
     group_gates: tuple
+    evaluations: int
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -57,6 +59,7 @@ class Plan:
 
     Attributes:
       heads, groups: gates in the order of the run, bool [S,L,H] and [S,L,G].
+      evaluations: how often the network runs on an image at each step, int [S]: twice with guidance.
       segments: consecutive, from the first step to the last.
       padding: MACs spent on closed units of a union, as a share of the MACs that an exact fit would need.
       execution: name of how tokens run, a key of `EXECUTIONS`.
@@ -65,6 +68,7 @@ class Plan:
 
     heads: np.ndarray
     groups: np.ndarray
+    evaluations: np.ndarray
     segments: tuple[Segment, ...]
     padding: float
     execution: str
@@ -108,7 +112,8 @@ class Plan:
         Raises:
           InputError: a place that can't be written to.
         """
-        arrays = dict(heads=self.heads, groups=self.groups, ends=[segment.stop for segment in self.segments])
+        arrays = dict(heads=self.heads, groups=self.groups, evaluations=self.evaluations)
+        arrays |= dict(ends=[segment.stop for segment in self.segments])
         arrays |= dict(execution=self.execution) | ({} if self.usage is None else dataclasses.asdict(self.usage))
         with write_atomically(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
@@ -117,19 +122,33 @@ class Plan:
     def load(cls, path, macs: ModelMacs) -> "Plan":
         """Read what `save` wrote."""
         with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            heads, groups, ends = arrays["heads"], arrays["groups"], [0, *arrays["ends"].tolist()]
+            steps = _Steps(arrays["heads"], arrays["groups"], arrays["evaluations"])
+            ends = [0, *arrays["ends"].tolist()]
             usage = {field.name: arrays[field.name][()] for field in dataclasses.fields(TokenUsage) if "mean" in arrays}
-            plan = _cut(heads, groups, ends, macs, str(arrays["execution"]))
+            plan = _cut(steps, ends, macs, str(arrays["execution"]))
         return dataclasses.replace(plan, usage=TokenUsage(**usage) if usage else None)
 
 
-def make_plan(heads, groups, macs: ModelMacs, *, execution: str, segments: int | None = None) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """What is known of each step: gates, bool [S,L,H] and [S,L,G], and evaluations of the network, int [S]."""
+
+    heads: np.ndarray
+    groups: np.ndarray
+    evaluations: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+
+def make_plan(heads, groups, macs: ModelMacs, *, execution: str, evaluations=None, segments: int | None = None) -> Plan:
     """Cut a schedule into segments.
 
     Args:
       heads, groups: gates in the order of the run, [S,L,H] and [S,L,G], 0 or 1.
       macs: the model's counts.
       execution: name of how tokens run.
+      evaluations: how often the network runs on an image at each step [S]; None for once.
       segments: how many; None takes as few as keep the padding within 2 %, at most 16, and at most one
         for four steps.
 
@@ -137,41 +156,73 @@ def make_plan(heads, groups, macs: ModelMacs, *, execution: str, segments: int |
       The cheapest plan.
 
     Raises:
-      InputError: fewer than one segment, or more than steps.
+      InputError: a number of segments that `require_segments` refuses.
     """
     heads, groups = np.asarray(heads, bool), np.asarray(groups, bool)
-    steps = len(heads)
-    if segments is not None and not 1 <= segments <= steps:
-        raise InputError(f"The number of segments must be from 1 to the {steps} steps of the run, not {segments}.")
-    cost = _segment_costs(heads, groups, macs)
-    most = segments or min(MAX_SEGMENTS, -(-steps // STEPS_PER_SEGMENT))
+    steps = _Steps(heads, groups, np.ones(len(heads), int) if evaluations is None else np.asarray(evaluations))
+    if segments is not None:
+        require_segments(segments, steps.evaluations)
+    cost = _segment_costs(steps, macs)
+    most = segments or max(len(even_runs(steps.evaluations)), min(MAX_SEGMENTS, -(-len(steps) // STEPS_PER_SEGMENT)))
     best, cuts = _cheapest_cuts(cost, most)
     if segments is None:
         enough = [n for n in range(1, most + 1) if best[n] <= (1 + TOLERATED_PADDING) * _exact_cost(cost)]
         segments = enough[0] if enough else most
-    return _cut(heads, groups, _path(cuts, segments, steps), macs, execution)
+    return _cut(steps, _path(cuts, segments, len(steps)), macs, execution)
 
 
-def whole_segments(heads, groups, *, pieces: int) -> tuple[Segment, ...]:
-    """Cut a schedule into equal pieces that leave nothing out, so that one compiled program serves them all.
+def even_runs(evaluations) -> list[range]:
+    """Return the longest runs of steps in which the network runs equally often, in order, for `evaluations` [S]."""
+    changes = np.flatnonzero(np.diff(evaluations)) + 1
+    ends = [0, *changes.tolist(), len(evaluations)]
+    return [range(start, stop) for start, stop in zip(ends[:-1], ends[1:])]
+
+
+def require_segments(segments: int, evaluations, name: str = "The number of segments") -> None:
+    """Raise unless a schedule can be cut into so many segments.
+
+    Args:
+      segments: how many.
+      evaluations: of the network at each step [S].
+      name: what the user calls the number.
+
+    Raises:
+      InputError: more segments than steps, or fewer than guidance that begins or ends makes of them.
+    """
+    least, steps = len(even_runs(evaluations)), len(evaluations)
+    why = " (guidance begins or ends between them)" if least > 1 else ""
+    if not least <= segments <= steps:
+        raise InputError(f"{name} must be from {least}{why} to the {steps} steps of the run, not {segments}.")
+
+
+def whole_segments(heads, groups, *, pieces: int, evaluations=None) -> tuple[Segment, ...]:
+    """Cut a schedule into pieces that leave nothing out, so that few compiled programs serve them all.
 
     Args:
       heads, groups: gates [S,L,H] and [S,L,G]; a layer whose gates are all open needs no products.
-      pieces: how many, a divisor of S.
+      pieces: at most how many. Each part of the schedule in which the network runs equally often is cut into equally
+        long ones, with its share of them.
+      evaluations: how often the network runs on an image at each step [S]; None for once.
     """
     heads, groups = np.asarray(heads, bool), np.asarray(groups, bool)
+    evaluations = np.ones(len(heads), int) if evaluations is None else np.asarray(evaluations)
     steps, layers, units = heads.shape
     all_heads, all_groups = (tuple(range(units)),) * layers, (tuple(range(groups.shape[-1])),) * layers
-    length = steps // pieces
 
-    def by_layer(gates, start: int) -> tuple:
+    def by_layer(gates, start: int, stop: int) -> tuple:
         layered = gates.swapaxes(0, 1)
-        return tuple(None if layer.all() else layer[start : start + length] for layer in layered)
+        return tuple(None if layer.all() else layer[start:stop] for layer in layered)
 
-    return tuple(
-        Segment(start, start + length, all_heads, all_groups, by_layer(heads, start), by_layer(groups, start))
-        for start in range(0, steps, length)
-    )
+    def piece(start: int, stop: int) -> Segment:
+        gates = by_layer(heads, start, stop), by_layer(groups, start, stop)
+        return Segment(start, stop, all_heads, all_groups, *gates, int(evaluations[start]))
+
+    segments = []
+    for run in even_runs(evaluations):
+        share = max(1, pieces * len(run) // steps)
+        length = len(run) // max(n for n in range(1, share + 1) if len(run) % n == 0)
+        segments += [piece(start, start + length) for start in range(run.start, run.stop, length)]
+    return tuple(segments)
 
 
 def executed_gates(segments, units: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,12 +245,12 @@ def executed_gates(segments, units: int) -> tuple[np.ndarray, np.ndarray]:
     return heads, groups
 
 
-def _cut(heads: np.ndarray, groups: np.ndarray, ends: list[int], macs: ModelMacs, execution: str) -> Plan:
+def _cut(steps: _Steps, ends: list[int], macs: ModelMacs, execution: str) -> Plan:
     """Return the plan with these cuts: ends of segments, from 0 to S."""
-    cost = _segment_costs(heads, groups, macs)
-    segments = tuple(_segment(heads, groups, start, stop) for start, stop in zip(ends[:-1], ends[1:]))
+    cost = _segment_costs(steps, macs)
+    segments = tuple(_segment(steps, start, stop) for start, stop in zip(ends[:-1], ends[1:]))
     padded = sum(cost[segment.start, segment.stop] for segment in segments)
-    return Plan(heads, groups, segments, float(padded / _exact_cost(cost) - 1), execution)
+    return Plan(**vars(steps), segments=segments, padding=float(padded / _exact_cost(cost) - 1), execution=execution)
 
 
 def _exact_cost(cost: np.ndarray) -> float:
@@ -208,17 +259,23 @@ def _exact_cost(cost: np.ndarray) -> float:
     return cost[steps, steps + 1].sum()
 
 
-def _segment_costs(heads: np.ndarray, groups: np.ndarray, macs: ModelMacs) -> np.ndarray:
-    """Return [S,S+1]: the MACs of a segment from a to b, infinite where b <= a; all tokens count as open."""
-    steps = len(heads)
-    cost = np.full((steps, steps + 1), np.inf)
+def _segment_costs(steps: _Steps, macs: ModelMacs) -> np.ndarray:
+    """Return [S,S+1]: the MACs of a segment from a to b; all tokens count as open.
+
+    Infinite where b <= a, and where the network runs once at some of the steps and twice at others.
+    """
+    heads, groups = steps.heads, steps.groups
+    cost = np.full((len(steps), len(steps) + 1), np.inf)
     per_head, per_group = macs.attention / heads.shape[-1], macs.mlp / groups.shape[-1]
     rest = macs.fixed + macs.routers
-    for start in range(steps):
-        kept_heads = np.logical_or.accumulate(heads[start:]).sum((1, 2))
-        kept_groups = np.logical_or.accumulate(groups[start:]).sum((1, 2))
-        length = np.arange(1, steps - start + 1)
-        cost[start, start + 1 :] = length * (rest + per_head * kept_heads + per_group * kept_groups)
+    for run in even_runs(steps.evaluations):
+        for start in run:
+            kept_heads = np.logical_or.accumulate(heads[start : run.stop]).sum((1, 2))
+            kept_groups = np.logical_or.accumulate(groups[start : run.stop]).sum((1, 2))
+            evaluations = steps.evaluations[start] * np.arange(1, run.stop - start + 1)
+            cost[start, start + 1 : run.stop + 1] = evaluations * (
+                rest + per_head * kept_heads + per_group * kept_groups
+            )
     return cost
 
 
@@ -241,10 +298,11 @@ def _path(cuts: np.ndarray, segments: int, steps: int) -> list[int]:
     return ends[::-1]
 
 
-def _segment(heads: np.ndarray, groups: np.ndarray, start: int, stop: int) -> Segment:
-    kept_heads, head_gates = _union(heads[start:stop])
-    kept_groups, group_gates = _union(groups[start:stop])
-    return Segment(start, stop, kept_heads, kept_groups, head_gates, group_gates)
+def _segment(steps: _Steps, start: int, stop: int) -> Segment:
+    kept_heads, head_gates = _union(steps.heads[start:stop])
+    kept_groups, group_gates = _union(steps.groups[start:stop])
+    evaluations = int(steps.evaluations[start])
+    return Segment(start, stop, kept_heads, kept_groups, head_gates, group_gates, evaluations)
 
 
 def _union(gates: np.ndarray) -> tuple[tuple, tuple]:

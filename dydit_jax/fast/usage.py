@@ -55,10 +55,10 @@ def measure_usage(mean: np.ndarray, squares: np.ndarray, needed: np.ndarray, ima
 
     Args:
       mean: share of open tokens, over all images [S,L].
-      squares: squared shares, averaged over the images of each pass [passes,S,L].
-      needed: share of the rows that each pass needed [passes,S,L].
+      squares: squared shares, over all images [S,L].
+      needed: share of the rows that the fullest pass needed [S,L].
       images: how many.
     """
-    variance = np.maximum(0, squares.mean(0) - mean**2)
+    variance = np.maximum(0, squares - mean**2)
     unbiased = images / max(1, images - 1)  # both passes of guidance are of the same image
-    return TokenUsage(mean, np.sqrt(unbiased * variance), needed.max(0), images)
+    return TokenUsage(mean, np.sqrt(unbiased * variance), needed, images)

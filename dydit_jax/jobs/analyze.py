@@ -231,7 +231,7 @@ def _draw_routing(out, weights: Weights, request: Analysis, mesh) -> Samples:
     out.mkdir()
     pipeline = Pipeline(weights, precision=request.precision, mesh=mesh)
     run = SamplingRun(pipeline.model, weights.params, sampling=weights.sampling, diffusion=weights.diffusion)
-    plan, steps = run.plan(), len(run.schedule.step)
+    plan, steps = run.plan(), len(run.table)
     with Progress(len(request.labels) * steps, "step", f"images of {out.name}") as progress:
         draw = functools.partial(run.draw, seed=request.seed, mode="gated", report=progress.advance)
         each = [draw([int(label)], indices=np.array([index])) for index, label in enumerate(request.labels)]

@@ -32,6 +32,7 @@ from dydit_jax.drawing.pictures import draw_grid, label_texts, read_image, save_
 from dydit_jax.drawing.report import COST_FILE, write_report
 from dydit_jax.drawing.style import save_figure, save_table
 from dydit_jax.errors import InputError, require_known
+from dydit_jax.fast.plan import require_segments
 from dydit_jax.jobs.sample_folder import (
     image_path,
     labels_digest,
@@ -176,9 +177,8 @@ def _weights(request: Request) -> Weights:
 
 
 def _require_segments(request: Request, run: SamplingRun) -> None:
-    steps = len(run.schedule.step)
-    if request.segments is not None and request.segments > steps:
-        raise InputError(f"--segments must be at most the {steps} steps of the run, not {request.segments}.")
+    if request.segments is not None:
+        require_segments(request.segments, run.evaluations, "--segments")
 
 
 def _draw(pipeline: Pipeline, job: DrawJob, out) -> DrawResult:
@@ -225,8 +225,9 @@ def _cost(drawn: DrawResult, weights: Weights) -> dict:
     samples = drawn.samples
     return dict(
         macs_complete=weights.model.macs.complete,
-        macs=float(samples.macs.mean()),
-        macs_executed=float(samples.executed_macs.mean()),
+        macs=samples.mean_macs,
+        macs_executed=samples.mean_executed_macs,
+        passes_per_image=int(samples.evaluations.sum()),
         **{name: float(np.mean(gates)) for name, gates in vars(samples.routing).items()},
         images=drawn.images,
         seconds=drawn.seconds,
@@ -245,9 +246,10 @@ def _log_summary(drawn: DrawResult, weights: Weights, out) -> None:
     """Say what it cost and where the results are."""
     samples, plan = drawn.samples, drawn.plan
     if samples is not None:
-        complete, needed, executed = weights.model.macs.complete, samples.macs.mean(), samples.executed_macs.mean()
+        complete, needed, executed = weights.model.macs.complete, samples.mean_macs, samples.mean_executed_macs
         logger.info(
-            "MACs per image and pass: %s complete, %s needed (%.1f %%), %s executed (%.1f %%).",
+            "%d passes per image. MACs per image and pass: %s complete, %s needed (%.1f %%), %s executed (%.1f %%).",
+            samples.evaluations.sum(),
             *(format_count(complete), format_count(needed), 100 * needed / complete),
             *(format_count(executed), 100 * executed / complete),
         )

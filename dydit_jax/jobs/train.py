@@ -396,4 +396,4 @@ def _draw_samples(
         folder.mkdir(exist_ok=True)
         texts = label_texts(labels, model.config.classes)
         save_image(folder / f"{step:08d}.png", draw_grid(pixels, min(len(labels), 10), texts))
-    return {"ema/macs_share": float(samples.macs.mean()) / model.config.macs.complete}
+    return {"ema/macs_share": samples.mean_macs / model.config.macs.complete}

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dydit_jax.diffusion.gaussian import coefficients
-from dydit_jax.diffusion.samplers import SamplingConfig, make_sampler
-from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
+from dydit_jax.diffusion.samplers import Sampler, SamplingConfig
+from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.execution.registry import (
     EXECUTIONS,
@@ -31,7 +30,7 @@ from dydit_jax.fast.execution.registry import (
     layer_executions,
 )
 from dydit_jax.fast.narrow import NarrowedBlocks
-from dydit_jax.fast.plan import Plan, executed_gates, make_plan, whole_segments
+from dydit_jax.fast.plan import Plan, Segment, executed_gates, make_plan, whole_segments
 from dydit_jax.fast.usage import TokenUsage, measure_usage
 from dydit_jax.models.cost import routed_macs
 from dydit_jax.models.dit import MODES as APPLY_MODES
@@ -48,6 +47,7 @@ from dydit_jax.sampling.guidance import evaluations_per_step, require_label_tabl
 from dydit_jax.sampling.noise import first_noise, image_keys
 from dydit_jax.sampling.runner import Committed, SegmentRunner
 from dydit_jax.sampling.segment import SegmentProgram, SegmentSettings, microbatch_size
+from dydit_jax.sampling.table import make_table
 
 MODES = (*APPLY_MODES, "fast")
 PROGRESS_PIECES = 10
@@ -59,9 +59,10 @@ class Samples:
 
     Attributes:
       images: float32 [B,side,side,C], in the model's own space.
-      timesteps: of the network's evaluations [S].
+      timesteps: of the steps [S], one for each row of the solver's table.
+      evaluations: how often the network ran on an image at each of them, int [S]: twice with guidance.
       routing: gates as they were executed, means over the batch: heads [S,L,H], groups [S,L,G], tokens [S,L,N].
-      macs: mean MACs of one image's forward pass at each step [S], of open gates alone; guidance runs two passes.
+      macs: mean MACs of one image's forward pass at each step [S], of open gates alone.
       executed_macs: the same, of everything that was computed: closed units of a segment's union, empty rows and steps
         that were redone included.
       usage: of tokens, the calibration of a plan.
@@ -71,6 +72,7 @@ class Samples:
 
     images: np.ndarray
     timesteps: np.ndarray
+    evaluations: np.ndarray
     routing: Routing
     macs: np.ndarray
     executed_macs: np.ndarray
@@ -83,12 +85,23 @@ class Samples:
         return Samples(
             images=other.images,
             timesteps=self.timesteps,
+            evaluations=self.evaluations,
             routing=dataclasses.replace(self.routing, tokens=mean(self.routing.tokens, other.routing.tokens)),
             macs=mean(self.macs, other.macs),
             executed_macs=mean(self.executed_macs, other.executed_macs),
             usage=self.usage.merge(other.usage),
             overflow_count=self.overflow_count + other.overflow_count,
         )
+
+    @property
+    def mean_macs(self) -> float:
+        """Mean of `macs` over all passes of the network."""
+        return float(np.average(self.macs, weights=self.evaluations))
+
+    @property
+    def mean_executed_macs(self) -> float:
+        """Mean of `executed_macs` over all passes of the network."""
+        return float(np.average(self.executed_macs, weights=self.evaluations))
 
 
 class SamplingRun:
@@ -98,7 +111,8 @@ class SamplingRun:
       model: the network.
       params: its parameters; blocks in the dtype of their products, on a mesh copied to every device.
       sampling, diffusion: how it is sampled, and the process that it was trained on.
-      schedule: coefficients of the run's steps, from the most noise to the least, [S] each.
+      table: of the solver, a row per step from the most noise to the least.
+      evaluations: how often the network runs on an image at each step, int [S]: twice with guidance.
       mesh: whose devices share a batch, or None.
     """
 
@@ -115,10 +129,11 @@ class SamplingRun:
           mesh: whose devices share the batches, which they must divide; None computes on one device.
 
         Raises:
-          InputError: steps that the schedule does not have, or a table of labels of another size.
+          InputError: what `make_table` refuses, or a table of labels of another size.
         """
         require_label_table(params, model.config)
-        self.schedule = schedule_coefficients(sampling, diffusion)
+        self.table = make_table(sampling, diffusion)
+        self.evaluations = evaluations_per_step(self.table.guidance)
         self.model = dataclasses.replace(model, constrain=unconstrained)  # each device computes its own images
         self.sampling, self.diffusion, self.mesh = sampling, diffusion, mesh
         params = params if mesh is None else jax.device_put(params, replicated(mesh))
@@ -134,7 +149,7 @@ class SamplingRun:
     @own_settings()
     def time_gates(self) -> tuple[np.ndarray, np.ndarray]:
         """The gates of the whole schedule: heads [S,L,H] and groups [S,L,G]."""
-        gates = jax.device_get(_time_gates(self.params, self.schedule.timestep, model=self.model))
+        gates = jax.device_get(_time_gates(self.params, self.table.timestep, model=self.model))
         if not all(np.isin(units, (0, 1)).all() for units in gates):
             router = self.model.routers.time.__name__
             raise InputError(f"{router}.__call__ must return gates that are exactly 0 or 1; between them lie others.")
@@ -150,10 +165,10 @@ class SamplingRun:
           The plan; with `plan.with_usage(samples.usage)` its capacities are chosen by what those images needed.
 
         Raises:
-          InputError: fewer segments than one, or more than steps.
+          InputError: a number of segments that `require_segments` refuses.
         """
-        execution = default_execution(self.model).name
-        return make_plan(*self.time_gates, self.model.config.macs, execution=execution, segments=segments)
+        settings = dict(execution=default_execution(self.model).name, evaluations=self.evaluations)
+        return make_plan(*self.time_gates, self.model.config.macs, **settings, segments=segments)
 
     @own_settings()
     def draw(
@@ -190,13 +205,20 @@ class SamplingRun:
             require_divisible(self.mesh, len(labels))
         programs, densely = self.programs(len(labels), mode=mode, plan=plan)
         shape = (self.model.config.side, self.model.config.side, self.model.config.channels)
-        state, keys, labels = _compiled_begin(self.sampling, shape, self.mesh)(indices, labels, seed_words(seed))
+        sampler = Sampler(self.table.form, self.sampling.clip)
+        state, keys, labels = _compiled_begin(sampler, shape, self.mesh)(indices, labels, seed_words(seed))
         runner = SegmentRunner(
             blocks=self._blocks,
             arrays=dict(params=self._rest, labels=labels, keys=keys),
-            schedule=self.schedule,
-            settings=SegmentSettings(self.model, self.sampling, programs[0].executions, self.mesh),
-            images=self._images_of_pass(len(labels)),
+            table=self.table,
+            settings=SegmentSettings(
+                self.model,
+                sampler,
+                self.sampling.guided_channels,
+                evaluations=programs[0].segment.evaluations,
+                executions=programs[0].executions,
+                mesh=self.mesh,
+            ),
             densely=densely,
             report=report,
         )
@@ -214,24 +236,27 @@ class SamplingRun:
             plan = self._checked(plan or self.plan())
             segments, heads, groups = plan.segments, plan.heads, plan.groups
         else:
-            steps = len(self.schedule.step)
+            steps = len(self.table)
             open_gates = [np.ones_like(gates, bool) for gates in self.time_gates]
             heads, groups = self.time_gates if mode == "gated" else open_gates
-            long = steps >= 2 * PROGRESS_PIECES
-            pieces = max(n for n in range(1, PROGRESS_PIECES + 1) if steps % n == 0) if long else 1
-            segments = whole_segments(heads, groups, pieces=pieces)
-        execution, sizes = self._execution(mode, plan, images), dict(images=self._images_of_pass(images))
-        usage, layered = plan and plan.usage, functools.partial(layer_executions, execution, self.model.config)
-        shares = usage and execution.required_shares(usage, self._microbatch(images))
-        of_segment = lambda segment: None if shares is None else shares[segment.start : segment.stop]
+            pieces = PROGRESS_PIECES if steps >= 2 * PROGRESS_PIECES else 1
+            segments = whole_segments(heads, groups, pieces=pieces, evaluations=self.evaluations)
+        execution, usage = self._execution(mode, plan, images), plan and plan.usage
 
-        def densely(program: SegmentProgram) -> list[SegmentProgram]:
+        def program(segment: Segment, usage: TokenUsage | None) -> SegmentProgram:
+            microbatch = microbatch_size(self.model, segment.evaluations, -(-images // self.devices))
+            shares = usage and execution.required_shares(usage, microbatch)
+            shares = None if shares is None else shares[segment.start : segment.stop]
+            rows = microbatch * segment.evaluations
+            return SegmentProgram(segment, layer_executions(execution, self.model.config, shares, images=rows), rows)
+
+        def densely(short: SegmentProgram) -> list[SegmentProgram]:
             """Return a program for each step, all of them alike: what is seldom needed is compiled once."""
-            first, last = program.segment.start, program.segment.stop
-            steps = whole_segments(heads, groups, pieces=len(heads))[first:last]
-            return [SegmentProgram(step, layered(None, **sizes)) for step in steps]
+            first, last = short.segment.start, short.segment.stop
+            steps = whole_segments(heads, groups, pieces=len(heads), evaluations=self.evaluations)[first:last]
+            return [program(step, None) for step in steps]
 
-        return [SegmentProgram(segment, layered(of_segment(segment), **sizes)) for segment in segments], densely
+        return [program(segment, usage) for segment in segments], densely
 
     def _execution(self, mode: str, plan: Plan | None, images: int) -> TokenExecution:
         """Return how the tokens of a batch run."""
@@ -241,49 +266,53 @@ class SamplingRun:
             return Masked(self.model.platform)
         # A plan may have been kept by a machine or a JAX that had kernels which this one lacks.
         known = EXECUTIONS.get(plan.execution)
-        if known is None or not known.available(self.model, self._images_of_pass(images)):
+        if known is None or not known.available(self.model, self.images_of_pass(images)):
             return default_execution(self.model)
         return find_execution(plan.execution, self.model.platform)
 
-    def _microbatch(self, images: int) -> int:
-        """Return the images of a batch that go through a segment together on one device."""
-        return microbatch_size(self.model, self.sampling, -(-images // self.devices))
-
-    def _images_of_pass(self, images: int) -> int:
-        """Return the images of one pass on one device, those that guidance adds included."""
-        return self._microbatch(images) * evaluations_per_step(self.sampling)
+    def images_of_pass(self, images: int) -> int:
+        """Return the images of a batch in the largest pass on one device, those that guidance adds included."""
+        of_device = -(-images // self.devices)
+        return max(count * microbatch_size(self.model, count, of_device) for count in set(self.evaluations.tolist()))
 
     @functools.cached_property
     def _rest(self) -> dict:
         return {name: part for name, part in self.params.items() if name != "blocks"}
 
     def _checked(self, plan: Plan) -> Plan:
-        config, steps = self.model.config, len(self.schedule.step)
+        config, steps = self.model.config, len(self.table)
         if plan.heads.shape != (steps, config.depth, config.heads):
             raise InputError(
                 f"The plan is for {plan.heads.shape[0]} steps of a model with {plan.heads.shape[1:]} layers and heads; "
                 f"this run has {steps} steps and {(config.depth, config.heads)}. Make it with `plan`."
             )
+        if (plan.evaluations != self.evaluations).any():
+            raise InputError("The plan is for guidance at other steps than this run's. Make it with `plan`.")
         return plan
 
     def _samples(self, images: np.ndarray, committed: list[Committed], mode: str) -> Samples:
         """Gather the result of a run."""
-        config, join = self.model.config, lambda parts: np.concatenate(list(parts), axis=1)
-        record = jax.tree.map(lambda *parts: join(parts), *(segment.record for segment in committed))  # [passes,S,...]
-        sizes = dict(images=self._images_of_pass(len(images)), tokens=config.tokens)
-        overflowed = join(segment.program.overflowed(segment.record.needed, **sizes) for segment in committed)
+        config, records = self.model.config, [segment.record for segment in committed]  # [passes,steps,...]
+        join = lambda parts: np.concatenate(list(parts))
+        overflowed = (segment.program.overflowed(segment.record.needed, tokens=config.tokens) for segment in committed)
         heads, groups = executed_gates([segment.program.segment for segment in committed], config.heads)
-        routing = Routing(heads, groups, record.tokens.mean(0))
+        # The segments may differ in their passes, whose size depends on guidance.
+        routing = Routing(heads, groups, join(record.tokens.mean(0) for record in records))
+        squares, needed = (
+            join(record.squares.mean(0) for record in records),
+            join(record.needed.max(0) for record in records),
+        )
         routed = mode != "complete" and config.routers != "none"
         complete = np.full(len(heads), float(config.macs.complete))
         return Samples(
             images=images,
-            timesteps=self.schedule.timestep,
+            timesteps=self.table.timestep,
+            evaluations=self.evaluations,
             routing=routing,
             macs=np.asarray(routed_macs(routing, config.macs)) if routed else complete,
-            executed_macs=np.concatenate([_executed_macs(segment, config, sizes, routed) for segment in committed]),
-            usage=measure_usage(routing.tokens.mean(-1), record.squares, record.needed, len(images)),
-            overflow_count=overflowed.sum(0),
+            executed_macs=join(_executed_macs(segment, config, routed) for segment in committed),
+            usage=measure_usage(routing.tokens.mean(-1), squares, needed, len(images)),
+            overflow_count=join(passes.sum(0) for passes in overflowed),
         )
 
 
@@ -308,24 +337,14 @@ def generate(
     return SamplingRun(model, params, sampling=sampling, diffusion=diffusion).draw(labels, seed=seed, mode=mode)
 
 
-def schedule_coefficients(sampling: SamplingConfig, diffusion: DiffusionConfig):
-    """Return the coefficients of a run's steps, from the most noise to the least, [S] each.
-
-    Raises:
-      InputError: steps that the schedule does not have.
-    """
-    table = coefficients(respace(make_schedule(diffusion), sampling.steps))
-    return jax.tree.map(lambda column: column[::-1], table)
-
-
-def _executed_macs(segment: Committed, config, sizes: dict, routed: bool) -> np.ndarray:
+def _executed_macs(segment: Committed, config, routed: bool) -> np.ndarray:
     """Return the MACs of one image's forward pass at each step of a segment, of everything that was computed."""
-    kept = segment.program.segment
-    rows = segment.program.rows_run(segment.record.needed, **sizes).mean(0)  # [steps,L]
+    program = segment.program
+    rows = program.rows_run(segment.record.needed, tokens=config.tokens).mean(0)  # [steps,L]
     share = lambda units, of: np.broadcast_to(np.array([len(layer) for layer in units])[:, None] / of, (*rows.shape, 1))
-    tokens = rows[..., None] / (sizes["images"] * sizes["tokens"])
-    executed = Routing(share(kept.heads, config.heads), share(kept.groups, config.heads), tokens)
-    macs = np.asarray(routed_macs(executed, config.macs)) - (0 if routed else config.macs.routers)
+    tokens = rows[..., None] / (program.images * config.tokens)
+    heads, groups = (share(units, config.heads) for units in program.segment.kept)
+    macs = np.asarray(routed_macs(Routing(heads, groups, tokens), config.macs)) - (0 if routed else config.macs.routers)
     return macs + (config.macs.complete + config.macs.routers if segment.redone else 0)
 
 
@@ -336,12 +355,12 @@ def _time_gates(params, timesteps, *, model: Model):
 
 
 @functools.cache
-def _compiled_begin(sampling: SamplingConfig, shape: tuple[int, ...], mesh: Mesh | None):
+def _compiled_begin(sampler: Sampler, shape: tuple[int, ...], mesh: Mesh | None):
     """Make (indices, labels, `seed_words`) -> the first state, keys and labels of the images, leading axis B."""
 
     def begin(indices, labels, seed):
         keys = image_keys(seed, indices)
-        return make_sampler(sampling).init(first_noise(keys, shape)), keys, jnp.asarray(labels)
+        return sampler.init(first_noise(keys, shape)), keys, jnp.asarray(labels)
 
     # On a mesh every process makes its own part.
     return jax.jit(begin) if mesh is None else jax.jit(begin, out_shardings=batch_sharding(mesh))

@@ -20,19 +20,44 @@ logger = logging.getLogger(__name__)
 GUIDED_FIRST_CHANNELS = 3
 
 
-def evaluations_per_step(sampling: SamplingConfig) -> int:
-    """Return how often the network runs on an image in one step: twice with guidance."""
-    return 1 if sampling.guidance == 1.0 else 2
+def guidance_scales(sampling: SamplingConfig, timesteps: np.ndarray, train_steps: int) -> np.ndarray:
+    """Return the scale of every evaluation of the network, float64 [S]; 1 where it is not guided.
+
+    Args:
+      sampling: a constant scale, with or without an interval, or a scale for each evaluation.
+      timesteps: of the evaluations [S].
+      train_steps: T, of the training schedule.
+
+    Raises:
+      InputError: an interval outside the schedule, or another number of scales.
+    """
+    scales, interval = sampling.guidance_scales, sampling.guidance_interval
+    if scales is not None:
+        if len(scales) != len(timesteps):
+            raise InputError(
+                f"sampling.guidance_scales must have one scale for each of the {len(timesteps)} evaluations of the "
+                f"network, not {len(scales)}."
+            )
+        return np.array(scales)
+    low, high = interval or (0, train_steps - 1)
+    if low < 0 or high >= train_steps:
+        raise InputError(
+            f"sampling.guidance_interval must be within the timesteps 0 to {train_steps - 1}, not {interval}."
+        )
+    return np.where((timesteps >= low) & (timesteps <= high), sampling.guidance, 1.0)
 
 
-def condition_labels(labels, *, sampling: SamplingConfig, config: DiTConfig):
+def evaluations_per_step(scales) -> np.ndarray:
+    """Return how often the network runs on an image at each of the scales [S]: twice with guidance, int [S]."""
+    return np.where(np.asarray(scales) == 1.0, 1, 2)
+
+
+def condition_labels(labels, *, evaluations: int, config: DiTConfig):
     """Return the labels that the network runs on: [B], or [2B] with "no class" for the second half."""
-    if evaluations_per_step(sampling) == 1:
-        return labels
-    return jnp.concatenate([labels, jnp.full_like(labels, config.null_label)])
+    return labels if evaluations == 1 else jnp.concatenate([labels, jnp.full_like(labels, config.null_label)])
 
 
-def guide(network: Callable, x, t, labels, *, sampling: SamplingConfig, config: DiTConfig):
+def guide(network: Callable, x, t, labels, *, scale, guided_channels: str, config: DiTConfig):
     """Run a network with classifier-free guidance.
 
     Args:
@@ -40,23 +65,23 @@ def guide(network: Callable, x, t, labels, *, sampling: SamplingConfig, config: 
       x: [B,side,side,C].
       t: timestep, a scalar.
       labels: [B].
-      sampling: scale and channels; scale 1 runs the network once, on the labels alone.
+      scale: a scalar; None runs the network once, on the labels alone.
+      guided_channels: one of `GUIDED_CHANNELS`.
       config: the model's.
 
     Returns:
       The output [B,side,side,2C] and the network's second result, of [2B,...] under guidance, with the conditional
       images first.
     """
-    labels = condition_labels(labels, sampling=sampling, config=config)
-    if evaluations_per_step(sampling) == 1:
+    if scale is None:
         return network(x, jnp.full(x.shape[:1], t), labels)
-    x = jnp.concatenate([x, x])
+    x, labels = jnp.concatenate([x, x]), condition_labels(labels, evaluations=2, config=config)
     output, record = network(x, jnp.full(x.shape[:1], t), labels)
     conditional, unconditional = jnp.split(output, 2)
     channels = config.channels
-    if sampling.guided_channels == "first_three":
+    if guided_channels == "first_three":
         channels = min(channels, GUIDED_FIRST_CHANNELS)
-    mixed = unconditional + sampling.guidance * (conditional - unconditional)
+    mixed = unconditional + scale * (conditional - unconditional)
     return jnp.concatenate([mixed[..., :channels], conditional[..., channels:]], axis=-1), record
 
 
@@ -78,7 +103,7 @@ def require_no_class(config: Mapping, sampling: SamplingConfig, *, labels=(), cl
       InputError: a label dropout of 0, or, under guidance, one of 1, which leaves no class to guide to.
     """
     dropout = (config.get("loss") or {}).get("label_dropout", LossConfig.label_dropout)
-    guided, unlabelled = sampling.guidance != 1.0, classes in np.asarray(labels).tolist()
+    guided, unlabelled = sampling.is_guided, classes in np.asarray(labels).tolist()
     if not (guided and dropout in (0.0, 1.0)) and not (unlabelled and dropout == 0.0):
         return
     asked = f"Guidance of {sampling.guidance}" if guided else f"The label {classes}"

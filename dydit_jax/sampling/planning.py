@@ -25,7 +25,6 @@ from dydit_jax.runtime.processes import from_main
 from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.sharding import round_up
 from dydit_jax.sampling.generate import Samples, SamplingRun
-from dydit_jax.sampling.guidance import evaluations_per_step
 from dydit_jax.sampling.segment import microbatch_size
 
 logger = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ class JobPlan:
         """
         self._run, self._path = run, _plan_path(run, checksum, segments)
         self.plan = self._load() or run.plan(segments)
-        logger.info("Plan: %s.\n%s", self.plan.summary(), self.plan.table(run.schedule.timestep))
+        logger.info("Plan: %s.\n%s", self.plan.summary(), self.plan.table(run.table.timestep))
 
     def tune(self, labels, indices: np.ndarray, *, seed: int, batch: int) -> None:
         """Calibrate and choose the execution, if the job is long enough and no earlier one did.
@@ -74,7 +73,7 @@ class JobPlan:
         count = round_up(int(count), self._run.devices)
         few = indices[np.arange(count) % len(indices)]
         logger.info("Calibrating token capacities on %d images.", len(few))
-        with Progress(len(self._run.schedule.step), "step", "calibrating") as progress:
+        with Progress(len(self._run.table), "step", "calibrating") as progress:
             settings = dict(seed=seed, mode="gated", report=progress.advance)
             usage = self._run.draw(labels[few], indices=few, **settings).usage
         plan = self.plan.with_usage(usage.without_max_rows())
@@ -106,8 +105,8 @@ class JobPlan:
 
     def _fastest_execution(self, plan: Plan, batch: int) -> str:
         run = self._run
-        images = microbatch_size(run.model, run.sampling, -(-batch // run.devices))
-        evaluations = evaluations_per_step(run.sampling)
+        evaluations = int(run.evaluations.max())
+        images = microbatch_size(run.model, evaluations, -(-batch // run.devices))
         name = fastest_execution(run.model, run.params, plan, images=images, evaluations=evaluations)
         names = [execution.name for execution in available_executions(run.model, images * evaluations)]
         [number] = from_main([names.index(name)], len(names))  # other processes may have found another one
@@ -130,5 +129,5 @@ def _plan_path(run: SamplingRun, checksum: str, segments: int | None) -> epath.P
         return None
     device = jax.devices()[0].device_kind
     settings = map(str, (run.model.config, run.sampling, run.diffusion))
-    described = json.dumps([checksum, device, segments or CUTTING, run.schedule.timestep.tolist(), *settings])
+    described = json.dumps([checksum, device, segments or CUTTING, run.table.timestep.tolist(), *settings])
     return epath.Path(cache_folder() / "plans" / f"{hashlib.sha256(described.encode()).hexdigest()}.npz")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dydit_jax.diffusion.gaussian import Coefficients
+from dydit_jax.diffusion.solvers import SolverTable
 from dydit_jax.fast.narrow import NarrowedBlocks
 from dydit_jax.runtime.aot import CompileRequest, compiled_ahead, describe_call, shape_of
 from dydit_jax.runtime.processes import to_host
@@ -44,18 +44,16 @@ class SegmentRunner:
     Attributes:
       blocks: the weights, narrowed for one segment after the other.
       arrays: `params`, `labels` and `keys` of `SegmentInputs`.
-      schedule: coefficients of all steps.
-      settings: of which each program replaces the executions.
-      images: of one pass on one device, those that guidance adds included.
+      table: of all steps.
+      settings: of which each program replaces the executions and the evaluations.
       densely: from a program to programs for the same steps in which every token has a row.
       report: called with the number of steps done since its last call, or None.
     """
 
     blocks: NarrowedBlocks
     arrays: dict
-    schedule: Coefficients
+    table: SolverTable
     settings: SegmentSettings
-    images: int
     densely: Callable[[SegmentProgram], list[SegmentProgram]]
     report: Callable[[int], None] | None
 
@@ -85,7 +83,7 @@ class SegmentRunner:
                 program = programs[len(committed)]
                 before, record = launched.popleft()
                 record = to_host(record)
-                redone = program.is_void(record.needed, images=self.images, tokens=self.settings.model.config.tokens)
+                redone = program.is_void(record.needed, tokens=self.settings.model.config.tokens)
                 if redone:
                     launched.clear()
                     state, record = self._redo(program, before)
@@ -97,7 +95,7 @@ class SegmentRunner:
     def _launch(self, program: SegmentProgram, executable, state) -> tuple:
         """Start a program on a state; returns the new state and the record, which are there when it is done."""
         blocks = self.blocks.narrow_to(*program.segment.kept)  # the first while its program is compiled
-        inputs = segment_inputs(program, schedule=self.schedule, blocks=blocks, state=state, **self.arrays)
+        inputs = segment_inputs(program, table=self.table, blocks=blocks, state=state, **self.arrays)
         return result_of(executable)(inputs)
 
     def _redo(self, program: SegmentProgram, state) -> tuple:
@@ -116,7 +114,8 @@ class SegmentRunner:
 
     def _call(self, program: SegmentProgram, shapes: dict) -> CompileRequest:
         blocks = self.blocks.shapes(*program.segment.kept)
-        inputs = segment_inputs(program, schedule=self.schedule, blocks=blocks, **shapes)
-        settings = dataclasses.replace(self.settings, executions=program.executions)
+        inputs = segment_inputs(program, table=self.table, blocks=blocks, **shapes)
+        own = dict(executions=program.executions, evaluations=program.segment.evaluations)
+        settings = dataclasses.replace(self.settings, **own)
         code = (*settings.model.routers.classes, *map(type, program.executions))
         return describe_call(run_segment, (inputs,), dict(settings=settings), code=code)

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from dydit_jax.diffusion.gaussian import Coefficients
-from dydit_jax.diffusion.samplers import SamplerState, SamplingConfig, make_sampler, run_sampler
+from dydit_jax.diffusion.samplers import Sampler, SamplerState, run_sampler
+from dydit_jax.diffusion.solvers import SolverTable
 from dydit_jax.fast.narrow import DeferredBlocks, fold_gates
 from dydit_jax.fast.plan import Segment
 from dydit_jax.models.dit import Layer, Model
 from dydit_jax.models.execution import TokenExecution, TopK
 from dydit_jax.runtime.sharding import BATCH
-from dydit_jax.sampling.guidance import condition_labels, evaluations_per_step, guide
+from dydit_jax.sampling.guidance import condition_labels, guide
 from dydit_jax.sampling.noise import step_noise
 
 MOST_MODULATION_BYTES = 2**30  # of float32, on a device
@@ -39,7 +39,7 @@ class SegmentInputs:
       params: the parameter tree without its blocks, on every device.
       blocks: one parameter tree per block, narrowed to the segment, or `DeferredBlocks`.
       state: of the sampler.
-      steps: coefficients of the segment's steps.
+      rows: of the solver's table, those of the segment.
       gates: of heads and of groups, per layer [steps,1,kept] or None.
       labels, keys: of the images [B].
     """
@@ -47,7 +47,7 @@ class SegmentInputs:
     params: Any
     blocks: Any
     state: SamplerState
-    steps: Coefficients
+    rows: SolverTable
     gates: Any
     labels: jax.Array
     keys: jax.Array
@@ -55,10 +55,21 @@ class SegmentInputs:
 
 @dataclasses.dataclass(frozen=True)
 class SegmentSettings:
-    """The static arguments of `run_segment`: the network, the sampler, each layer's execution, the devices or None."""
+    """The static arguments of `run_segment`.
+
+    Attributes:
+      model: the network.
+      sampler: the solver's step.
+      guided_channels: one of `GUIDED_CHANNELS`.
+      evaluations: how often the network runs on an image in a step: twice with guidance.
+      executions: of the layers.
+      mesh: whose devices share the images, or None.
+    """
 
     model: Model
-    sampling: SamplingConfig
+    sampler: Sampler
+    guided_channels: str
+    evaluations: int
     executions: tuple[TokenExecution, ...]
     mesh: Mesh | None
 
@@ -90,33 +101,34 @@ def run_segment(inputs: SegmentInputs, *, settings: SegmentSettings) -> tuple[Sa
     if settings.mesh is None:
         return run(inputs)
     split, whole = BATCH, PartitionSpec()
-    specs = SegmentInputs(params=whole, blocks=whole, state=split, steps=whole, gates=whole, labels=split, keys=split)
+    specs = SegmentInputs(params=whole, blocks=whole, state=split, rows=whole, gates=whole, labels=split, keys=split)
     sharded = jax.shard_map(run, mesh=settings.mesh, in_specs=(specs,), out_specs=(split, split), check_vma=False)
     return sharded(inputs)
 
 
 def _run_on_a_device(inputs: SegmentInputs, *, settings: SegmentSettings):
-    model, sampling = settings.model, settings.sampling
+    model, evaluations = settings.model, settings.evaluations
     blocks, (heads, groups) = inputs.blocks, inputs.gates
     blocks = blocks.narrowed() if isinstance(blocks, DeferredBlocks) else blocks
     layers = [Layer(block, None, None, execution) for block, execution in zip(blocks, settings.executions)]
 
     def run_pass(images):
         state, labels, keys = images
-        conditions = condition_labels(labels, sampling=sampling, config=model.config)
-        ahead = modulations_ahead(model, inputs.params, layers, inputs.steps.timestep, conditions)
+        conditions = condition_labels(labels, evaluations=evaluations, config=model.config)
+        ahead = modulations_ahead(model, inputs.params, layers, inputs.rows.timestep, conditions)
 
-        def predict(x, c, extra):
+        def predict(x, row, extra):
             heads, groups, modulations = extra
             network = bind_network(model, inputs.params, layers, heads, groups, modulations)
-            output, tokens = guide(network, x, c.timestep, labels, sampling=sampling, config=model.config)
+            guidance = dict(scale=row.guidance if evaluations == 2 else None, guided_channels=settings.guided_channels)
+            output, tokens = guide(network, x, row.timestep, labels, **guidance, config=model.config)
             return output, record_step(settings.executions, tokens)
 
         noise_at = lambda step: step_noise(keys, step, state.xt.shape[1:])
         extra = heads, groups, ahead
-        return run_sampler(make_sampler(sampling), state, inputs.steps, extra, predict=predict, noise_at=noise_at)
+        return run_sampler(settings.sampler, state, inputs.rows, extra, predict=predict, noise_at=noise_at)
 
-    images, size = (inputs.state, inputs.labels, inputs.keys), microbatch_size(model, sampling, len(inputs.labels))
+    images, size = (inputs.state, inputs.labels, inputs.keys), microbatch_size(model, evaluations, len(inputs.labels))
     if size == len(inputs.labels):
         state, record = run_pass(images)
         return state, jax.tree.map(lambda leaf: leaf[None], record)
@@ -148,20 +160,21 @@ def record_step(executions: tuple[TokenExecution, ...], tokens) -> StepRecord:
     return StepRecord(tokens.mean(0), jnp.square(tokens.mean(-1)).mean(0), rule.rows_needed(tokens))
 
 
-def microbatch_size(model: Model, sampling: SamplingConfig, images: int) -> int:
+def microbatch_size(model: Model, evaluations: int, images: int) -> int:
     """Return how many of a device's images go through a segment together, before the next ones do.
 
     On a TPU as many as keep their attention scores in fast memory, unless that leaves too few for its matrix units.
     Elsewhere all of them.
 
     Args:
-      model, sampling: the network and the sampler.
+      model: the network.
+      evaluations: how often it runs on an image in a step: twice with guidance.
       images: on one device, like the result without those that guidance adds.
     """
     if model.platform != "tpu":
         return images
     heads, tokens = model.config.heads, model.config.tokens
-    scores = evaluations_per_step(sampling) * heads * tokens**2 * jnp.dtype(model.dtype).itemsize
+    scores = evaluations * heads * tokens**2 * jnp.dtype(model.dtype).itemsize
     most = max(1, MOST_SCORE_BYTES // scores)
     largest = max(size for size in range(1, min(most, images) + 1) if images % size == 0)
     return largest if 2 * largest > most else images
@@ -190,40 +203,47 @@ def modulations_ahead(model: Model, params, layers: list[Layer], timesteps, labe
 
 @dataclasses.dataclass(frozen=True)
 class SegmentProgram:
-    """What is compiled for a segment: the segment, and how the tokens of each of its layers run."""
+    """What is compiled for a segment.
+
+    Attributes:
+      segment: the steps, and what is kept of the blocks.
+      executions: how the tokens of each layer run.
+      images: of one pass on one device, those that guidance adds included.
+    """
 
     segment: Segment
     executions: tuple[TokenExecution, ...]
+    images: int
 
-    def overflowed(self, needed: np.ndarray, **sizes) -> np.ndarray:
+    def overflowed(self, needed: np.ndarray, *, tokens: int) -> np.ndarray:
         """Return which passes needed more rows than fit, by step and layer: bool like `needed` [passes,steps,L]."""
-        return self._by_layer("overflowed", needed, sizes)
+        return self._by_layer("overflowed", needed, tokens)
 
-    def rows_run(self, needed: np.ndarray, **sizes) -> np.ndarray:
+    def rows_run(self, needed: np.ndarray, *, tokens: int) -> np.ndarray:
         """Return the rows that each pass computed, by step and layer: an array like `needed` [passes,steps,L]."""
-        return self._by_layer("rows_run", needed, sizes)
+        return self._by_layer("rows_run", needed, tokens)
 
-    def is_void(self, needed: np.ndarray, **sizes) -> bool:
+    def is_void(self, needed: np.ndarray, *, tokens: int) -> bool:
         """Return whether some pass needed more rows than it computed, so that the segment's result is wrong."""
         may_overflow = np.array([execution.may_overflow for execution in self.executions])
-        return bool((self.overflowed(needed, **sizes) & may_overflow).any())
+        return bool((self.overflowed(needed, tokens=tokens) & may_overflow).any())
 
-    def _by_layer(self, method: str, needed: np.ndarray, sizes: dict) -> np.ndarray:
-        layers = enumerate(self.executions)
+    def _by_layer(self, method: str, needed: np.ndarray, tokens: int) -> np.ndarray:
+        sizes, layers = dict(images=self.images, tokens=tokens), enumerate(self.executions)
         return np.stack([getattr(run, method)(needed[..., layer], **sizes) for layer, run in layers], axis=-1)
 
 
-def segment_inputs(program: SegmentProgram, *, schedule: Coefficients, blocks, **rest) -> SegmentInputs:
+def segment_inputs(program: SegmentProgram, *, table: SolverTable, blocks, **rest) -> SegmentInputs:
     """Return the inputs of a program.
 
     Args:
       program: whose segment counts.
-      schedule: coefficients of all steps of the run.
+      table: of all steps of the run.
       blocks: of the segment.
       **rest: the other arrays of `SegmentInputs`, which do not depend on the segment.
     """
     segment = program.segment
-    steps = jax.tree.map(operator.itemgetter(slice(segment.start, segment.stop)), schedule)
+    rows = jax.tree.map(operator.itemgetter(slice(segment.start, segment.stop)), table)
     # [steps,1,kept] per layer: the same for all images.
     gates = jax.tree.map(lambda gate: gate[:, None].astype(np.float32), (segment.head_gates, segment.group_gates))
-    return SegmentInputs(blocks=blocks, steps=steps, gates=gates, **rest)
+    return SegmentInputs(blocks=blocks, rows=rows, gates=gates, **rest)

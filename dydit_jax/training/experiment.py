@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dydit_jax.checkpoints import CheckpointConfig
 from dydit_jax.data.sources import DataConfig
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
+from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.diffusion.terms import LossConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.config import DiTConfig, read_model
@@ -19,6 +19,7 @@ from dydit_jax.records import read_record, with_current_names
 from dydit_jax.runtime.sharding import MeshConfig
 from dydit_jax.runtime.tracking import TrackingConfig
 from dydit_jax.sampling.guidance import require_no_class
+from dydit_jax.sampling.table import make_table
 from dydit_jax.training.optimizer import OptimizerConfig
 from dydit_jax.training.update import TrainConfig, make_update_fn
 
@@ -73,7 +74,7 @@ def read_experiment(config: Mapping) -> Experiment:
         for name, cls in sections.items()
     }
     experiment = Experiment(**records)
-    respace(make_schedule(experiment.diffusion), experiment.sampling.steps)
+    make_table(experiment.sampling, experiment.diffusion)
     require_no_class(config, experiment.sampling)
     parts, size = experiment.train.accumulate, experiment.data.batch_size
     if size % parts:
