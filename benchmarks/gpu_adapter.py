@@ -19,8 +19,8 @@ from dydit_jax.models import autoencoder
 from dydit_jax.models.config import DiTConfig, published_config
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import build_model, resolve_precision
+from dydit_jax.runtime.peaks import FLOPS_PER_MAC, flops_utilisation
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, shardings
-from dydit_jax.runtime.tracking import FLOPS_PER_MAC, flops_utilisation
 from dydit_jax.sampling.generate import SamplingRun
 from dydit_jax.sampling.guidance import evaluations_per_step
 from dydit_jax.sampling.table import make_table

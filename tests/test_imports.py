@@ -13,8 +13,8 @@ ROWS = re.findall(r"^dydit_jax/(\w+)/?(?=\s|$)", (ROOT / "README.md").read_text(
 CONFINED = {
     "torch": ("convert/torch_files.py", "convert/torch_network.py"),
     "diffusers": (),
-    "wandb": ("runtime/tracking.py",),
-    "tensorboardX": ("runtime/tracking.py",),
+    "wandb": ("runtime/writers.py",),
+    "tensorboardX": ("runtime/writers.py",),
     "grain": ("data/batches.py",),
 }
 MODULES = sorted((ROOT / "dydit_jax").rglob("*.py"))

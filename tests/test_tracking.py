@@ -1,50 +1,13 @@
-"""Metrics reach their files, once per step, also when a restart repeats steps."""
+"""A run says how fast it is, what it waits for, and traces its steps when asked."""
 
-import json
 import time
-from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from dydit_jax.errors import InputError
-from dydit_jax.runtime.tracking import (
-    Clock,
-    JsonLines,
-    TrackingConfig,
-    Watch,
-    best_case,
-    duration,
-    flops_utilisation,
-    make_writers,
-)
-
-
-def test_json_lines_of_repeated_steps_are_replaced(tmp_path):
-    writer = JsonLines(tmp_path)
-    for step in (10, 20, 30):
-        writer.write(step, {"loss/total": step / 10})
-    JsonLines(tmp_path).write(20, {"loss/total": 9.0})
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 10, "loss/total": 1.0}, {"step": 20, "loss/total": 9.0}]
-    JsonLines(tmp_path).write(20, {"ema/loss": 3.0})
-    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last == {"step": 20, "loss/total": 9.0, "ema/loss": 3.0}
-
-
-def test_tensorboard_gets_an_event_file(tmp_path):
-    pytest.importorskip("tensorboardX")
-    writers = make_writers(TrackingConfig(tensorboard=True), tmp_path)
-    for writer in writers:
-        writer.write(1, {"loss/total": 0.5})
-    assert list((tmp_path / "tensorboard").iterdir()) and (tmp_path / "metrics.jsonl").exists()
-
-
-def test_missing_extras_are_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(InputError, match=r"pip install 'dydit-jax\[wandb\]'"):
-        make_writers(TrackingConfig(wandb_project="p"), tmp_path)
+from dydit_jax.runtime import tracking
+from dydit_jax.runtime.tracking import PROFILE_REQUEST, Clock, Profile, TrackingConfig, Watch, duration
 
 
 def test_clock_estimates_what_is_left(monkeypatch):
@@ -65,20 +28,50 @@ def test_watch_says_once_what_is_waited_for(caplog):
     assert caplog.text.count("process 0 waits for the batch of step 3") == 1
 
 
-def test_utilisation_is_told_where_the_peak_is_known(monkeypatch):
-    chip = lambda kind: [mock.Mock(device_kind=kind)]
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    for kind, peak in (("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA H200", 989e12)):
-        monkeypatch.setattr(jax, "devices", lambda kind=kind: chip(kind))
-        assert flops_utilisation(1e13, jnp.bfloat16) == pytest.approx(6e13 / (4 * peak))
-        assert flops_utilisation(1e13, jnp.float32) is None
-        # Recomputing a forward pass executes four FLOPs where three count.
-        for remat, executed in (("none", 6), ("block", 8)):
-            seconds, most = best_case(1e13, jnp.bfloat16, remat)
-            assert seconds == pytest.approx(1e13 * executed / (4 * peak))
-            assert most == pytest.approx(flops_utilisation(1e13 / seconds, jnp.bfloat16)) == pytest.approx(6 / executed)
-    monkeypatch.setattr(jax, "devices", lambda: chip("abacus"))
-    assert flops_utilisation(1e13, jnp.bfloat16) is None and best_case(1e13, jnp.bfloat16, "none") is None
+@pytest.fixture
+def traced(monkeypatch):
+    """Return what happens to traces, instead of traces."""
+    happened = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: happened.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: happened.append("stop"))
+    return happened
+
+
+def run_steps(profile, traced, steps, reports=()) -> dict:
+    """Return before which steps traces started and stopped."""
+    seen = {}
+    with profile:
+        for step in steps:
+            profile.at(step)
+            if len(traced) > len(seen):
+                seen[step] = traced[-1]
+            if step + 1 in reports:
+                profile.look(step + 1)
+    return seen
+
+
+def test_profile_is_of_the_steps_of_the_config(tmp_path, traced):
+    assert run_steps(Profile((2, 3), tmp_path), traced, range(8)) == {2: "start", 4: "stop"}
+    assert run_steps(Profile((), tmp_path), traced := [], range(8)) == {} and not traced
+
+
+def test_file_in_the_work_directory_asks_for_one_profile(tmp_path, traced):
+    (tmp_path / PROFILE_REQUEST).touch()
+    seen = run_steps(Profile((30, 30), tmp_path), traced, range(40), reports=(10, 20))
+    assert seen == {10: "start", 15: "stop", 30: "start", 31: "stop"}
+    assert not (tmp_path / PROFILE_REQUEST).exists()
+
+
+def test_processes_trace_the_steps_that_the_first_one_was_asked_for(tmp_path, traced, monkeypatch):
+    """They may not see the file, or see it later: what process 0 saw counts."""
+    monkeypatch.setattr(tracking, "is_main", lambda: False)
+    monkeypatch.setattr(tracking, "from_main", lambda numbers, limit: [0])
+    assert run_steps(Profile((), tmp_path), traced, range(9), reports=(2,)) == {2: "start", 7: "stop"}
+    (tmp_path / PROFILE_REQUEST).touch()
+    monkeypatch.setattr(tracking, "from_main", lambda numbers, limit: [])
+    traced.clear()
+    assert run_steps(Profile((), tmp_path), traced, range(9), reports=(2,)) == {}
+    assert (tmp_path / PROFILE_REQUEST).exists()
 
 
 @pytest.mark.parametrize(

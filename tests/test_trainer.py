@@ -181,7 +181,12 @@ def test_full_disk_ends_the_run_with_its_newest_checkpoint_named(trained, tmp_pa
             raise OSError(errno.ENOSPC, "No space left on device")
         settle(partial, mode)
 
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(files, "_settle", settle_or_fail)
+    if failing == "metrics.jsonl":
+        monkeypatch.setattr(files, "_flush", fail)
     drawn = types.SimpleNamespace(images=np.zeros((12, 8, 8, 1)), macs=np.ones(12))
     monkeypatch.setattr(trainer.SamplingRun, "draw", lambda *_, **__: drawn)
     monkeypatch.setattr(trainer, "load_decoder", lambda *_: lambda images: images)

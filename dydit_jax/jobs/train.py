@@ -40,6 +40,7 @@ from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import build_model
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
+from dydit_jax.runtime.peaks import best_case, flops_utilisation
 from dydit_jax.runtime.peers import RESTART_CODE
 from dydit_jax.runtime.processes import Notice, is_main, one_for_all, require_same, to_host, together
 from dydit_jax.runtime.seeds import make_key
@@ -53,7 +54,8 @@ from dydit_jax.runtime.sharding import (
     round_up,
     shardings,
 )
-from dydit_jax.runtime.tracking import Clock, Profile, Watch, best_case, duration, flops_utilisation, make_writers
+from dydit_jax.runtime.tracking import Clock, Profile, Watch, duration
+from dydit_jax.runtime.writers import Writers, open_writers
 from dydit_jax.sampling.generate import SamplingRun
 from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.experiment import Experiment, build_update, differences, read_experiment
@@ -274,7 +276,8 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     source = batches(data, experiment.data, start=step, rows=process_rows(mesh, size))
     sharding = batch_sharding(mesh)
     place = lambda leaf: jax.make_array_from_process_local_data(sharding, leaf, (size, *leaf.shape[1:]))
-    writers = make_writers(tracking, workdir) if is_main() else []
+    settings = dataclasses.asdict(experiment)
+    writers = open_writers(tracking, workdir, step, settings) if is_main() else Writers([])
     shown, decode = None, None
     if tracking.samples_every_steps:  # an autoencoder that is not there must not end the run days later
         shown = _place_examples(data, experiment, mesh)
@@ -286,7 +289,8 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
         compiled(passes(step))  # before the clock starts
         _foretell(step, model, experiment)
     clock = Clock(step, last)
-    with Watch(tracking.stall_seconds) as watch, Notice() as notice, Profile(tracking.profile, workdir) as profile:
+    profile, watch = Profile(tracking.profile, workdir), Watch(tracking.stall_seconds)
+    with writers, profile, watch, Notice() as notice:
         while step < last:
             profile.at(step)
             watch.now(f"the batch of step {step + 1}")
@@ -300,6 +304,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
                 with checkpoint_named(run, workdir):
                     _report(step, last, metrics, clock, writers, model, experiment)
                 require_progress(step, metrics, run, experiment)
+                profile.look(step)
             leaving = notice.at(step)
             watch.now(f"the checkpoint of step {step}")
             if step % experiment.checkpoint.every_steps == 0 or step == last or leaving:
@@ -311,10 +316,9 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
             if tracking.samples_every_steps and step % tracking.samples_every_steps == 0:
                 watch.now(f"the samples of step {step}")
                 with checkpoint_named(run, workdir):
-                    seen = _draw_samples(step, state, workdir, model, experiment, mesh, decode)
-                    seen |= _measure_ema(state, model, experiment, shown)
-                    for writer in writers:
-                        writer.write(step, seen)
+                    grid, seen = _draw_samples(step, state, workdir, model, experiment, mesh, decode)
+                    writers.draw(step, grid)
+                    writers.write(step, seen | _measure_ema(state, model, experiment, shown))
         watch.now("the last checkpoint")
         run.wait()
     return state
@@ -338,15 +342,16 @@ def _foretell(step: int, model: Model, experiment: Experiment) -> None:
         )
 
 
-def _report(step: int, last: int, metrics: dict, clock: Clock, writers, model: Model, experiment: Experiment) -> None:
+def _report(
+    step: int, last: int, metrics: dict, clock: Clock, writers: Writers, model: Model, experiment: Experiment
+) -> None:
     """Write the metrics of a step and one line for people."""
     pace, seconds_left = clock.read(step)
     metrics["time/steps_per_second"] = pace
     utilisation = flops_utilisation(_step_macs(step - 1, model, experiment) * pace, model.dtype)
     if utilisation is not None:
         metrics["time/mfu"] = utilisation
-    for writer in writers:
-        writer.write(step, metrics)
+    writers.write(step, metrics)
     ratio = (
         f"  ratio {metrics['cost/ratio']:.3f} (target {metrics['cost/target']:.3f})" if "cost/ratio" in metrics else ""
     )
@@ -380,8 +385,8 @@ def _place_examples(data, experiment: Experiment, mesh: Mesh) -> tuple:
 
 def _draw_samples(
     step: int, state: TrainState, workdir, model: Model, experiment: Experiment, mesh: Mesh, decode
-) -> dict:
-    """Draw a grid of images from the EMA weights, on the same mesh, into samples/<step>.png; returns what they cost."""
+) -> tuple:
+    """Draw images from the EMA weights, on the same mesh, into samples/<step>.png; return the grid and their cost."""
     if is_main():
         warn_of_start(dict(config=dataclasses.asdict(experiment), step=step))
     labels = np.asarray(experiment.tracking.sample_labels, np.int32)
@@ -391,9 +396,7 @@ def _draw_samples(
     mode = "complete" if experiment.model.routers == "none" else "gated"
     samples = run.draw(filled, seed=experiment.train.seed, mode=mode)
     pixels = to_uint8(decode(samples.images), what=f"EMA's sample at step {step}, number")[: len(labels)]
+    grid = draw_grid(pixels, min(len(labels), 10), label_texts(labels, model.config.classes))
     if is_main():
-        folder = workdir / SAMPLES_FOLDER
-        folder.mkdir(exist_ok=True)
-        texts = label_texts(labels, model.config.classes)
-        save_image(folder / f"{step:08d}.png", draw_grid(pixels, min(len(labels), 10), texts))
-    return {"ema/macs_share": samples.mean_macs / model.config.macs.complete}
+        save_image(workdir / SAMPLES_FOLDER / f"{step:08d}.png", grid)
+    return grid, {"ema/macs_share": samples.mean_macs / model.config.macs.complete}

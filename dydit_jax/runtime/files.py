@@ -81,6 +81,39 @@ def _settle(partial: epath.Path, mode: int | None) -> None:
         os.fsync(file.fileno())
 
 
+def write_tail(path, start: int, text: str) -> None:
+    """Write a file's bytes from `start` to its new end, which are on the disk when this returns.
+
+    A kill in the middle leaves at worst a last line that is cut. Objects in buckets have no tail to write: they are
+    written again, whole or not at all.
+
+    Raises:
+      InputError: a place that can't be written to, or a disk that is full.
+    """
+    path = epath.Path(path)
+    if not is_local(path):
+        before = path.read_bytes()[:start] if start else b""
+        with write_atomically(path) as partial:
+            partial.write_bytes(before + text.encode())
+        return
+    try:
+        with pathlib.Path(path).open("r+b" if path.exists() else "xb") as file:
+            file.seek(start)
+            file.write(text.encode())
+            file.truncate()
+            _flush(file)
+    except OSError as error:
+        raise InputError(
+            f"Can't write {path} ({error.strerror or error}). Make room there, or name a place that you can write to."
+        ) from error
+
+
+def _flush(file) -> None:
+    """Wait until what was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def is_free(folder) -> bool:
     """Return whether a folder can be filled: not there, or nothing in it but what a kill has left of files."""
     folder = epath.Path(folder)

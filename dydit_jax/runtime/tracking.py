@@ -1,49 +1,38 @@
-"""What a run tells the world: metrics, samples, a clock, a profile, and that nothing moves any more."""
+"""How a run is watched: how often it reports, its pace, a warning where nothing moves, a profile of its steps."""
 
 import dataclasses
-import json
 import logging
 import threading
 import time
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 
 from dydit_jax.errors import InputError
 from dydit_jax.records import require_range
-from dydit_jax.runtime.files import write_atomically
+from dydit_jax.runtime.processes import from_main, is_main
 
 logger = logging.getLogger(__name__)
 
-# Dense bfloat16 peak of one chip, FLOP/s, as the makers state it; by the beginning of what JAX calls the device.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-FLOPS_PER_MAC = 6  # of a training step: 2 forward, 4 backward
-# By what is rematerialised: a whole forward pass, or what is not a product.
-RECOMPUTED_FLOPS_PER_MAC = {"none": 0, "dots": 0, "block": 2}
+PROFILE_REQUEST = "profile.now"  # a file in the work directory that asks for a profile
+PROFILED_STEPS = 5  # after a request
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackingConfig:
-    """How often and where to.
+    """How often a run reports, and where to.
 
     Attributes:
       every_steps: steps between two reports.
       tensorboard: write event files into <workdir>/tensorboard; needs the extra `tensorboard`.
-      wandb_project: project of Weights & Biases, "" for none; needs the extra `wandb`.
+      wandb_project: project of Weights & Biases, "" for none; needs the extra `wandb`. The run's identifier is in
+        <workdir>/wandb.json, so a restart continues the same run.
       samples_every_steps: steps between two grids of images from the EMA weights, in <workdir>/samples, and measures
         of these weights (ema/...) on fixed examples; 0 for none.
       sample_labels: of these images.
       stall_seconds: after so long without movement the log says what the run is waiting for.
-      profile: first and last step of a profile in <workdir>/profile, for TensorBoard or XProf; () for none.
+      profile: first and last step of a profile in <workdir>/profile, for TensorBoard or XProf; () for none. At any
+        time `touch <workdir>/profile.now` asks for one of 5 steps after the next report.
     """
 
     every_steps: int = 100
@@ -62,69 +51,6 @@ class TrackingConfig:
         if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]):
             raise InputError(f"tracking.profile must be the first and the last step, (10, 15), not {self.profile}.")
         require_range("tracking.every_steps", self.every_steps, low=1)
-
-
-class JsonLines:
-    """One JSON object per line, appended to <workdir>/metrics.jsonl."""
-
-    def __init__(self, workdir):
-        self._path = epath.Path(workdir) / "metrics.jsonl"
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        self._rows = {row["step"]: row for row in map(json.loads, lines)}
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add metrics to the line of a step; what a restart runs again is written anew."""
-        same = self._rows.get(step, {})
-        if same.keys() & metrics.keys():
-            same = {}
-        earlier = {number: row for number, row in self._rows.items() if number < step}
-        self._rows = earlier | {step: dict(same, step=step, **metrics)}
-        text = "".join(json.dumps(row) + "\n" for row in self._rows.values())
-        with write_atomically(self._path) as partial:  # a run that is killed here must still read it
-            partial.write_text(text)
-
-
-class TensorBoard:
-    """Event files for TensorBoard."""
-
-    def __init__(self, workdir):
-        try:
-            import tensorboardX
-        except ImportError as error:
-            raise InputError("tracking.tensorboard needs: pip install 'dydit-jax[tensorboard]'.") from error
-        self._writer = tensorboardX.SummaryWriter(str(epath.Path(workdir) / "tensorboard"))
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Add every metric as a scalar."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-
-class WeightsAndBiases:
-    """A run on Weights & Biases, continued by the name of its work directory."""
-
-    def __init__(self, workdir, project: str):
-        try:
-            import wandb
-        except ImportError as error:
-            raise InputError("tracking.wandb_project needs: pip install 'dydit-jax[wandb]'.") from error
-        name = epath.Path(workdir).name
-        self._run = wandb.init(project=project, name=name, id=name, resume="allow")
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Log the metrics of a step."""
-        self._run.log(metrics, step=step)
-
-
-def make_writers(config: TrackingConfig, workdir) -> list:
-    """Return the writers that the configuration asks for; each has `write(step, metrics)`."""
-    writers = [JsonLines(workdir)]
-    if config.tensorboard:
-        writers.append(TensorBoard(workdir))
-    if config.wandb_project:
-        writers.append(WeightsAndBiases(workdir, config.wandb_project))
-    return writers
 
 
 class Clock:
@@ -146,37 +72,6 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
-
-
-def flops_utilisation(macs_per_second: float, dtype) -> float | None:
-    """Return the share of the chips' bfloat16 peak that a training step's MACs make; None where the peak is unknown."""
-    peak = _peak_flops(dtype)
-    return None if peak is None else FLOPS_PER_MAC * macs_per_second / peak
-
-
-def best_case(macs: float, dtype, remat: str) -> tuple[float, float] | None:
-    """Return what a training step would take at the chips' peak, and the share of it that counts as use.
-
-    Args:
-      macs: of all images and passes of a step.
-      dtype: of the products.
-      remat: what the backward pass computes again, as in `Model`.
-
-    Returns:
-      Seconds, and the utilisation that no step can exceed; None where the peak is unknown.
-    """
-    peak = _peak_flops(dtype)
-    if peak is None:
-        return None
-    executed = FLOPS_PER_MAC + RECOMPUTED_FLOPS_PER_MAC[remat]
-    return macs * executed / peak, FLOPS_PER_MAC / executed
-
-
-def _peak_flops(dtype) -> float | None:
-    """Return the dense peak of all chips of this job, where it is known."""
-    kind = jax.devices()[0].device_kind
-    peak = next((flops for name, flops in sorted(PEAK_FLOPS.items(), reverse=True) if kind.startswith(name)), None)
-    return None if peak is None or dtype != jnp.bfloat16 else peak * jax.device_count()
 
 
 class Watch:
@@ -204,16 +99,22 @@ class Watch:
             waiting = time.monotonic() - self._since
             if waiting > self._seconds and not self._said:
                 self._said = True
-                told = (duration(waiting), jax.process_index(), self._awaited)
-                logger.warning("Nothing has moved for %s: process %d waits for %s.", *told)
+                found = (duration(waiting), jax.process_index(), self._awaited)
+                logger.warning("Nothing has moved for %s: process %d waits for %s.", *found)
 
 
 class Profile:
-    """A trace of the steps from `first` to `last` for TensorBoard or XProf. Use as a context."""
+    """Traces of steps for TensorBoard or XProf: those that the config names, and those asked for. Use as a context.
+
+    Args:
+      steps: first and last step to trace, or ().
+      workdir: of the run; traces go to its folder `profile`, and a file `profile.now` in it asks for one.
+    """
 
     def __init__(self, steps: tuple[int, ...], workdir):
-        self._first, self._last = steps or (-1, -1)
-        self._folder, self._running = str(epath.Path(workdir) / "profile"), False
+        self._last_by_first = dict([steps] if steps else [])
+        self._request = epath.Path(workdir) / PROFILE_REQUEST
+        self._folder, self._traced = str(epath.Path(workdir) / "profile"), None
 
     def __enter__(self):
         return self
@@ -221,16 +122,24 @@ class Profile:
     def __exit__(self, *_):
         self._stop()
 
+    def look(self, step: int) -> None:
+        """Plan a trace of the steps from `step` on if a file asks for it; all processes must look at the same steps."""
+        asked = is_main() and self._request.exists()
+        if from_main([0] * asked, limit=1):
+            self._last_by_first[step] = step + PROFILED_STEPS - 1
+            if is_main():
+                self._request.unlink(missing_ok=True)
+
     def at(self, step: int) -> None:
         """Start or stop before a step, where it is time."""
-        if step == self._first:
+        if self._traced is None and step in self._last_by_first:
+            self._traced = step, self._last_by_first[step]
             jax.profiler.start_trace(self._folder)
-            self._running = True
-        elif step > self._last:
+        elif self._traced is not None and step > self._traced[1]:
             self._stop()
 
     def _stop(self) -> None:
-        if self._running:
+        if self._traced is not None:
             jax.profiler.stop_trace()
-            self._running = False
-            logger.info("Wrote a profile of steps %d to %d to %s.", self._first, self._last, self._folder)
+            logger.info("Wrote a profile of steps %d to %d to %s.", *self._traced, self._folder)
+            self._traced = None
