@@ -5,21 +5,21 @@
 #     launch/until_done.sh python train.py --config configs/dydit_xl2_07.py --workdir gs://bucket/run
 #
 # SIGTERM or Ctrl-C to this script goes on to the command, once; then nothing is started again, and its code is returned.
-set -um
-told=0
-trap 'told=1; kill -TERM "$child"' TERM INT
+set -euo pipefail -o monitor
+stopping=no
+trap 'stopping=yes; kill -TERM "$child" 2>/dev/null || true' TERM INT
 while true; do
   "$@" &
   child=$!
-  wait "$child"
-  code=$?
+  code=0
+  wait "$child" || code=$?
   # A signal ends `wait` before the command has ended.
   while kill -0 "$child" 2>/dev/null; do
-    wait "$child"
-    code=$?
+    code=0
+    wait "$child" || code=$?
   done
-  case "$told $code" in
-    "0 75" | "0 134") ;;
+  case "$stopping $code" in
+    "no 75" | "no 134") ;;
     *) exit "$code" ;;
   esac
 done
