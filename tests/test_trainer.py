@@ -24,6 +24,7 @@ from PIL import Image
 from dydit_jax.checkpoints import save_weights
 from dydit_jax.data import sources
 from dydit_jax.errors import InputError, StopError
+from dydit_jax.jobs import ema
 from dydit_jax.jobs import train as trainer
 from dydit_jax.jobs.train import first_params, starting_leaves, train_and_evaluate
 from dydit_jax.loading import load_checkpoint
@@ -188,9 +189,9 @@ def test_full_disk_ends_the_run_with_its_newest_checkpoint_named(trained, tmp_pa
     if failing == "metrics.jsonl":
         monkeypatch.setattr(files, "_flush", fail)
     drawn = types.SimpleNamespace(images=np.zeros((12, 8, 8, 1)), macs=np.ones(12))
-    monkeypatch.setattr(trainer.SamplingRun, "draw", lambda *_, **__: drawn)
+    monkeypatch.setattr(ema.SamplingRun, "draw", lambda *_, **__: drawn)
     monkeypatch.setattr(trainer, "load_decoder", lambda *_: lambda images: images)
-    monkeypatch.setattr(trainer, "_measure_ema", lambda *_: {})
+    monkeypatch.setattr(trainer, "measure_ema", lambda *_: {})
     config = changed(STATIC, train=dict(steps=6), tracking=dict(samples_every_steps=6))
     step = 4 if failing == "metrics.jsonl" else 6
     with pytest.raises(StopError) as stopped:

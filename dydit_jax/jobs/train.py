@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -29,12 +28,12 @@ from dydit_jax.checkpoints import (
     read_run_config,
     save_weights,
 )
-from dydit_jax.data.batches import batches, examples
+from dydit_jax.data.batches import batches
 from dydit_jax.data.sources import open_source
-from dydit_jax.drawing.pictures import draw_grid, label_texts, save_image, to_uint8
 from dydit_jax.errors import InputError, StopError
+from dydit_jax.jobs.ema import draw_samples, measure_ema, place_examples
 from dydit_jax.jobs.endings import about_newest, checkpoint_named, require_finite, require_progress
-from dydit_jax.loading import load_checkpoint, load_decoder, warn_of_start
+from dydit_jax.loading import load_checkpoint, load_decoder
 from dydit_jax.models.cost import format_count
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import build_model
@@ -51,26 +50,19 @@ from dydit_jax.runtime.sharding import (
     process_rows,
     replicated,
     require_divisible,
-    round_up,
     shardings,
 )
 from dydit_jax.runtime.tracking import Clock, Profile, Watch, duration
 from dydit_jax.runtime.writers import Writers, open_writers
-from dydit_jax.sampling.generate import SamplingRun
-from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.experiment import Experiment, build_update, differences, read_experiment
 from dydit_jax.training.objective import passes_at
 from dydit_jax.training.optimizer import build_optimizer
-from dydit_jax.training.probe import patch_losses
 from dydit_jax.training.update import TrainState, all_finite, batch_shapes, compile_update, init_state
 from dydit_jax.trees import flatten, unflatten
 
 logger = logging.getLogger(__name__)
 
 INIT_STEP = 2**32 - 1  # the key of the initial values is that of a step which no run reaches
-SAMPLES_FOLDER = "samples"
-SHOWN_EXAMPLES = 64  # that the EMA is measured on, with every grid of samples
-SHOWN_TENTHS = (1, 3, 5, 7, 9)  # of the timesteps
 
 
 # --- The first parameters -----------------------------------------------------------------------
@@ -280,7 +272,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     writers = open_writers(tracking, workdir, step, settings) if is_main() else Writers([])
     shown, decode = None, None
     if tracking.samples_every_steps:  # an autoencoder that is not there must not end the run days later
-        shown = _place_examples(data, experiment, mesh)
+        shown = place_examples(data, experiment, mesh)
         decode = load_decoder(experiment.sampling.autoencoder, mesh)
     finite = jax.jit(all_finite, out_shardings=replicated(mesh))
     if step < last:
@@ -316,9 +308,9 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
             if tracking.samples_every_steps and step % tracking.samples_every_steps == 0:
                 watch.now(f"the samples of step {step}")
                 with checkpoint_named(run, workdir):
-                    grid, seen = _draw_samples(step, state, workdir, model, experiment, mesh, decode)
+                    grid, seen = draw_samples(step, state, workdir, model, experiment, mesh, decode)
                     writers.draw(step, grid)
-                    writers.write(step, seen | _measure_ema(state, model, experiment, shown))
+                    writers.write(step, seen | measure_ema(state, model, experiment, shown))
         watch.now("the last checkpoint")
         run.wait()
     return state
@@ -362,41 +354,3 @@ def _report(
             "step %d/%d  loss %.4f%s%s  %.1f steps/s%s  %s left",
             *(step, last, metrics["loss/total"], ratio, skipped, pace, mfu, duration(seconds_left)),
         )
-
-
-def _measure_ema(state: TrainState, model: Model, experiment: Experiment, shown: tuple) -> dict:
-    """Return the EMA weights' loss on the same examples and noise every time, at timesteps from easy to hard."""
-    mode = "complete" if experiment.model.routers == "none" else "gated"
-    settings = dict(model=model, diffusion=experiment.diffusion, mode=mode)
-    steps = experiment.diffusion.train_steps
-    timesteps = [steps * share // 10 for share in SHOWN_TENTHS]
-    losses = [patch_losses(state.ema, *shown, np.int32(t), **settings) for t in timesteps]
-    return {f"ema/loss_t{t}": float(to_host(loss).mean()) for t, loss in zip(timesteps, losses)}
-
-
-def _place_examples(data, experiment: Experiment, mesh: Mesh) -> tuple:
-    """Return the images, labels and keys that the EMA is measured on, in their shards."""
-    found = examples(data, count=SHOWN_EXAMPLES)
-    rows = np.resize(np.arange(len(found["label"])), round_up(SHOWN_EXAMPLES, mesh.size))
-    start, labels, seed = found["image"][rows], found["label"][rows], experiment.train.seed
-    place = lambda start, labels, rows: (start, labels, image_keys(seed, rows))
-    return jax.jit(place, out_shardings=batch_sharding(mesh))(start, labels, rows)
-
-
-def _draw_samples(
-    step: int, state: TrainState, workdir, model: Model, experiment: Experiment, mesh: Mesh, decode
-) -> tuple:
-    """Draw images from the EMA weights, on the same mesh, into samples/<step>.png; return the grid and their cost."""
-    if is_main():
-        warn_of_start(dict(config=dataclasses.asdict(experiment), step=step))
-    labels = np.asarray(experiment.tracking.sample_labels, np.int32)
-    filled = np.resize(labels, round_up(len(labels), mesh.size))
-    settings = dict(sampling=experiment.sampling, diffusion=experiment.diffusion)
-    run = SamplingRun(model, state.ema, **settings, mesh=mesh if mesh.size > 1 else None)
-    mode = "complete" if experiment.model.routers == "none" else "gated"
-    samples = run.draw(filled, seed=experiment.train.seed, mode=mode)
-    pixels = to_uint8(decode(samples.images), what=f"EMA's sample at step {step}, number")[: len(labels)]
-    grid = draw_grid(pixels, min(len(labels), 10), label_texts(labels, model.config.classes))
-    if is_main():
-        save_image(workdir / SAMPLES_FOLDER / f"{step:08d}.png", grid)
-    return grid, {"ema/macs_share": samples.mean_macs / model.config.macs.complete}
