@@ -292,6 +292,30 @@ def test_snippet_of_the_readme_draws_decoded_latents(latent_pipeline, tmp_path, 
     assert np.asarray(Image.open(tmp_path / "digits.png")).shape[-1] == 3
 
 
+# --- The notebook ---
+
+NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
+
+
+def test_notebook_was_run_to_its_end_and_is_small():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    assert not [output for cell in cells for output in cell["outputs"] if output["output_type"] == "error"]
+    assert NOTEBOOK.stat().st_size < 200_000
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+    client = nbclient.NotebookClient(notebook, timeout=1200, resources=dict(metadata=dict(path=str(tmp_path))))
+    client.execute(env=environment)
+    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    before, after = map(int, re.search(r"needed before (\d+)%, now (\d+)%", said).groups())
+    assert after < before
+
+
 # --- Numbers -------------------------------------------------------------------------------------
 
 SPEEDS = {
