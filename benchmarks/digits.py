@@ -72,7 +72,7 @@ class Judge:
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A model of the study: the name it is told by, its config file and what is set beside it."""
+    """A model of the study: its name, its config file and what is set beside it."""
 
     name: str
     config: str

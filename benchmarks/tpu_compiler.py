@@ -272,7 +272,7 @@ class _Program:
             nonlocal estimated, scheduled
             estimated += times * part[0]
             scheduled += times * part[1]
-            rows.extend((times * a, times * b, told) for a, b, told in part[2])
+            rows.extend((times * a, times * b, text) for a, b, text in part[2])
 
         for name, types, operation, rest in self.computations[computation]:
             if operation == "while":
@@ -291,16 +291,16 @@ class _Program:
 
     def _instruction(self, computation, name, types, operation, rest, trips):
         moving = self._moved_bytes(computation, types, rest, trips) / self.bytes_per_cycle
-        told = re.search(r'"estimated_cycles":"?(\d+)', rest)
+        match = re.search(r'"estimated_cycles":"?(\d+)', rest)
         scheduled = max(moving, *self.bundles.get(name, (0,)))
-        estimated = float(told.group(1)) if told else scheduled if "tpu_custom_call" in rest else moving
+        estimated = float(match.group(1)) if match else scheduled if "tpu_custom_call" in rest else moving
         where = re.search(r'op_name="([^"]*)"', rest)
         return estimated, scheduled, [(estimated, scheduled, f"{operation} {name} {types} {where and where.group(1)}")]
 
     def _trip_count(self, condition: str, rest: str) -> int:
-        told = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
-        if told:
-            return int(told.group(1))
+        match = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
+        if match:
+            return int(match.group(1))
         # The TPU compiler drops the count: a scan counts from 0 to the largest constant of its condition.
         rows = list(self.computations[condition])
         for _, _, _, called in self.computations[condition]:

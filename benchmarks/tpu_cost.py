@@ -112,8 +112,8 @@ def _rows(part: str, chip: str, batch: int, images: int, costs: dict[str, Cost],
                 row[f"{kind}_speedup"] = getattr(costs["complete"], kind) / cycles
                 row[f"{kind}_efficiency"] = row[f"{kind}_speedup"] / (macs["complete"] / work)
         rows.append(row)
-        for estimated, scheduled, told in sorted(cost.instructions, key=lambda row: -row[1])[: SHOWN.value]:
-            sys.stderr.write(f"  {estimated / 1e3:8.0f}k {scheduled / 1e3:8.0f}k  {told[:200]}\n")
+        for estimated, scheduled, text in sorted(cost.instructions, key=lambda row: -row[1])[: SHOWN.value]:
+            sys.stderr.write(f"  {estimated / 1e3:8.0f}k {scheduled / 1e3:8.0f}k  {text[:200]}\n")
     return rows
 
 

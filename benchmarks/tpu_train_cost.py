@@ -5,7 +5,7 @@
 
 XL/2 at a global batch of 256 in bfloat16: the first stage (dynamic and complete pass), the second (dynamic) and
 the static model's step, with the parameters copied to all chips (data), split over them (fsdp), or both (4x4: 4 x 4
-chips). Cycles are not told: the compiler hides gathers of weights behind products in ways that its costs do not show;
+chips). Cycles are not given: the compiler hides gathers of weights behind products in ways that its costs do not show;
 `train_step.py --chip` has the cycles of one chip alone.
 """
 

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from dydit_jax.checkpoints.digests import digests
 from dydit_jax.errors import DamageError, InputError
-from dydit_jax.runtime.processes import together
+from dydit_jax.runtime.processes import on_all_processes
 from dydit_jax.trees import flatten
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,7 @@ def _agreed(read: Callable):
       DamageError: in all of them.
     """
     try:
-        return together(read)
+        return on_all_processes(read)
     except InputError as error:
         raise DamageError(str(error)) from None
 

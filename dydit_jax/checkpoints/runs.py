@@ -36,7 +36,7 @@ from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.files import read_json
 from dydit_jax.runtime.locks import FolderLock
-from dydit_jax.runtime.processes import is_main, together
+from dydit_jax.runtime.processes import is_main, on_all_processes
 
 logger = logging.getLogger(__name__)
 
@@ -158,10 +158,10 @@ class Run:
         try:
             yield
         except Exception as error:  # noqa: BLE001 (the storage below has no common error)
-            told = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[:300]
             raise StopError(
-                f"A checkpoint could not be written ({told}). The newest whole one is of step {self._newest_whole()}; "
-                "make room, and the same command goes on from it."
+                f"A checkpoint could not be written ({reason}). The newest whole one is of step "
+                f"{self._newest_whole()}; make room, and the same command goes on from it."
             ) from error
 
     def _newest_whole(self) -> int | None:
@@ -221,7 +221,7 @@ class Run:
         Raises:
           InputError: a disk that does not allow it.
         """
-        together(lambda: _set_aside(self._workdir, after) if is_main() else None)
+        on_all_processes(lambda: _set_aside(self._workdir, after) if is_main() else None)
         self._manager.reload()
 
 
@@ -248,7 +248,7 @@ def _restored_as_asked(workdir, step: int, items: dict) -> dict:
     Raises:
       InputError: there is none, it is damaged, or of another model; says which is whole.
     """
-    together(lambda: _require_saved(workdir, step))
+    on_all_processes(lambda: _require_saved(workdir, step))
     try:
         return read_checkpoint(workdir, step, items)
     except DamageError as error:

@@ -82,7 +82,7 @@ def get_config():
     config.train.accumulate = 1  # parts of a batch, one after the other, to save memory
     config.train.max_skips = 100
 
-    # How images are drawn from the result unless sample.py is told otherwise: dydit_jax/diffusion/samplers.py.
+    # How images are drawn from the result unless a flag of sample.py says otherwise: dydit_jax/diffusion/samplers.py.
     config.sampling = ml_collections.ConfigDict()
     config.sampling.sampler = "ddpm"
     config.sampling.steps = "250"

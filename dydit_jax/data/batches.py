@@ -48,7 +48,7 @@ def batches(source: DataSource, config: DataConfig, *, start: int, rows=None):
       rows: of the global batch, those that this process brings; all by default.
 
     Returns:
-      An iterator of {"image": [rows,side,side,C], "label": [rows]}; every epoch is shuffled anew.
+      An iterator of {"image": [rows,side,side,C], "label": [rows]}; every epoch is shuffled again.
     """
     import grain  # here: only training needs it
 

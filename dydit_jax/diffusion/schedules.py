@@ -43,7 +43,7 @@ class Schedule:
 
     Attributes:
       betas: variance added by each step, float64, in (0, 1).
-      timesteps: the number that the network is told at each step: 0 .. train_steps - 1, int64, ascending.
+      timesteps: the number that the network gets at each step: 0 .. train_steps - 1, int64, ascending.
     """
 
     betas: np.ndarray

@@ -91,8 +91,8 @@ class Analysis:
             raise InputError("--checkpoints must name one model or several, with commas between them, --out a folder.")
         wrong = [label for label in self.labels if not re.fullmatch(r"\s*[0-9]{1,9}\s*", str(label))]
         if wrong or not self.labels:
-            told = f"{wrong[0]!s:.20}" if wrong else "nothing"
-            raise InputError(f"--labels must be numbers with commas between them, not {told}.")
+            given = f"{wrong[0]!s:.20}" if wrong else "nothing"
+            raise InputError(f"--labels must be numbers with commas between them, not {given}.")
 
 
 @own_settings()
@@ -109,8 +109,8 @@ def analyze(request: Analysis) -> dict:
     batch = _examples(request, models)
     classes = next(iter(models.values())).model.classes
     if max(map(int, request.labels)) >= classes:
-        told = ", ".join(map(str, request.labels))
-        raise InputError(f"--labels must be numbers from 0 to {classes - 1}, not {told}.")
+        given = ", ".join(map(str, request.labels))
+        raise InputError(f"--labels must be numbers from 0 to {classes - 1}, not {given}.")
     for weights in models.values():
         if weights.model.routers != "none":  # the others are not sampled
             require_no_class(weights.about.get("config", {}), weights.sampling)
@@ -219,8 +219,8 @@ def _require_finite(losses, name: str, timestep: int, first: int) -> None:
 def _draw_losses(out, timesteps, losses: dict, maps: dict) -> None:
     _save(out / "losses", loss_figures.draw_losses(timesteps, losses), loss_figures.loss_table(timesteps, losses))
     shown = _spread(len(timesteps), MAPS_SHOWN)[::-1]  # noise on the left
-    chosen, told = timesteps[shown], {name: field[shown] for name, field in maps.items()}
-    _save(out / "loss_maps", loss_figures.draw_loss_maps(chosen, told), loss_figures.loss_map_table(chosen, told))
+    chosen, fields = timesteps[shown], {name: field[shown] for name, field in maps.items()}
+    _save(out / "loss_maps", loss_figures.draw_loss_maps(chosen, fields), loss_figures.loss_map_table(chosen, fields))
 
 
 # --- Routing -------------------------------------------------------------------------------------

@@ -81,14 +81,14 @@ class Statistics:
     """What is known of a set of images.
 
     Attributes:
-      told: name, count and checksum, for the record.
+      about: name, count and checksum, for the record.
       moments: "mu" [2048], "sigma" [2048,2048], "mu_s" [2023], "sigma_s" [2023,2023], float64; the latter two may be
         unknown.
       pool: features [n,2048], or None where only the moments are known.
       logits: [n,1008], or None.
     """
 
-    told: dict
+    about: dict
     moments: dict
     pool: np.ndarray | None = None
     logits: np.ndarray | None = None
@@ -122,8 +122,8 @@ def evaluate(request: Evaluation) -> list[dict]:
         _warn_of_few(scores, found, reference)
         records.append(
             dict(
-                samples=found.told,
-                reference=reference and reference.told,
+                samples=found.about,
+                reference=reference and reference.about,
                 **scores,
                 network=network,
                 precision_of_features="float32",
@@ -181,8 +181,8 @@ def image_statistics(images: ImageSet, *, params: dict, mesh, batch_size: int) -
             parts.append(found)
             progress.advance(len(batch))
     pool, spatial, logits = (np.concatenate([part[name] for part in parts]) for name in ("pool", "spatial", "logits"))
-    told = dict(name=images.name, count=images.count, checksum=images.checksum)
-    return Statistics(told, dict(zip(MOMENTS, (*moments(pool), *moments(spatial)))), pool, logits)
+    about = dict(name=images.name, count=images.count, checksum=images.checksum)
+    return Statistics(about, dict(zip(MOMENTS, (*moments(pool), *moments(spatial)))), pool, logits)
 
 
 def compare(samples: Statistics, reference: Statistics | None) -> dict:
@@ -221,26 +221,27 @@ def _reference_statistics(path: str, network: str, measure, open_set) -> Statist
         with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             other = "network" in arrays and str(arrays["network"]) != network
             known = {name: np.asarray(arrays[name], np.float64) for name in names}
-            told = json.loads(str(arrays["told"])) if "told" in arrays else dict(name=path)
+            record = arrays.get("about", arrays.get("told"))  # its name in earlier versions
+            about = dict(name=path) if record is None else json.loads(str(record))
             pool = arrays.get("pool")
     except ZIP_ERRORS as error:
-        raise InputError(f"{path} holds no statistics, or is damaged ({error}); make it anew.") from error
+        raise InputError(f"{path} holds no statistics, or is damaged ({error}); make it again.") from error
     if other:
-        raise InputError(f"{path} holds statistics of another network; make them anew with --save_statistics.")
+        raise InputError(f"{path} holds statistics of another network; make them again with --save_statistics.")
     if not all(np.isfinite(array).all() for array in known.values()):
-        raise InputError(f"{path} holds moments that are not finite; make it anew.")
+        raise InputError(f"{path} holds moments that are not finite; make it again.")
     if any(known[name].shape != MOMENT_SHAPES[name] for name in names):
         raise InputError(f"{path} holds moments of other features: {[list(known[name].shape) for name in names]}.")
     if pool is None and IMAGES_ENTRY in shapes:
         # The moments of ADM's batches are those of the whole training set, the images a part of it.
         images = measure(open_set(path))
-        told, pool = images.told | dict(moments="from the file"), images.pool
-    return Statistics(told, known, pool)
+        about, pool = images.about | dict(moments="from the file"), images.pool
+    return Statistics(about, known, pool)
 
 
 def save_statistics(path, statistics: Statistics, network: str) -> None:
     """Write what later evaluations need of a reference, whole or not at all."""
-    arrays = dict(statistics.moments, network=network, told=json.dumps(statistics.told))
+    arrays = dict(statistics.moments, network=network, about=json.dumps(statistics.about))
     if statistics.pool is not None:
         arrays["pool"] = statistics.pool
     with write_atomically(path) as partial, partial.open("wb") as file:
@@ -249,12 +250,12 @@ def save_statistics(path, statistics: Statistics, network: str) -> None:
 
 
 def _warn_of_few(scores: dict, samples: Statistics, reference: Statistics | None) -> None:
-    count = samples.told["count"]
+    count = samples.about["count"]
     few = [f"{name} ({ENOUGH[name]:,})" for name in ENOUGH if scores.get(name) is not None and count < ENOUGH[name]]
     if few:
-        logger.warning("%s has %d images; usual are, by metric: %s.", samples.told["name"], count, ", ".join(few))
+        logger.warning("%s has %d images; usual are, by metric: %s.", samples.about["name"], count, ", ".join(few))
     for name, reason in scores.get("missing", {}).items():
-        logger.warning("%s has no %s: %s.", samples.told["name"], name, reason)
+        logger.warning("%s has no %s: %s.", samples.about["name"], name, reason)
     if reference is not None and reference.pool is not None and len(reference.pool) < ENOUGH["precision"]:
         logger.warning("The reference has %d images; precision and recall usually take 10,000.", len(reference.pool))
 

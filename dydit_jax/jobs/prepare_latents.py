@@ -43,7 +43,7 @@ from dydit_jax.latents import encode_moments
 from dydit_jax.loading import load_autoencoder
 from dydit_jax.records import require_range
 from dydit_jax.runtime.files import is_free, read_json, write_atomically, write_json
-from dydit_jax.runtime.processes import is_main, require_same, together
+from dydit_jax.runtime.processes import is_main, on_all_processes, require_same
 from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
@@ -113,7 +113,7 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
     settings = dict(max_bad=request.max_bad, image_key=request.image_key, label_key=request.label_key)
     config = DataConfig(name=request.data, path=request.path, batch_size=1, **settings)
     pictures = types.SimpleNamespace(side=request.side, channels=3, classes=None)
-    source, params = together(lambda: (open_source(config, pictures), load_autoencoder(request.autoencoder)))
+    source, params = on_all_processes(lambda: (open_source(config, pictures), load_autoencoder(request.autoencoder)))
     job = dict(
         source=source.fingerprint,
         count=len(source),
@@ -124,16 +124,16 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
     )
     require_same("source or autoencoder", json.dumps(job))
     out = epath.Path(request.out)
-    together(lambda: _prepare_out(out, job) if is_main() else None)
-    together(lambda: _require_shared(out))
+    on_all_processes(lambda: _prepare_out(out, job) if is_main() else None)
+    on_all_processes(lambda: _require_shared(out))
     if (out / INFO_FILE).is_file():
         logger.info("%s is complete.", out)
         return out
-    done = together(lambda: _read_journals(out))
+    done = on_all_processes(lambda: _read_journals(out))
     left = [first for first in range(0, len(source), request.chunk) if first not in done]
     mine = left[jax.process_index() :: jax.process_count()]
-    together(lambda: _make_chunks(mine, source, params, request, out))  # too many bad pictures in one end all
-    together(lambda: _finish(out, job) if is_main() else None)
+    on_all_processes(lambda: _make_chunks(mine, source, params, request, out))  # too many bad pictures in one end all
+    on_all_processes(lambda: _finish(out, job) if is_main() else None)
     logger.info("Wrote %s: use data.name=latents, data.path=%s", out, out)
     return out
 
@@ -209,7 +209,7 @@ def _make_arrays(out, job: dict) -> None:
     count, side = job["count"], job["side"] // 8
     moments = ((count, 2, side, side, 8), np.float16)
     shapes = dict(zip(ARRAYS, (moments, ((count,), np.int32), ((count,), np.uint32))))
-    missing = {name: told for name, told in shapes.items() if not _current(out, name).is_file()}
+    missing = {name: shape for name, shape in shapes.items() if not _current(out, name).is_file()}
     if missing and any(out.glob(JOURNALS)):
         raise InputError(f"{out} lacks {', '.join(missing)}; remove the folder and start again.")
     for name, (shape, dtype) in missing.items():

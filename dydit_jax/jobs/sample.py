@@ -49,7 +49,7 @@ from dydit_jax.pipeline import DrawJob, DrawResult, Pipeline
 from dydit_jax.records import read_record, require_range
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.origin import origin
-from dydit_jax.runtime.processes import from_main, is_main, together
+from dydit_jax.runtime.processes import from_main, is_main, on_all_processes
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import MODES, Samples, SamplingRun
@@ -151,7 +151,7 @@ def sample(request: Request) -> Samples:
     size = 0 if request.labels is not None else len(labels) * math.prod(shape)
     set_labels = labels if request.labels is None else None
     prepare = functools.partial(prepare_folder, request.out, manifest, sample_bytes=size, labels=set_labels)
-    out = together(lambda: prepare() if is_main() else epath.Path(request.out))
+    out = on_all_processes(lambda: prepare() if is_main() else epath.Path(request.out))
     missing = missing_images(out, len(labels), shape) if is_main() else []
     missing = from_main(missing, len(labels))  # the others may not see the folder
     logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)

@@ -41,7 +41,7 @@ from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
 from dydit_jax.runtime.peaks import best_case, flops_utilisation
 from dydit_jax.runtime.peers import RESTART_CODE
-from dydit_jax.runtime.processes import Notice, is_main, one_for_all, require_same, to_host, together
+from dydit_jax.runtime.processes import Notice, is_main, on_all_processes, one_for_all, require_same, to_host
 from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import (
@@ -149,22 +149,22 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
       InputError: anything wrong with the config or the work directory, before anything is compiled.
       StopError: told to leave, too many bad batches in a row, or a checkpoint that can't be written.
     """
-    experiment = together(lambda: read_experiment(config))
+    experiment = on_all_processes(lambda: read_experiment(config))
     require_same("configuration", json.dumps(config, sort_keys=True))
-    mesh = together(lambda: make_mesh(experiment.mesh))
-    together(lambda: require_divisible(mesh, experiment.data.batch_size // experiment.train.accumulate))
+    mesh = on_all_processes(lambda: make_mesh(experiment.mesh))
+    on_all_processes(lambda: require_divisible(mesh, experiment.data.batch_size // experiment.train.accumulate))
     # A data source that does not fit says so now.
-    data = together(lambda: _opened_data(experiment))
+    data = on_all_processes(lambda: _opened_data(experiment))
     require_same("dataset", data.fingerprint)
     model = build_model(experiment.model, precision=experiment.train.precision, mesh=mesh, remat=experiment.train.remat)
     continued = has_checkpoint(workdir)
     require_same("content of the work directory", str((continued, from_step)))
     if from_step is not None and not continued:
         raise InputError(f"--from_step={from_step}: {workdir} has no checkpoint yet.")
-    source = {} if continued else together(lambda: starting_leaves(model, experiment))
+    source = {} if continued else on_all_processes(lambda: starting_leaves(model, experiment))
     with contextlib.ExitStack() as claim:
-        lock = together(lambda: claim.enter_context(claimed_workdir(workdir, config)) if is_main() else None)
-        together(lambda: _require_shared(workdir))
+        lock = on_all_processes(lambda: claim.enter_context(claimed_workdir(workdir, config)) if is_main() else None)
+        on_all_processes(lambda: _require_shared(workdir))
         workdir = epath.Path(workdir)
         run = Run(workdir, experiment.checkpoint, lock=lock, from_step=from_step)
         with jax.set_mesh(mesh), run, one_for_all(lambda: about_newest(workdir)):

@@ -200,7 +200,7 @@ class Model:
       constrain: called on arrays with the leading axis B, to pin their sharding.
       platform: "cpu", "gpu" or "tpu": for which one attention is written; that of this process by default.
       routers: classes of the routers, as they are registered when the model is made: a router that a user registers
-        anew under its name makes another model, which shares no compiled program with this one.
+        again under its name makes another model, which shares no compiled program with this one.
     """
 
     config: DiTConfig

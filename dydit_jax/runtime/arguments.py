@@ -150,7 +150,7 @@ def _mistake(error: Exception, values: flags.FlagValues, keys: Mapping[str, str]
     if isinstance(error, flags.UnrecognizedFlagError):
         return _unknown_flag(error.flagname, values, keys)
     missing = isinstance(error, flags.IllegalFlagValueError) and re.match(r"flag --(\w+)=None: ", message)
-    if missing:  # what absl says of a flag that it was told is required
+    if missing:  # what absl says of a required flag
         return _missing_flag(missing[1], values)
     if isinstance(error, SyntaxError):
         return f"{place or 'The file of --config'} is no Python: {error.msg}."

@@ -99,5 +99,5 @@ def read_config(flag) -> dict:
     except OSError as error:
         raise InputError(f"--{flag.name}: {' '.join(str(error).split())}") from error
     except AttributeError as error:
-        told = f"get_config must return an ml_collections.ConfigDict, not {flag.value!r:.80}"
-        raise InputError(f"--{flag.name}: {told}.") from error
+        message = f"get_config must return an ml_collections.ConfigDict, not {flag.value!r:.80}"
+        raise InputError(f"--{flag.name}: {message}.") from error

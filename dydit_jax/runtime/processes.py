@@ -1,8 +1,9 @@
-"""Several processes as one program: starting them, agreeing on mistakes, being told to leave.
+"""Several processes as one program: starting them, agreeing on mistakes, leaving on notice.
 
 A pod runs the same command on every host. What only one of them finds out - a folder that is missing there, another
 configuration, a disk that is full - must end all of them with the same message: a process that stops alone leaves the
-others waiting. Before work begins they compare notes (`together`); from then on `peers` tells all what ended one.
+others waiting. Before work begins they compare notes (`on_all_processes`); from then on `peers` tells all of them what
+ended one.
 """
 
 import contextlib
@@ -100,7 +101,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def together(action: Callable):
+def on_all_processes(action: Callable):
     """Run an action in every process and return its result; if it fails in one, it fails in all.
 
     Raises:
@@ -111,9 +112,9 @@ def together(action: Callable):
         result = action()
     except InputError as error:
         message = str(error)
-    for process, told in enumerate(_messages(message)):
-        if told:
-            raise InputError(told if jax.process_count() == 1 else f"Process {process}: {told}")
+    for process, other in enumerate(_messages(message)):
+        if other:
+            raise InputError(other if jax.process_count() == 1 else f"Process {process}: {other}")
     return result
 
 
