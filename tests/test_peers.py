@@ -14,7 +14,7 @@ import pytest
 
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.runtime import peers, processes
-from dydit_jax.runtime.processes import Notice
+from dydit_jax.runtime.processes import PreemptionNotice
 
 PATIENCE_SECONDS = 20.0
 
@@ -149,7 +149,7 @@ def test_interrupt_of_one_of_several_processes_is_a_notice_to_all(monkeypatch):
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     try:
-        with pytest.raises(KeyboardInterrupt), Notice():
+        with pytest.raises(KeyboardInterrupt), PreemptionNotice():
             signal.raise_signal(signal.SIGINT)
             time.sleep(0)  # signals are handled between two instructions
             assert heard == ["SIGTERM"]

@@ -7,7 +7,7 @@ import pytest
 
 from dydit_jax.errors import InputError
 from dydit_jax.runtime import tracking
-from dydit_jax.runtime.tracking import PROFILE_REQUEST, Clock, Profile, TrackingConfig, Watch, duration
+from dydit_jax.runtime.tracking import PROFILE_REQUEST, Clock, Profile, StallWatchdog, TrackingConfig, duration
 
 
 def test_clock_estimates_what_is_left(monkeypatch):
@@ -19,7 +19,7 @@ def test_clock_estimates_what_is_left(monkeypatch):
 
 
 def test_watch_says_once_what_is_waited_for(caplog):
-    with Watch(0.05) as watch:
+    with StallWatchdog(0.05) as watch:
         watch.now("the batch of step 3")
         deadline = time.monotonic() + 20
         while "Nothing has moved" not in caplog.text and time.monotonic() < deadline:

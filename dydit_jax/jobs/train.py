@@ -41,7 +41,7 @@ from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
 from dydit_jax.runtime.peaks import best_case, flops_utilisation
 from dydit_jax.runtime.peers import RESTART_CODE
-from dydit_jax.runtime.processes import Notice, is_main, on_all_processes, one_for_all, require_same, to_host
+from dydit_jax.runtime.processes import PreemptionNotice, is_main, on_all_processes, one_for_all, require_same, to_host
 from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import (
@@ -52,7 +52,7 @@ from dydit_jax.runtime.sharding import (
     require_divisible,
     shardings,
 )
-from dydit_jax.runtime.tracking import Clock, Profile, Watch, duration
+from dydit_jax.runtime.tracking import Clock, Profile, StallWatchdog, duration
 from dydit_jax.runtime.writers import Writers, open_writers
 from dydit_jax.training.experiment import Experiment, build_update, differences, read_experiment
 from dydit_jax.training.objective import passes_at
@@ -279,10 +279,10 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
         require_finite(finite, step, state, workdir)
         logger.info("Compiling a step.")
         compiled(passes(step))  # before the clock starts
-        _foretell(step, model, experiment)
+        _log_time_estimate(step, model, experiment)
     clock = Clock(step, last)
-    profile, watch = Profile(tracking.profile, workdir), Watch(tracking.stall_seconds)
-    with writers, profile, watch, Notice() as notice:
+    profile, watch = Profile(tracking.profile, workdir), StallWatchdog(tracking.stall_seconds)
+    with writers, profile, watch, PreemptionNotice() as notice:
         while step < last:
             profile.at(step)
             watch.now(f"the batch of step {step + 1}")
@@ -322,7 +322,7 @@ def _step_macs(step: int, model: Model, experiment: Experiment) -> float:
     return len(passes) * experiment.data.batch_size * model.config.macs.complete
 
 
-def _foretell(step: int, model: Model, experiment: Experiment) -> None:
+def _log_time_estimate(step: int, model: Model, experiment: Experiment) -> None:
     """Say before the first step how long the run takes at least, where the chips' peak is known."""
     found = best_case(_step_macs(step, model, experiment), model.dtype, experiment.train.remat)
     if found is not None and is_main():

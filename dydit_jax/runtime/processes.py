@@ -160,7 +160,7 @@ def to_host(tree):
     return jax.device_get(jax.tree.map(gather, tree))
 
 
-class Notice:
+class PreemptionNotice:
     """Whether this program has been told to leave: SIGTERM, Ctrl-C, or the platform's maintenance notice.
 
     Use as a context. With several processes all of them learn it at the same step.

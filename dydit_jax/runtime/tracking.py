@@ -74,7 +74,7 @@ def duration(seconds: float) -> str:
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {seconds:02d}s" if minutes else f"{seconds}s"
 
 
-class Watch:
+class StallWatchdog:
     """Says in the log when a run has been waiting for the same thing for too long. Use as a context."""
 
     def __init__(self, seconds: float):
