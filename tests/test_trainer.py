@@ -23,6 +23,7 @@ from PIL import Image
 
 from dydit_jax.checkpoints import save_weights
 from dydit_jax.data import sources
+from dydit_jax.drawing.pictures import draw_grid
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs import ema
 from dydit_jax.jobs import train as trainer
@@ -188,7 +189,7 @@ def test_full_disk_ends_the_run_with_its_newest_checkpoint_named(trained, tmp_pa
     monkeypatch.setattr(files, "_settle", settle_or_fail)
     if failing == "metrics.jsonl":
         monkeypatch.setattr(files, "_flush", fail)
-    drawn = types.SimpleNamespace(images=np.zeros((12, 8, 8, 1)), macs=np.ones(12))
+    drawn = types.SimpleNamespace(images=np.zeros((12, 8, 8, 1)), mean_macs=1.0)
     monkeypatch.setattr(ema.SamplingRun, "draw", lambda *_, **__: drawn)
     monkeypatch.setattr(trainer, "load_decoder", lambda *_: lambda images: images)
     monkeypatch.setattr(trainer, "measure_ema", lambda *_: {})
@@ -230,12 +231,17 @@ def test_samples_and_profile_are_left_on_the_way(tmp_path):
     train_and_evaluate(config, tmp_path / "run")
     grids = sorted((tmp_path / "run" / "samples").iterdir())
     assert [grid.name for grid in grids] == ["00000002.png", "00000004.png"]
-    assert Image.open(grids[0]).size == (3 * 33 + 1, 34)
-    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    assert Image.open(grids[0]).size == draw_grid(np.zeros((3, 8, 8, 1), np.uint8), 3, ["1", "2", "3"]).size
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
     measured = lines(tmp_path / "run")[0]
     assert measured["step"] == 2 and measured["loss/total"] > 0 and measured["ema/macs_share"] == 1
     # A model that has hardly learnt predicts next to nothing: the loss is about the noise's variance.
     assert all(0.5 < measured[f"ema/loss_t{t}"] < 1.5 for t in (100, 300, 500, 700, 900))
+    (tmp_path / "run" / "profile.now").touch()
+    train_and_evaluate(changed(config, train=dict(steps=12)), tmp_path / "run")
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 2
+    assert not (tmp_path / "run" / "profile.now").exists()
+    assert [line["step"] for line in lines(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
 
 
 PROGRAM = """
