@@ -121,7 +121,7 @@ def test_solver_of_the_page_takes_the_mean_of_two_noises(page):
     np.testing.assert_allclose(table.weights[1:, 0, 2], table.weights[1:, 0, 3])
     # Where both noises are the same, it is ddim, whose weights of x_0 are these.
     x, x0 = 0.7, -0.3
-    noise = table.estimate @ [x, x0]
+    noise = table.estimate_from_x0 @ [x, x0]
     moved = table.weights[:, 0, 0] * x + table.weights[:, 0, 2:].sum(1) * noise
     np.testing.assert_allclose(moved, ddim.weights[:, 0, 0] * x + ddim.weights[:, 0, 2] * x0, atol=1e-5)
 

@@ -183,7 +183,7 @@ def test_a_solver_of_ones_own_runs_by_its_name(monkeypatch):
     table, sampler = prepare(sampler="euler", steps="10")
     assert sampler.form == SolverForm(history=1)
     known, _ = prepare(sampler="ddim", steps="10")
-    as_x0 = lambda table: table.weights[:, 0, 0] + table.estimate[:, 0] * table.weights[:, 0, 2]
+    as_x0 = lambda table: table.weights[:, 0, 0] + table.estimate_from_x0[:, 0] * table.weights[:, 0, 2]
     np.testing.assert_allclose(as_x0(table), as_x0(known), atol=1e-6)
 
     @own.register("broken")

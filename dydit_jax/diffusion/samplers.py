@@ -117,9 +117,11 @@ class Sampler:
         """
         predicted, v = jnp.split(output, 2, axis=-1)
         x0 = row.x0_from_xt * state.xt - row.x0_from_noise * predicted
-        if self.clip is not None:
+        if self.clip is None:
+            newest = row.estimate_from_noise[0] * state.xt + row.estimate_from_noise[1] * predicted
+        else:
             x0 = jnp.clip(x0, -self.clip, self.clip)
-        newest = row.estimate[0] * state.xt + row.estimate[1] * x0
+            newest = row.estimate_from_x0[0] * state.xt + row.estimate_from_x0[1] * x0
         estimates = (newest, *state.history)
 
         def combine(weights):

@@ -145,7 +145,9 @@ class SolverTable:
       timestep: the number that the network gets, int32.
       guidance: scale of classifier-free guidance; 1 is none.
       x0_from_xt, x0_from_noise: x_0 = x0_from_xt x_t - x0_from_noise noise.
-      estimate: (p, q) of m_1 = p x + q x_0 [S,2].
+      estimate_from_x0: (p, q) of m_1 = p x_t + q x_0 [S,2], for an x_0 that was clipped.
+      estimate_from_noise: weights of x_t and the noise in the same m_1, where nothing was clipped [S,2]: an estimate of
+        the noise is then the network's own, to the last digit.
       weights: of the next x and base in (x, base, m_1 .. m_K) [S,2,2+K].
       noise, learned_range: see `Row`.
     """
@@ -155,7 +157,8 @@ class SolverTable:
     guidance: jax.Array
     x0_from_xt: jax.Array
     x0_from_noise: jax.Array
-    estimate: jax.Array
+    estimate_from_x0: jax.Array
+    estimate_from_noise: jax.Array
     weights: jax.Array
     noise: jax.Array
     learned_range: jax.Array
@@ -188,13 +191,17 @@ def solver_table(name: str, path: Path, timesteps) -> SolverTable:
     weights = np.array([(row.x, np.zeros_like(x) if row.base is None else row.base) for row in rows])  # [S,2,2+K]
     column = lambda field: np.array([getattr(row, field) for row in rows])
     times = column("time")
+    x0_from_xt, x0_from_noise, estimate = 1 / path.alpha[times], path.noise_ratio[times], column("estimate")
     table = SolverTable(
         step=np.arange(len(rows), dtype=np.int32)[::-1],
         timestep=np.asarray(timesteps, np.int32)[times],
         guidance=np.ones(len(rows), np.float32),
-        x0_from_xt=1 / path.alpha[times],
-        x0_from_noise=path.noise_ratio[times],
-        estimate=column("estimate"),
+        x0_from_xt=x0_from_xt,
+        x0_from_noise=x0_from_noise,
+        estimate_from_x0=estimate,
+        estimate_from_noise=np.stack(
+            [estimate[:, 0] + estimate[:, 1] * x0_from_xt, -estimate[:, 1] * x0_from_noise], axis=-1
+        ),
         weights=_without_unused_history(weights),
         noise=column("noise"),
         learned_range=column("learned_range"),
@@ -237,14 +244,18 @@ def _ddim(path: Path, x, base, m):
         yield Row(i, path.alpha[i + 1] * m[0] + along_noise * (x - path.alpha[i] * m[0]), noise=deviation)
 
 
-def _dpmpp_multistep(order: int) -> Callable:
-    """Make DPM-Solver++ of order 2 or 3: x_0, extrapolated along the log-SNR through the last estimates."""
+def _dpmpp_multistep(estimates: int) -> Callable:
+    """Make DPM-Solver++ from the last 2 or 3 estimates: x_0, extrapolated along the log-SNR.
+
+    With 3 the published weights take half of the second difference: it, too, converges with order 2, from smaller
+    errors. It is kept as published, and as everybody runs it.
+    """
 
     def rule(path: Path, x, base, m):
-        path.require_steps(order)
+        path.require_steps(estimates)
         log_snr = path.log_snr
         for i in range(path.steps):
-            reached = 1 if path.ends_in_image(i) else min(order, i + 1)
+            reached = 1 if path.ends_in_image(i) else min(estimates, i + 1)
             h = log_snr[i + 1] - log_snr[i]
             decay = np.expm1(-h)
             following = path.sigma[i + 1] / path.sigma[i] * x - path.alpha[i + 1] * decay * m[0]
