@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import pathlib
 import pickle
 import struct
 import tracemalloc
@@ -27,6 +28,7 @@ def training_content() -> dict:
         "ema": part | {"eight": base.to(torch.float8_e4m3fn), "empty": torch.zeros(0, 4)},
         "opt": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.99)}]},
         "args": argparse.Namespace(model="DiT-S/2", lr=1e-4, ckpt=None, global_batch_size=256),
+        "extras": [np.float64(0.25), np.int16(3), torch.float32, torch.device("cpu"), pathlib.PurePosixPath("a/b")],
     }
 
 

@@ -22,7 +22,7 @@ AROUND = {"ema": ("ema_model", "ema"), "model": ("online_model", "model"), "eith
 # Modules that wrap any part of a network, and whose names stand between those of others.
 INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")  # single numbers beside averaged weights
-MOST_AROUND = 8  # modules within modules; nobody has as many
+MOST_LETTERS = 1000  # of a name
 
 
 def pick_state_dict(content, weights: str, path) -> dict[str, np.ndarray]:
@@ -40,10 +40,11 @@ def pick_state_dict(content, weights: str, path) -> dict[str, np.ndarray]:
       InputError: no tensors, the weights that are wanted are not there, or names that can't be.
     """
     tensors = _tensors_of(_part(content, weights, path))
+    tensors = {name: tensor for name, tensor in tensors.items() if not (name in COUNTERS and tensor.size == 1)}
     if not tensors:
         raise InputError(f"{path} holds no tensors by name.")
     for name in tensors:
-        if not name.isprintable():
+        if not name.isprintable() or len(name) > MOST_LETTERS:
             raise InputError(f"{path} is refused: no tensor's name can be {name[:80]!a}.")
     return _without_modules_around(_without_modules_inside(tensors, path), weights, path)
 
@@ -78,17 +79,15 @@ def _without_modules_inside(tensors: dict, path) -> dict:
 
 def _without_modules_around(tensors: dict, weights: str, path) -> dict:
     """Remove the names of modules around the network; where both weights stand side by side, take what is wanted."""
-    tensors = {name: tensor for name, tensor in tensors.items() if not (name in COUNTERS and tensor.size == 1)}
-    for _ in range(MOST_AROUND):
+    while True:
         modules = {name.partition(".")[0] for name in tensors}
         wanted = modules.intersection(AROUND[weights])
         if not modules or not modules <= {*AROUND["ema"], *AROUND["model"], *AROUND["either"]}:
-            break
+            return tensors
         if weights == "model" and modules <= {*AROUND["ema"]}:
             raise _lacks(weights, modules, path)
         if len(modules) > 1 and len(wanted) != 1:
-            break
+            return tensors
         [module] = wanted if len(modules) > 1 else modules
         start = f"{module}."
         tensors = {name.removeprefix(start): array for name, array in tensors.items() if name.startswith(start)}
-    return tensors
