@@ -40,7 +40,7 @@ def test_utilisation_is_the_share_of_the_peak_of_all_devices(monkeypatch):
         ("NVIDIA GB200", 2500),
         ("NVIDIA L4", 121),
         ("NVIDIA L40S", 362),
-        ("NVIDIA L400", None),
+        ("NVIDIA L40", None),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),

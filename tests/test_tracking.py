@@ -55,6 +55,18 @@ def test_profile_is_of_the_steps_of_the_config(tmp_path, traced):
     assert run_steps(Profile((), tmp_path), traced := [], range(8)) == {} and not traced
 
 
+@pytest.mark.parametrize("count, folder", [(1, "profile"), (4, "profile/process_3")])
+def test_processes_of_one_machine_trace_into_folders_of_their_own(tmp_path, monkeypatch, count, folder):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(jax, "process_index", lambda: count - 1)
+    folders = []
+    monkeypatch.setattr(jax.profiler, "start_trace", folders.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    with Profile((0, 0), tmp_path) as profile:
+        profile.at(0)
+    assert folders == [str(tmp_path / folder)]
+
+
 def test_file_in_the_work_directory_asks_for_one_profile(tmp_path, traced):
     (tmp_path / PROFILE_REQUEST).touch()
     seen = run_steps(Profile((30, 30), tmp_path), traced, range(40), reports=(10, 20))

@@ -1,10 +1,10 @@
 """How much of the chips' bfloat16 peak a training step uses (MFU), and what no step can exceed.
 
-The peaks are those of dense products summed in float32. Google's are of its page about each TPU version
-(https://docs.cloud.google.com/tpu/docs/v6e and likewise v4, v5e, v5p, tpu7x; read 2026-11-30). Those of A100, H100,
-H200, B200, L40S and MI300X are the makers' figures as torchtitan lists them with their pages
-(`torchtitan/tools/utils.py`); those of L4, L40, GB200, MI300A and the GeForce cards are from tables of their data
-sheets (`get_peak_flops` of nanochat; https://glennklockwood.com/garden/processors/B200).
+The peaks are those of dense products summed in float32, as read on 2026-11-30: TPU v5e, v5p, v6e and TPU7x on Google's
+page about each (https://docs.cloud.google.com/tpu/docs/v6e, and so on), v4 in JAX's table of TPUs (tpu_info.py of
+Pallas); A100, H100, H200, B200 and L40S in torchtitan's table, which names the maker's page for each
+(torchtitan/tools/utils.py); GB200 on https://glennklockwood.com/garden/processors/B200, from NVIDIA's brief; the
+others in nanochat's table (get_peak_flops).
 """
 
 import re
@@ -31,7 +31,6 @@ PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA GB200": 2500e12,
     "NVIDIA L4": 121e12,
-    "NVIDIA L40": 181e12,
     "NVIDIA L40S": 362e12,
     "NVIDIA GeForce RTX 4090": 165.2e12,
     "NVIDIA GeForce RTX 5090": 209.5e12,

@@ -114,7 +114,10 @@ class Profile:
     def __init__(self, steps: tuple[int, ...], workdir):
         self._last_by_first = dict([steps] if steps else [])
         self._request = epath.Path(workdir) / PROFILE_REQUEST
-        self._folder, self._traced = str(epath.Path(workdir) / "profile"), None
+        folder = epath.Path(workdir) / "profile"
+        if jax.process_count() > 1:  # those of one machine would write the same file
+            folder /= f"process_{jax.process_index()}"
+        self._folder, self._traced = str(folder), None
 
     def __enter__(self):
         return self
