@@ -113,7 +113,8 @@ def draw_plan(plan, timesteps):
         for segment in plan.segments:
             for layer, indices in enumerate(getattr(segment, name)):
                 kept[segment.start : segment.stop, layer, list(indices)] = 1
-        draw_field(axis, kept + gates, cmap=ListedColormap(colours), vmin=-0.5, vmax=2.5)
+        meanings = dict(cmap=ListedColormap(colours), vmin=-0.5, vmax=2.5, interpolation="nearest")
+        draw_field(axis, kept + gates, **meanings)  # no mean of two meanings is a third one
         for segment in plan.segments[1:]:
             axis.axvline(segment.start - 0.5, color=INK, linewidth=1)
         title = "MLP groups" if name == "groups" else "Heads"

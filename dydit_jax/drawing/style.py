@@ -113,14 +113,14 @@ def draw_field(axis, field, **colours):
     Args:
       axis: to draw on.
       field: [S,L,U].
-      colours: of `imshow`.
+      colours: of `imshow`. By its default, rows that are less than a pixel high are averaged.
 
     Returns:
       The image, for a colour bar.
     """
     steps, layers, units = field.shape
     rows = field.transpose(1, 2, 0).reshape(layers * units, steps)
-    image = axis.imshow(rows, aspect="auto", interpolation="nearest", **colours)
+    image = axis.imshow(rows, aspect="auto", **colours)
     gap = min(1.5, 20 / layers)
     axis.hlines(np.arange(1, layers) * units - 0.5, -0.5, steps - 0.5, color=PAPER, linewidth=gap)
     shown = np.arange(0, layers, -(-layers // MOST_TICKS))

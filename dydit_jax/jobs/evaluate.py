@@ -10,7 +10,6 @@ import json
 import logging
 import time
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -24,6 +23,7 @@ from dydit_jax.metrics.distances import NEIGHBOURS, frechet_distance, inception_
 from dydit_jax.metrics.inception import convert_inception, features
 from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_atomically, write_json
+from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh, map_in_slices
@@ -127,7 +127,7 @@ def evaluate(request: Evaluation) -> list[dict]:
                 **scores,
                 network=network,
                 precision_of_features="float32",
-                device=f"{mesh.size} x {jax.devices()[0].device_kind}",
+                **origin(),
                 seconds=time.monotonic() - began,
                 versions=package_versions(),
             )
