@@ -46,9 +46,9 @@ def test_loss_of_a_silent_model_is_the_square_of_the_noise(tiny):
     config = dataclasses.replace(tiny[0].config, routers="none", depth=1)
     model = Model(config)
     params = jax.jit(model.init)(jax.random.key(0))  # a fresh DiT predicts zeros
-    keys, start = image_keys(0, jnp.arange(2)), jnp.zeros((2, 8, 8, 1))
+    keys, batch = image_keys(0, jnp.arange(2)), dict(image=jnp.zeros((2, 8, 8, 1)), label=jnp.zeros(2, int))
     settings = dict(model=model, diffusion=DiffusionConfig(), mode="complete")
-    found = patch_losses(params, start, jnp.zeros(2, int), keys, jnp.int32(500), **settings)
+    found = patch_losses(params, batch, keys, jnp.int32(500), **settings)
     noise = np.stack([jax.random.normal(jax.random.fold_in(key, 500), (8, 8, 1)) for key in keys])
     for row in range(4):
         for column in range(4):

@@ -195,8 +195,8 @@ def measure_losses(weights: Weights, batch: dict, timesteps, request: Analysis, 
         for first in range(0, count, size):
             indices = np.arange(first, first + size).clip(max=count - 1)  # one shape for all batches
             kept = min(size, count - first)
-            arrays = batch["image"][indices], batch["label"][indices], image_keys(request.seed, jnp.asarray(indices))
-            arrays = jax.device_put(arrays, batch_sharding(mesh))
+            rows = {name: batch[name][indices] for name in ("image", "label")}
+            arrays = jax.device_put((rows, image_keys(request.seed, jnp.asarray(indices))), batch_sharding(mesh))
             for column, timestep in enumerate(timesteps):
                 found = np.asarray(measure(params, *arrays, jnp.int32(timestep)), np.float64)[:kept]
                 _require_finite(found, name, timestep, first)

@@ -24,12 +24,12 @@ SHOWN_TENTHS = (1, 3, 5, 7, 9)  # of the timesteps
 
 
 def place_examples(data, experiment: Experiment, mesh: Mesh) -> tuple:
-    """Return the images, labels and keys that the EMA is measured on, in their shards."""
+    """Return the batch and its keys that the EMA is measured on, in their shards."""
     found = examples(data, count=SHOWN_EXAMPLES)
     rows = np.resize(np.arange(len(found["label"])), round_up(SHOWN_EXAMPLES, mesh.size))
-    start, labels, seed = found["image"][rows], found["label"][rows], experiment.train.seed
-    place = lambda start, labels, rows: (start, labels, image_keys(seed, rows))
-    return jax.jit(place, out_shardings=batch_sharding(mesh))(start, labels, rows)
+    batch = {name: column[rows] for name, column in found.items()}
+    place = lambda batch, rows: (batch, image_keys(experiment.train.seed, rows))
+    return jax.jit(place, out_shardings=batch_sharding(mesh))(batch, rows)
 
 
 def measure_ema(state: TrainState, model: Model, experiment: Experiment, shown: tuple) -> dict:

@@ -11,19 +11,19 @@ from dydit_jax.models.dit import Model
 
 
 @functools.partial(jax.jit, static_argnames=("model", "diffusion", "mode"))
-def patch_losses(params, x0, labels, keys, timestep, *, model: Model, diffusion: DiffusionConfig, mode: str):
+def patch_losses(params, batch, keys, timestep, *, model: Model, diffusion: DiffusionConfig, mode: str):
     """Return the squared error of the predicted noise, mean over the values of each patch, [B,N].
 
     Args:
       params: the parameter tree.
-      x0: images [B,side,side,C].
-      labels: of the images [B].
+      batch: {"image": [B,side,side,C], "label": [B]}.
       keys: PRNG keys of the images [B]; with the timestep they fix the noise.
       timestep: the same for all images.
       model, diffusion: the network and its process.
       mode: "gated" or "complete".
     """
     config = model.config
+    x0, labels = batch["image"], batch["label"]
     t = jnp.full(len(x0), timestep)
     draw = lambda key: jax.random.normal(jax.random.fold_in(key, timestep), x0.shape[1:], jnp.float32)
     noise = jax.vmap(draw)(keys)
