@@ -17,7 +17,7 @@ from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 from dydit_jax.training.experiment import build_update, read_experiment
 from dydit_jax.training.objective import draw_examples, objective, passes_at, run_passes
 from dydit_jax.training.optimizer import build_optimizer
-from dydit_jax.training.update import accumulated, all_finite, batch_shapes, compile_update, init_state
+from dydit_jax.training.update import accumulate_gradients, all_finite, batch_shapes, compile_update, init_state
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_parts_of_a_batch_add_up_to_it():
 def test_each_part_holds_easy_and_hard_timesteps():
     examples = dict(t=jnp.arange(32) % 4)
     squares = lambda part: (jnp.square(jnp.bincount(part["t"], length=4) / 8), {})
-    shares, _ = accumulated(squares, examples, parts=4)
+    shares, _ = accumulate_gradients(squares, examples, parts=4)
     np.testing.assert_allclose(shares, 0.25**2)  # the mean of squares is that of a quarter only if all are quarters
 
 
@@ -122,7 +122,7 @@ def test_each_part_holds_easy_and_hard_timesteps():
 def test_parts_of_any_size_share_out_the_batch(size, parts, run):
     place = jnp.arange(size, dtype=jnp.float32)
     seen = lambda part: (jnp.ones(size).at[part["t"].astype(int)].add(1.0), jnp.diff(part["t"])[: run - 1])
-    counts, distances = accumulated(seen, dict(t=place), parts=parts)
+    counts, distances = accumulate_gradients(seen, dict(t=place), parts=parts)
     np.testing.assert_allclose(counts, 1 + 1 / parts)  # each example is in one part
     np.testing.assert_allclose(distances, 1)
 
@@ -137,7 +137,7 @@ def test_an_update_weighs_every_quarter_of_the_timesteps_alike(size, parts):
 
     def shares(key):
         seen = lambda part: ({}, jax.nn.one_hot(part["t"] // 250, 4).mean(0))
-        return accumulated(seen, draw_examples(batch, key, **settings), parts)[1]
+        return accumulate_gradients(seen, draw_examples(batch, key, **settings), parts)[1]
 
     found = np.asarray(jax.vmap(shares)(jax.random.split(jax.random.key(0), 4000))).mean(0)
     # Of B draws a step, the share of a quarter deviates by less than 0.5 / sqrt(4000) after 4000 steps.

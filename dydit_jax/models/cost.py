@@ -24,8 +24,8 @@ class ModelMacs:
     """MACs of one image's forward pass.
 
     Attributes:
-      attention: one block's attention with all heads on; proportional to the number of heads.
-      mlp: one block's MLP with all groups and tokens on; proportional to both.
+      attention: one block's attention with all heads open; proportional to the number of heads.
+      mlp: one block's MLP with all groups and tokens open; proportional to both.
       token_router: one block's token router, 0 without routers.
       time_routers: one block's head and group routers, 0 without routers.
       fixed: everything else, of the whole model.
@@ -96,7 +96,7 @@ def _router_macs(cls, **sizes) -> int:
 
 
 def routed_ratio(routing: Routing, *, attention: float, mlp: float):
-    """Return the share of attention and MLP work that a routing leaves on, per image.
+    """Return the share of attention and MLP work that a routing leaves open, per image.
 
     Args:
       routing: gates; gradients flow through them.

@@ -1,14 +1,17 @@
-"""What decides how much is computed: routers, gates and the record of what was on.
+"""What decides how much is computed: gates, the routers that set them, and the record of what was open.
 
-Two dynamics. *Timestep-wise dynamic width*: per block, heads and MLP groups are switched by a Linear on the
-timestep's embedding alone, so a whole sampling schedule is known before its first step. *Spatial-wise dynamic
-token*: per block, a small MLP on every token decides whether that token passes the MLP.
+There are two kinds of router. A *time router* opens heads and MLP groups by the timestep alone, in every block, so that
+a whole sampling schedule is known before its first step. A *token router* looks at the tokens of a block and decides
+which of them pass its MLP.
 
-Source: DyDiT, https://arxiv.org/abs/2410.03456, sections 3.2 and 3.3. Three layouts exist:
+Source: DyDiT, https://arxiv.org/abs/2410.03456, sections 3.2 (timestep-wise dynamic width) and 3.3 (spatial-wise dynamic
+token). There are three layouts:
 
     none      no routers: the static DiT
-    free      H outputs for heads and for groups: a block may have none on (checkpoints of December 2024)
-    first_on  H - 1 outputs; the first head and the first group are always on (checkpoints of March 2025)
+    free      a logit for every head and group: a block may have none open (checkpoints of December 2024)
+    first_on  the first head and the first group have none and are always open (checkpoints of March 2025)
+
+Both kinds stand in registries, to which a user can add: docs/extend.md.
 """
 
 import dataclasses
@@ -25,7 +28,7 @@ from dydit_jax.registry import Registry
 
 LAYOUTS = ("none", "free", "first_on")
 TEMPERATURE = 5.0
-TIME_ROUTER_BIAS = 15.0  # sigmoid(15 / 5) = 0.95: everything starts on
+TIME_ROUTER_BIAS = 15.0  # sigmoid(15 / 5) = 0.95: everything starts open
 TOKEN_ROUTER_BIAS = 35.0
 TOKEN_ROUTER_REDUCTION = 16
 
@@ -135,13 +138,13 @@ class LinearTimeRouter(nnx.Module):
         self.units = units
 
     def logits(self, embedding):
-        """Return float32 [B,L,units], or one less where the first unit is always on; embedding [B,D]."""
+        """Return float32 [B,L,units], or one less where the first unit is always open; embedding [B,D]."""
         return jnp.einsum("bd,ldh->blh", embedding, self.kernel[...], precision="highest") + self.bias[...]
 
     def __call__(self, t, embedding, noise):
         """Return gates [B,L,units] for embedding [B,D]; noise [B,L,units] or None.
 
-        Where the first unit is always on, its noise is not used.
+        Where the first unit is always open, its noise is not used.
         """
         logits = self.logits(embedding)
         batch, layers, outputs = logits.shape

@@ -99,7 +99,7 @@ def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(zero(), params, jax.tree.map(jnp.copy, params), optimizer.init(params), zero(), zero())
 
 
-def accumulated(differentiate: Callable, examples: dict, parts: int):
+def accumulate_gradients(differentiate: Callable, examples: dict, parts: int):
     """Return gradients and metrics of a batch, computed part after part and averaged.
 
     Where 4 divides the examples of a part, it gets runs of `STRATA` neighbours, so that it sees easy and hard timesteps
@@ -156,7 +156,7 @@ def make_update_fn(
     def update(state: TrainState, batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(make_key(train.seed), state.step)
         examples = draw_examples(batch, key, **settings)
-        gradients, metrics = accumulated(
+        gradients, metrics = accumulate_gradients(
             functools.partial(differentiate, state.params, step=state.step), examples, train.accumulate
         )
         norm = optax.tree.norm(gradients)
