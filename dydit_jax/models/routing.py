@@ -4,8 +4,8 @@ There are two kinds of router. A *time router* opens heads and MLP groups by the
 a whole sampling schedule is known before its first step. A *token router* looks at the tokens of a block and decides
 which of them pass its MLP.
 
-Source: DyDiT, https://arxiv.org/abs/2410.03456, sections 3.2 (timestep-wise dynamic width) and 3.3 (spatial-wise dynamic
-token). There are three layouts:
+Source: DyDiT, https://arxiv.org/abs/2410.03456, sections 3.2 (timestep-wise dynamic width) and 3.3 (spatial-wise
+dynamic token). There are three layouts:
 
     none      no routers: the static DiT
     free      a logit for every head and group: a block may have none open (checkpoints of December 2024)
