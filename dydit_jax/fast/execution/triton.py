@@ -131,7 +131,8 @@ class Triton(_TritonSteps, PackedExecution):
         """Route, pack, run the MLP; its result is added later."""
         x = add(stream)
         router = step.router.hidden(x), *step.router.last_layer()
-        packed, row_of, gates = pack(x, *router, step.shift, step.scale, capacity=self.capacity[0], dtype=step.dtype)
+        settings = dict(capacity=self.capacity[0], dtype=step.dtype)
+        packed, row_of, gates = pack(x, router, (step.shift, step.scale), **settings)
         return Stream(x, Update(step.mlp(packed), row_of, step.gate)), gates
 
 
