@@ -91,7 +91,9 @@ def test_flags_fill_their_dataclass(cls, arguments, expected):
     assert required == [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
 
 
-@pytest.mark.parametrize("cls", {cls for cls, _, _ in FILLED} | {SamplingConfig}, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", [*dict.fromkeys(cls for cls, _, _ in FILLED), SamplingConfig], ids=lambda cls: cls.__name__
+)
 def test_every_flag_means_something(cls):
     values = flags.FlagValues()
     define_flags(cls, values)
