@@ -247,7 +247,7 @@ def workdir(trained, tmp_path):
 
 
 def steps_in(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
 def test_training_goes_on_past_a_damaged_checkpoint_to_the_same_end(trained, workdir, caplog):

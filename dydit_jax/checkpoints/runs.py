@@ -3,7 +3,8 @@
     <workdir>/config.json          the configuration that the run was started with
     <workdir>/lock.json            who trains here now (`runtime/locks.py`)
     <workdir>/checkpoints/<step>/  params, ema, rest (step, moments, counters), about (versions, data, digests)
-    <workdir>/set_aside/<step>/    checkpoints that the run did not go on from: damaged, or later than `--from_step`
+    <workdir>/set_aside/           checkpoints that the run did not go on from, damaged or later than `--from_step`, by
+                                   step, and the lines of `metrics.jsonl` after the step that it went on from
     <workdir>/weights.safetensors  the EMA after the last step
 
 A training passes over a damaged checkpoint with a warning and goes on from the newest whole one: the same steps give

@@ -3,8 +3,8 @@
 The peaks are those of dense products summed in float32, as read on 2026-11-30: TPU v5e, v5p, v6e and TPU7x on Google's
 page about each (https://docs.cloud.google.com/tpu/docs/v6e, and so on), v4 in JAX's table of TPUs (tpu_info.py of
 Pallas); A100, H100, H200, B200 and L40S in torchtitan's table, which names the maker's page for each
-(torchtitan/tools/utils.py); GB200 on https://glennklockwood.com/garden/processors/B200, from NVIDIA's brief; the
-others in nanochat's table (get_peak_flops).
+(torchtitan/tools/utils.py); GB200 on https://glennklockwood.com/garden/processors/B200, from NVIDIA's brief. The
+others are in copies of nanochat's table (get_peak_flops) and were not found on a maker's page.
 """
 
 import re
