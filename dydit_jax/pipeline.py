@@ -176,13 +176,26 @@ class Pipeline:
         return self.weights.model.macs
 
     @own_settings()
-    def __call__(self, labels, *, steps=None, guidance: float | None = None, seed: int = 0, mode: str = "fast"):
+    def __call__(
+        self,
+        labels,
+        *,
+        sampler: str | None = None,
+        steps=None,
+        guidance=None,
+        guidance_interval: tuple[int, int] | None = None,
+        seed: int = 0,
+        mode: str = "fast",
+    ):
         """Draw one image per label.
 
         Args:
           labels: [B], 0 .. classes; `classes` itself stands for "no class".
-          steps: spacing of the schedule, such as 250, "ddim50" or "10,20,30"; None for the checkpoint's own.
-          guidance: scale of classifier-free guidance, 1 for none; None for the checkpoint's own.
+          sampler: such as "ddpm", "ddim" or "dpmpp_2m", see docs/sampling.md; None for the checkpoint's own.
+          steps: timesteps, such as 250, "ddim50", "10,20,30" or "logsnr:10"; None for the checkpoint's own.
+          guidance: scale of classifier-free guidance, 1 for none, or a list with a scale for each evaluation of the
+            network; None for the checkpoint's own.
+          guidance_interval: lowest and highest timestep with guidance; None for the checkpoint's own.
           seed: of all noise.
           mode: "fast" (only open gates are computed), "gated" or "complete"; see docs/fast.md.
 
@@ -193,7 +206,15 @@ class Pipeline:
           InputError: labels out of range, or settings that are not allowed.
         """
         labels = np.atleast_1d(np.asarray(labels, np.int32))
-        sampling = self.sampling(steps=steps if steps is None else str(steps), guidance=guidance)
+        scales = None if guidance is None or np.ndim(guidance) == 0 else tuple(map(float, guidance))
+        sampling = self.sampling(
+            sampler=sampler,
+            steps=steps if steps is None else str(steps),
+            guidance=guidance if scales is None else None,
+            guidance_interval=guidance_interval,
+        )
+        if scales is not None:
+            sampling = dataclasses.replace(sampling, guidance=1.0, guidance_interval=None, guidance_scales=scales)
         trained = self.weights.about.get("config", {})
         require_no_class(trained, sampling, labels=labels, classes=self.weights.model.classes)
         job = DrawJob(labels, np.arange(len(labels)), sampling, seed=seed, mode=mode)

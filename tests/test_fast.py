@@ -16,6 +16,7 @@ from dydit_jax.diffusion.solvers import SOLVERS
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 from dydit_jax.sampling.segment import microbatch_size
 
 
@@ -62,6 +63,19 @@ def test_outside_the_interval_of_guidance_the_network_runs_once(tiny, sampler):
     everywhere = dataclasses.replace(sampling, guidance_interval=None)
     everywhere = draw(model, params, [1, 2, 3], mode="gated", sampling=everywhere)
     assert relative_error(gated.images, plain.images) > 1e-3 < relative_error(gated.images, everywhere.images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["sde_dpmpp_2m", "unipc", "heun"])
+def test_fast_equals_gated_on_a_mesh_with_an_interval_of_guidance(tiny, sampler):
+    sampling = SamplingConfig(sampler=sampler, steps="4", guidance=2.0, guidance_interval=(300, 700), clip=1.0)
+    gated = draw(*tiny, [1, 2, 3, 4], mode="gated", sampling=sampling)
+    fast = draw(*tiny, [1, 2, 3, 4], segments=None, sampling=sampling, usage=gated.usage, mesh=make_mesh(MeshConfig()))
+    for name in ("heads", "groups"):
+        np.testing.assert_array_equal(getattr(fast.routing, name), getattr(gated.routing, name))
+    np.testing.assert_allclose(fast.routing.tokens, gated.routing.tokens, atol=1e-6)  # means of means
+    assert relative_error(fast.images, gated.images) < 1e-5
+    np.testing.assert_array_equal(fast.evaluations, gated.evaluations)
 
 
 def test_a_scale_per_evaluation_is_an_interval_written_out(tiny):

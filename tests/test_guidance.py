@@ -12,6 +12,7 @@ from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.jobs.sample import Request, sample
+from dydit_jax.pipeline import Batch, DrawResult, Pipeline
 from dydit_jax.sampling.generate import generate
 from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.training.experiment import read_experiment
@@ -92,3 +93,25 @@ def test_a_table_without_a_row_for_no_class_is_refused(tiny):
     sampling = dataclasses.replace(GUIDED, steps="2")
     with pytest.raises(InputError, match="has 10 rows; 10 classes and no class need 11"):
         generate(model, short, [1], sampling=sampling, diffusion=DiffusionConfig())
+
+
+def test_pipeline_takes_a_scale_an_interval_or_a_scale_per_evaluation(tiny, monkeypatch):
+    jobs = []
+
+    def draw(self, job):
+        jobs.append(job.sampling)
+        return iter([Batch(job.indices, np.zeros((1, 8, 8, 1), np.uint8), DrawResult())])
+
+    monkeypatch.setattr(Pipeline, "draw", draw)
+    model, params = tiny
+    own = SamplingConfig(steps="10", guidance=1.5)
+    pipe = Pipeline(Weights(model.config, DiffusionConfig(), own, params, {}))
+    pipe([1], guidance=3.0, guidance_interval=(100, 700), sampler="unipc", steps="logsnr:8")
+    pipe([1], guidance=[1.0] + 9 * [2], guidance_interval=None)
+    assert jobs == [
+        SamplingConfig(sampler="unipc", steps="logsnr:8", guidance=3.0, guidance_interval=(100, 700)),
+        SamplingConfig(steps="10", guidance_scales=(1.0, *9 * [2.0])),
+    ]
+    with pytest.raises(InputError, match="Guidance of 2.0 needs a model that has seen no class"):
+        unseen = dict(config=trained(0.0))
+        Pipeline(Weights(model.config, DiffusionConfig(), PLAIN, params, unseen))([1], guidance=[1.0, 2.0])

@@ -59,6 +59,10 @@ class SamplingConfig:
         low, high = self.guidance_interval or (0, 0)
         if low > high:
             raise InputError(f"sampling.guidance_interval must be (low, high) with low <= high, not {(low, high)}.")
+        if self.guidance_scales is not None and (self.guidance != 1.0 or self.guidance_interval is not None):
+            raise InputError(
+                "sampling.guidance_scales says all about guidance; set sampling.guidance to 1 and no guidance_interval."
+            )
         wrong = [scale for scale in self.guidance_scales or () if not (scale >= 0 and math.isfinite(scale))]
         if wrong:
             raise InputError(f"sampling.guidance_scales must be numbers from 0 on, not {wrong[0]}.")

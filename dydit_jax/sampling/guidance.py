@@ -106,7 +106,8 @@ def require_no_class(config: Mapping, sampling: SamplingConfig, *, labels=(), cl
     guided, unlabelled = sampling.is_guided, classes in np.asarray(labels).tolist()
     if not (guided and dropout in (0.0, 1.0)) and not (unlabelled and dropout == 0.0):
         return
-    asked = f"Guidance of {sampling.guidance}" if guided else f"The label {classes}"
+    scale = sampling.guidance if sampling.guidance_scales is None else max(sampling.guidance_scales)
+    asked = f"Guidance of {scale}" if guided else f"The label {classes}"
     unseen = "no class" if dropout == 0.0 else "any class"
     message = f"{asked} needs a model that has seen {unseen}; this one was trained with loss.label_dropout {dropout}."
     before = (config.get("train") or {}).get("init_from")
