@@ -74,8 +74,8 @@ def test_every_program_is_compiled_once(tiny, monkeypatch, program_folder):
     settings = dict(sampling=sampling, diffusion=DiffusionConfig())
     lowered = []
 
-    def counted(function, arguments, settings):
-        call = describe_call(function, arguments, settings)
+    def counted(function, arguments, settings, **code):
+        call = describe_call(function, arguments, settings, **code)
         return dataclasses.replace(call, lower=lambda: (lowered.append(call.name), call.lower())[1])
 
     monkeypatch.setattr(runner, "describe_call", counted)
