@@ -6,6 +6,7 @@
     <out>/samples.npz        for a set: arr_0 uint8 [n,side,side,channels] and labels int32 [n]
     <out>/routing.png        what was on over the timesteps
     <out>/plan.png           the segments of `fast`
+    <out>/steps.csv          timestep, guidance, passes, MACs and segment of every step
     <out>/cost.json          MACs, shares on and seconds of the last job that drew something
     <out>/report.html        all of it on one page
 
@@ -55,6 +56,7 @@ from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import MODES, Samples, SamplingRun
 from dydit_jax.sampling.guidance import evaluations_per_step, require_no_class
 from dydit_jax.sampling.noise import uniform_labels
+from dydit_jax.sampling.table import make_table
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +214,8 @@ def _finish(request: Request, weights: Weights, labels, out, drawn: DrawResult) 
     if (request.routing or request.report) and samples is not None:
         save_figure(out / "routing.png", figures.draw_routing(samples, weights.model.macs))
         save_table(out / "routing.csv", figures.routing_table(samples))
+        guidance = make_table(weights.sampling, weights.diffusion).guidance
+        save_table(out / "steps.csv", figures.step_table(samples, guidance, plan))
         if plan is not None:
             save_figure(out / "plan.png", figures.draw_plan(plan, samples.timesteps))
             save_table(out / "plan.csv", figures.plan_table(plan, samples.timesteps))
