@@ -247,3 +247,17 @@ def test_what_only_one_job_needs_is_imported_there(code, absent):
     code += f"\nprint([name for name in {absent} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_lists_of_numbers_are_read_as_their_field_wants():
+    def read(*typed):
+        values = flags.FlagValues()
+        define_overrides(SamplingConfig, "sampling", values)
+        values(["sample", *typed])
+        return read_overrides(SamplingConfig, "sampling", values)
+
+    given = read("--sampling.guidance_interval=100,700", "--sampling.guidance_scales=1,2.5")
+    assert given == dict(guidance_interval=(100, 700), guidance_scales=(1.0, 2.5))
+    assert read() == {}
+    with pytest.raises(InputError, match="--sampling.guidance_interval must be numbers .* not 1,half"):
+        read("--sampling.guidance_interval=1,half")
