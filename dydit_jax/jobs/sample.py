@@ -54,7 +54,7 @@ from dydit_jax.runtime.processes import from_main, is_main, on_all_processes
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import MODES, Samples, SamplingRun
-from dydit_jax.sampling.guidance import evaluations_per_step, require_no_class
+from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.sampling.noise import uniform_labels
 from dydit_jax.sampling.table import make_table
 
@@ -236,14 +236,15 @@ def _cost(drawn: DrawResult, weights: Weights) -> dict:
         images=drawn.images,
         seconds=drawn.seconds,
         compile_seconds=drawn.compile_seconds,
-        macs_of_all_images=_macs_of_all(drawn, weights),
+        macs_of_all_images=_macs_of_all(drawn),
         made=origin(),
     )
 
 
-def _macs_of_all(drawn: DrawResult, weights: Weights) -> float:
+def _macs_of_all(drawn: DrawResult) -> float:
     """Return what was executed for all images of the job, decoding not included."""
-    return drawn.images * evaluations_per_step(weights.sampling) * float(drawn.samples.executed_macs.sum())
+    samples = drawn.samples
+    return drawn.images * float(samples.evaluations @ samples.executed_macs)
 
 
 def _log_summary(drawn: DrawResult, weights: Weights, out) -> None:
@@ -259,7 +260,7 @@ def _log_summary(drawn: DrawResult, weights: Weights, out) -> None:
         )
         logger.info(
             "Drew %d images in %.1f s, %.1f s of them compiling; %s MACs in all.",
-            *(drawn.images, drawn.seconds, drawn.compile_seconds, format_count(_macs_of_all(drawn, weights))),
+            *(drawn.images, drawn.seconds, drawn.compile_seconds, format_count(_macs_of_all(drawn))),
         )
         if plan is not None and plan.usage is not None and samples.overflow_count.any():
             logger.info(
