@@ -281,6 +281,7 @@ def latent_pipeline(tmp_path, monkeypatch) -> Pipeline:
     return Pipeline(Weights(config, DiffusionConfig(), sampling, params, {}))
 
 
+@pytest.mark.slow
 def test_snippet_of_the_readme_draws_decoded_latents(latent_pipeline, tmp_path, monkeypatch):
     [code] = blocks(ROOT / "README.md", "python")
     monkeypatch.chdir(tmp_path)

@@ -161,14 +161,20 @@ def whole_layers(golden, execution=None) -> list[Layer]:
     return [Layer(block, None, None, own) for block, own in zip(blocks, executions)]
 
 
-@pytest.mark.parametrize(
-    "name, platform",
-    [("switch", "cpu"), ("masked", "cpu"), (None, "cpu"), *KERNELS, pytest.param(None, "gpu", marks=GPU)],
-)
-def test_blocks_one_by_one_equal_the_original(golden, name, platform):
+@pytest.mark.parametrize("name", ["switch", "masked", None])
+def test_blocks_one_by_one_equal_the_original(golden, name):
     """Sampling runs its blocks so in every mode; None opens all gates."""
     if golden.config.routers == "none" and name:
         pytest.skip("The static model has no gates.")
+    assert_equal_to_the_original(golden, name, "cpu")
+
+
+@pytest.mark.parametrize("name, platform", [*KERNELS, pytest.param(None, "gpu", marks=GPU)])
+def test_blocks_in_kernels_equal_the_original(golden_v2, name, platform):
+    assert_equal_to_the_original(golden_v2, name, platform)
+
+
+def assert_equal_to_the_original(golden, name, platform):
     model, config = dataclasses.replace(golden.model, platform=platform), golden.config
     execution = find_execution(name, platform) if name else dense_execution(model)
     layers, params = whole_layers(golden, execution), jax.tree.map(jnp.asarray, golden.params)
@@ -200,7 +206,13 @@ def gated(tiny):
     return draw(*tiny, [1, 2], mode="gated")
 
 
-@pytest.mark.parametrize("name, platform", ALL)
+@pytest.mark.parametrize(
+    "name, platform",
+    [
+        *[("switch", "cpu"), ("gather", "gpu"), ("one_hot", "tpu"), ("masked", "cpu"), KERNELS[0]],
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("gather", "cpu"), ("mosaic", "tpu")]),
+    ],
+)
 def test_a_run_is_the_gated_one_whatever_is_known(tiny, gated, name, platform):
     model = dataclasses.replace(tiny[0], platform=platform)
     settings = dict(mode="fast", segments=1, execution=name)
@@ -227,7 +239,13 @@ def test_a_complete_run_for_gpus_is_the_complete_one(tiny):
     assert relative_error(theirs.images, ours.images) < 1e-5
 
 
-@pytest.mark.parametrize("name, platform", [("switch", "cpu"), *KERNELS])
+@pytest.mark.parametrize(
+    "name, platform",
+    [
+        ("switch", "cpu"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("triton", "gpu"), ("mosaic", "tpu")]),
+    ],
+)
 def test_blocks_with_nothing_open_are_run(tiny, name, platform):
     """No head or no group is kept, and no token is open: what is added is a bias."""
     model, params = tiny

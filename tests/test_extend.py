@@ -73,6 +73,7 @@ def page(monkeypatch) -> dict:
 # --- The page ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_step_trains_what_the_page_adds(page):
     config = page["config"]
     config["model"]["depth"], config["loss"]["complete_steps"] = 1, 0
