@@ -29,6 +29,7 @@ from dydit_jax.fast.plan import Plan
 from dydit_jax.latents import decode_latents, encode_images
 from dydit_jax.loading import load_autoencoder, load_checkpoint
 from dydit_jax.models.cost import ModelMacs
+from dydit_jax.models.layers import unconstrained
 from dydit_jax.models.precision import build_model
 from dydit_jax.models.routing import Routing
 from dydit_jax.records import read_record
@@ -325,7 +326,7 @@ class Pipeline:
         latents, labels = jnp.asarray(self.encode(images)), jnp.asarray(labels, jnp.int32)
         t = jnp.full(len(latents), timestep, jnp.int32)
         noise = first_noise(image_keys(seed, np.arange(len(latents))), latents.shape[1:])
-        model = dataclasses.replace(self.model, constrain=lambda x: x)
+        model = dataclasses.replace(self.model, constrain=unconstrained)  # the same one for every call: compiled once
         noisy = diffuse(latents, noise, at_steps(table, t))
         _, routing = _apply_gated(model)(self.weights.params, noisy, t, labels)
         return jax.device_get(routing)

@@ -55,6 +55,7 @@ def run(files, *samples: str, **settings) -> list[dict]:
     return evaluate(Evaluation(tuple(str(files / name) for name in samples), inception=inception, **settings))
 
 
+@pytest.mark.slow
 def test_sets_are_judged_in_every_form(files, tmp_path):
     settings = dict(reference=str(files / "b.npz"), save_statistics=str(tmp_path / "b_stats.npz"))
     packed, folder = run(files, "a.npz", "a", out=str(tmp_path / "out.json"), **settings)

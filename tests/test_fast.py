@@ -30,7 +30,7 @@ def assert_same(fast, gated):
 
 @pytest.mark.parametrize(
     "sampler",
-    [pytest.param(name, marks=() if name in ("ddpm", "unipc_3") else pytest.mark.slow) for name in SOLVERS],
+    [pytest.param(name, marks=() if name == "unipc_3" else pytest.mark.slow) for name in SOLVERS],
 )
 def test_fast_trajectory_equals_the_gated_one(tiny, sampler):
     sampling = SamplingConfig(sampler=sampler, steps="6", guidance=2.0 if sampler == "ddpm" else 1.0, clip=1.0)

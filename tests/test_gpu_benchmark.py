@@ -234,7 +234,7 @@ def test_complete_and_fast_are_timed_and_traced(benchmark, begin, sizes, tmp_pat
         assert (tmp_path / f"gpu_{mode}.trace.json.gz").exists()
 
 
-@pytest.mark.parametrize("stage", [pytest.param("static", marks=pytest.mark.slow), "second_stage"])
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.slow) for stage in ("static", "second_stage")])
 def test_training_steps_are_timed(benchmark, begin, sizes, stage):
     session, parts = begin("d"), benchmark("gpu_parts")
     session.measure(stage, parts.time_training, sizes, sizes.training_batch)

@@ -272,7 +272,7 @@ def test_options_that_this_xla_does_not_know_are_left_out_and_told_once(monkeypa
     assert "xla_of_the_past" in caplog.text and len(caplog.records) == 1
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_images_of_a_second_start_are_those_of_the_first(devices, tiny, program_folder, monkeypatch):
     model, params = tiny
     settings = dict(sampling=SamplingConfig(sampler="ddim", steps="6", guidance=2.0), diffusion=DiffusionConfig())
