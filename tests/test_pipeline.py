@@ -1,0 +1,65 @@
+"""From Python: one object that draws, decodes and shows what a model opens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import SAMPLING, make_run
+
+from dydit_jax.checkpoints import Weights
+from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.drawing.pictures import to_uint8
+from dydit_jax.errors import InputError
+from dydit_jax.pipeline import Pipeline
+from dydit_jax.runtime.aot import compile_for
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny):
+    model, params = tiny
+    sampling = dataclasses.replace(SAMPLING, steps="4", guidance=1.0, clip=1.0)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return Pipeline(Weights(model.config, DiffusionConfig(), sampling, params, {}), mesh=mesh)
+
+
+def test_pictures_are_those_of_a_run(pipeline, tiny):
+    drawn = pipeline([1, 2], seed=3, mode="gated")
+    samples = make_run(*tiny, sampling=pipeline.weights.sampling).draw([1, 2], seed=3, mode="gated")
+    np.testing.assert_array_equal(drawn.pixels, to_uint8(samples.images))
+    assert [picture.size for picture in drawn.pictures] == [(8, 8)] * 2
+    np.testing.assert_array_equal(drawn.routing.tokens, samples.routing.tokens)
+    assert drawn.macs == pytest.approx(samples.macs.mean()) and drawn.macs < pipeline.macs.complete
+
+
+def test_a_second_call_compiles_nothing(pipeline, monkeypatch):
+    first = pipeline([1, 2])
+    described = []
+    monkeypatch.setattr(
+        "dydit_jax.runtime.aot.compile_for", lambda *given: described.append(given) or compile_for(*given)
+    )
+    np.testing.assert_array_equal(pipeline([1, 2]).pixels, first.pixels)
+    assert not described
+
+
+def test_routing_is_that_of_a_pass_over_the_noisy_images(pipeline, tiny):
+    model, params = tiny
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 8, 8, 1)).astype(np.float32)
+    routing = pipeline.routing(images, [0, 1, 2], 600)
+    heads, groups = model.time_gates(params, jnp.full(3, 600))
+    np.testing.assert_array_equal(routing.heads, heads)
+    np.testing.assert_array_equal(routing.groups, groups)
+    assert routing.tokens.shape == (3, 2, 16) and set(np.unique(routing.tokens)) <= {0, 1}
+    assert (pipeline.routing(images, [0, 1, 2], 0).tokens != routing.tokens).any()
+    with pytest.raises(InputError, match="from 0 to 999, not 1000"):
+        pipeline.routing(images, [0, 1, 2], 1000)
+
+
+@pytest.mark.parametrize(
+    "settings, message", [(dict(steps="0"), "steps"), (dict(sampler="ddmi"), "ddim"), (dict(guidance=-1.0), "guidance")]
+)
+def test_settings_that_are_not_allowed_are_refused(pipeline, settings, message):
+    with pytest.raises(InputError, match=message):
+        pipeline([1], **settings)
