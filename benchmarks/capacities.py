@@ -107,7 +107,7 @@ def _rows(run: SamplingRun, plan: Plan) -> np.ndarray:
     by_step = [
         [own.capacity[-1] for own in program.executions] for program in programs for _ in range(len(program.segment))
     ]
-    return np.minimum(1, by_step / every)
+    return np.minimum(1, np.array(by_step) / every)
 
 
 if __name__ == "__main__":

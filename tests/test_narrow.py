@@ -75,3 +75,13 @@ def test_on_an_accelerator_the_program_narrows(tiny):
     chex.assert_trees_all_equal(cut, narrow(params["blocks"], dtype=jnp.dtype("float32"), **everything))
     chex.assert_trees_all_equal_shapes_and_dtypes(given.shapes(**everything), cut)
     assert given.narrow_to(**everything)[0]["mlp"] is cut[0]["mlp"]
+
+
+def test_blocks_are_narrowed_without_arrays(tiny):
+    """As the benchmarks do that only compile."""
+    model, params = tiny
+    wanted = dict(heads=((0, 2), ()), groups=((1,), (0, 1, 2, 3)))
+    shapes = jax.eval_shape(lambda blocks: narrow(blocks, **wanted, dtype=jnp.dtype("float32")), params["blocks"])
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        shapes, narrow(params["blocks"], **wanted, dtype=jnp.dtype("float32"))
+    )

@@ -141,6 +141,8 @@ class NarrowedBlocks:
 
 def _replicate(leaf):
     """Copy an array to all devices of its mesh: how it was sharded says nothing about a layer of it, which has no L."""
+    if isinstance(leaf, jax.core.Tracer):  # of a program, which knows no devices yet
+        return leaf
     if not getattr(leaf, "committed", False) or not isinstance(leaf.sharding, NamedSharding):
         return leaf
     return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))  # of one device: nothing is copied
