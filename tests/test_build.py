@@ -49,7 +49,7 @@ def test_default_config_lists_every_knob():
         ("model", "size", "XL/2", "fixes depth, heads, patch, width"),
         ("model", "heads", 5, "must divide model.width"),
         ("model", "patch", 3, "must divide model.side"),
-        ("data", "name", "digit", "Unknown dataset 'digit'; known: digits, images, latents, synthetic, tfds"),
+        ("data", "name", "digit", "Unknown dataset 'digit'; known: digits, idx, images, latents, synthetic, tfds"),
         ("data", "batch_size", 0, "from 1 to"),
         ("optimizer", "learning_rate", -1.0, "at least 0"),
         ("optimizer", "decay", "linear", "known: constant, cosine"),

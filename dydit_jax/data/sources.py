@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from dydit_jax.data.folders import list_class_folders
+from dydit_jax.data.idx import WHERE_TO_GET, read_idx_split
 from dydit_jax.data.images import center_crop, decode_image, read_picture
 from dydit_jax.data.latent_files import LABELS_FILE, LATENTS_FILE, LatentFiles
 from dydit_jax.data.prepared import open_prepared, read_example
@@ -36,7 +37,7 @@ class DataConfig:
     """Which examples, in which order.
 
     Attributes:
-      name: digits, images, latents, synthetic or tfds, a key of `SOURCES`.
+      name: digits, idx, images, latents, synthetic or tfds, a key of `SOURCES`.
       path: of a dataset that lies in files, empty for the others; see the sources for what it names.
       batch_size: B over all devices and processes, at most `MOST_BATCH`.
       seed: seed of the order.
@@ -291,7 +292,33 @@ class Prepared(_Pictures):
         return tuple(example[key] for key in self._keys)
 
 
-BUILT_IN = {"digits": Digits, "images": Images, "latents": Latents, "synthetic": Synthetic, "tfds": Prepared}
+class Idx(_Pictures):
+    """The training split of an IDX set such as MNIST or Fashion-MNIST; `path` is the folder of its gzip files."""
+
+    def __init__(self, config, model):
+        super().__init__(config, model)
+        if not config.path:
+            raise InputError(f"Dataset idx needs data.path, the folder of its files. {WHERE_TO_GET}.")
+        self.images, self.labels = read_idx_split(config.path, "train")
+        classes = int(self.labels.max()) + 1
+        _require_shape("idx", (*self.images.shape[1:], 1), classes, model)
+        self.fingerprint = f"idx {len(self.labels)} {_digest(self.images.tobytes() + self.labels.tobytes())}"
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"pixels": self.images[index][..., None], "label": np.int32(self.labels[index])}
+
+
+BUILT_IN = {
+    "digits": Digits,
+    "idx": Idx,
+    "images": Images,
+    "latents": Latents,
+    "synthetic": Synthetic,
+    "tfds": Prepared,
+}
 SOURCES = Registry("data source", DataSource, BUILT_IN)
 
 
