@@ -4,8 +4,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from dydit_jax.fast import narrow as narrowing
 from dydit_jax.fast.narrow import DeferredBlocks, NarrowedBlocks, cast_for_products, narrow
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh, replicated
 
 
 def test_narrowed_weights_have_what_is_kept(tiny):
@@ -85,3 +88,23 @@ def test_blocks_are_narrowed_without_arrays(tiny):
     chex.assert_trees_all_equal_shapes_and_dtypes(
         shapes, narrow(params["blocks"], **wanted, dtype=jnp.dtype("float32"))
     )
+
+
+@pytest.mark.parametrize("on_mesh", [False, True])
+def test_blocks_in_a_cpus_memory_are_cut_without_compiling(tiny, monkeypatch, on_mesh):
+    """The program of an accelerator, which cuts them as well, is the other way to the same numbers."""
+    model, params = tiny
+    depth, units = model.config.depth, model.config.heads
+    wanted = dict(heads=((0, 2), *[()] * (depth - 1)), groups=(*[(1,)] * (depth - 1), tuple(range(units))))
+    place = replicated(make_mesh(MeshConfig())) if on_mesh else None
+    blocks = params["blocks"] if place is None else jax.device_put(params["blocks"], place)
+    settings = dict(dtype=jnp.dtype("bfloat16"))
+    deferred = NarrowedBlocks(blocks, **settings, platform="gpu").narrow_to(**wanted)
+    compiled = jax.jit(DeferredBlocks.narrowed)(deferred)
+    given = NarrowedBlocks(blocks, **settings, platform="cpu")
+    for name in ("_take_units", "_take_layer"):
+        monkeypatch.delattr(narrowing, name)
+    cut = given.narrow_to(**wanted)
+    chex.assert_trees_all_equal(cut, compiled)
+    placed = lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding if leaf.committed else None)
+    assert jax.tree.map(placed, cut) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, place), cut)

@@ -157,6 +157,15 @@ def test_an_abandoned_generator_leaves_no_bar_behind(terminal):
     assert progress._thread.bars == []
 
 
+@pytest.mark.parametrize(("chosen", "kept_from"), [(None, 0.1), ("0.7", 0.7)])
+def test_small_programs_are_kept_too_unless_the_user_says_otherwise(monkeypatch, program_folder, chosen, kept_from):
+    name = cache.SECONDS_OF_USER
+    monkeypatch.delenv(name) if chosen is None else monkeypatch.setenv(name, chosen)
+    jax.config.update(name.lower(), float(chosen or 1.0))
+    cache.keep_programs()
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == kept_from
+
+
 @pytest.mark.parametrize("chosen", [None, "elsewhere"])
 def test_programs_are_kept_unless_the_user_has_chosen_a_place(monkeypatch, tmp_path, chosen):
     monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path))

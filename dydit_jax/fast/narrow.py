@@ -50,7 +50,7 @@ class NarrowedBlocks:
     On a CPU they are narrowed before the program runs. Arrays unchanged between consecutive segments are reused; others
     are freed, layer by layer, before they are rebuilt. Blocks of segments that keep everything are handled like this on
     any platform. Otherwise the program itself narrows: an accelerator would wait for its host, which can queue only a
-    few operations ahead.
+    few operations ahead. Arrays in a CPU's memory are cut by NumPy, without anything being compiled.
 
     Attributes:
       whole: the parameters of all blocks, stacked [L,...], products in their dtype.
@@ -82,15 +82,17 @@ class NarrowedBlocks:
             return self._deferred(heads, groups)
         if self._layers is None:
             shared = {name: part for name, part in self.whole.items() if name not in UNIT_AXES}
-            self._layers = [_take_layer(shared, layer) for layer in range(len(heads))]
+            take_layer = _cut_layer if _on_host(shared) else _take_layer
+            self._layers = [take_layer(shared, layer) for layer in range(len(heads))]
             self._kept = [{} for _ in heads]
         for layer, units in enumerate(zip(heads, groups, strict=True)):
             for name, kept in zip(UNIT_AXES, units):
                 if self._kept[layer].get(name) != kept:
                     for known in (self._kept, self._layers):  # both, should memory not suffice for the new
                         known[layer].pop(name, None)
+                    take_units = _cut_units if _on_host(self.whole[name]) else _take_units
                     layer_and_kept = np.asarray((layer, *kept), np.int32)
-                    self._layers[layer][name] = _take_units(self.whole[name], layer_and_kept, name)
+                    self._layers[layer][name] = take_units(self.whole[name], layer_and_kept, name)
                     self._kept[layer][name] = kept
         return [dict(layer) for layer in self._layers]  # the next call changes its own
 
@@ -212,3 +214,52 @@ def _take_units(part: dict, layer_and_kept, name: str) -> dict:
 @jax.jit
 def _take_layer(parts: dict, layer) -> dict:
     return jax.tree.map(lambda leaf: leaf[layer], parts)
+
+
+# --- The same in a CPU's memory ------------------------------------------------------------------
+
+
+def _on_host(part: dict) -> bool:
+    """Return whether all arrays lie whole in a CPU's memory, where NumPy reads them as they are."""
+
+    def is_there(leaf) -> bool:
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+            return False
+        return leaf.is_fully_replicated and all(device.platform == "cpu" for device in leaf.devices())
+
+    return all(map(is_there, jax.tree.leaves(part)))
+
+
+def _cut_units(part: dict, layer_and_kept: np.ndarray, name: str) -> dict:
+    """Do what `_take_units` does, with NumPy."""
+    layer, *kept = layer_and_kept.tolist()
+
+    def cut(leaf, axis, *part_of_leaf):
+        array = np.asarray(leaf)[layer, *part_of_leaf]
+        if axis is not None and len(kept) < array.shape[axis]:
+            array = np.take(array, kept, axis)
+        return _placed_as(leaf, array)
+
+    axes, taken = UNIT_AXES[name], {}
+    for leaf_name, leaf in part.items():
+        if leaf_name in SPLIT_QKV:
+            taken[leaf_name] = tuple(cut(leaf, axes[leaf_name] - 1, i) for i in range(3))
+        else:
+            taken[leaf_name] = cut(leaf, axes.get(leaf_name))
+    return taken
+
+
+def _cut_layer(parts: dict, layer: int) -> dict:
+    """Do what `_take_layer` does, with NumPy."""
+    return jax.tree.map(lambda leaf: _placed_as(leaf, np.asarray(leaf)[layer]), parts)
+
+
+def _placed_as(leaf: jax.Array, array: np.ndarray) -> jax.Array:
+    """Return an array on the devices of another, fixed to them where that one is."""
+    if not leaf.committed:
+        return jnp.asarray(array)
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):  # of an array with other axes
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    # Not `device_put`, which lets all processes compare what they have.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

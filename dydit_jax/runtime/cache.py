@@ -15,6 +15,9 @@ import jax
 
 logger = logging.getLogger(__name__)
 
+SECONDS_OF_USER = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+LEAST_SECONDS = 0.1  # of compiling, from which on a program is kept; JAX's own second leaves most of a short run out
+
 
 def cache_folder() -> Path:
     """Return $DYDIT_JAX_CACHE, or ~/.cache/dydit-jax."""
@@ -33,9 +36,15 @@ def program_folder() -> str | None:
 
 
 def keep_programs() -> None:
-    """Let a second start find its programs compiled, in `program_folder` unless the user has chosen another place."""
+    """Let a second start find its programs compiled, in `program_folder` unless the user has chosen another place.
+
+    Small programs too, unless the user has set `SECONDS_OF_USER`: those that a run begins with compile for a second.
+    """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", program_folder())
+    if SECONDS_OF_USER not in os.environ:
+        name = SECONDS_OF_USER.lower()
+        jax.config.update(name, min(getattr(jax.config, name), LEAST_SECONDS))
 
 
 def make_private(folder: Path) -> None:
