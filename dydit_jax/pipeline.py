@@ -26,6 +26,7 @@ from dydit_jax.diffusion.schedules import make_schedule
 from dydit_jax.drawing.pictures import draw_grid, image_of, label_texts, to_uint8
 from dydit_jax.errors import InputError
 from dydit_jax.fast.plan import Plan
+from dydit_jax.labels import read_labels
 from dydit_jax.latents import decode_latents, encode_images
 from dydit_jax.loading import load_autoencoder, load_checkpoint
 from dydit_jax.models.cost import ModelMacs
@@ -191,7 +192,7 @@ class Pipeline:
         """Draw one image per label.
 
         Args:
-          labels: [B], 0 .. classes; `classes` itself stands for "no class".
+          labels: [B], 0 .. classes; `classes` itself stands for "no class". Or names of classes, where they are known.
           sampler: such as "ddpm", "ddim" or "dpmpp_2m", see docs/sampling.md; None for the checkpoint's own.
           steps: timesteps, such as 250, "ddim50", "10,20,30" or "logsnr:10"; None for the checkpoint's own.
           guidance: scale of classifier-free guidance, 1 for none, or a list with a scale for each evaluation of the
@@ -204,9 +205,11 @@ class Pipeline:
           `Drawn`: the pictures, decoded where the model's images are latents, with routing and cost.
 
         Raises:
-          InputError: labels out of range, or settings that are not allowed.
+          InputError: labels out of range, unknown names, or settings that are not allowed.
         """
-        labels = np.atleast_1d(np.asarray(labels, np.int32))
+        model = self.weights.model
+        words = [labels] if isinstance(labels, str) else np.atleast_1d(np.asarray(labels, object)).tolist()
+        labels = read_labels(words, model.classes, self.weights.class_names, "labels")
         scales = None if guidance is None or np.ndim(guidance) == 0 else tuple(map(float, guidance))
         sampling = self.sampling(
             sampler=sampler,
@@ -217,11 +220,11 @@ class Pipeline:
         if scales is not None:
             sampling = dataclasses.replace(sampling, guidance=1.0, guidance_interval=None, guidance_scales=scales)
         trained = self.weights.about.get("config", {})
-        require_no_class(trained, sampling, labels=labels, classes=self.weights.model.classes)
+        require_no_class(trained, sampling, labels=labels, classes=model.classes)
         job = DrawJob(labels, np.arange(len(labels)), sampling, seed=seed, mode=mode)
         batches = list(self.draw(job))
         pixels = np.concatenate([batch.pixels for batch in batches])
-        return Drawn(pixels, batches[-1].result.samples, label_texts(labels, self.weights.model.classes))
+        return Drawn(pixels, batches[-1].result.samples, label_texts(labels, model.classes))
 
     def sampling(self, **overrides) -> SamplingConfig:
         """Return the checkpoint's sampling settings, with those replaced that are not None.

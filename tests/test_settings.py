@@ -122,7 +122,7 @@ def test_jobs_run_under_their_own_settings(job, first, monkeypatch):
             return ["x"] if name in ("checkpoints", "samples") else "x"
 
     monkeypatch.setattr(first, look)
-    arguments = ({}, "") if job is train.train_and_evaluate else (Anything(),)
+    arguments = ({}, "run") if job is train.train_and_evaluate else (Anything(),)
     with set_from_outside(FOREIGN), pytest.raises(Seen):
         job(*arguments)
 

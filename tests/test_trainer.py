@@ -27,12 +27,13 @@ from dydit_jax.drawing.pictures import draw_grid
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs import ema
 from dydit_jax.jobs import train as trainer
-from dydit_jax.jobs.train import first_params, starting_leaves, train_and_evaluate
+from dydit_jax.jobs.train import train_and_evaluate
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime import files
 from dydit_jax.runtime.sharding import make_mesh
 from dydit_jax.training.experiment import read_experiment
+from dydit_jax.training.initialize import first_params, starting_leaves, starting_weights
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,8 @@ def test_finished_run_is_not_trained_further(trained):
 def test_fine_tuning_starts_from_the_static_weights_with_fresh_routers(trained):
     experiment = read_experiment(changed(DYNAMIC, train=dict(init_from=str(trained))))
     model = Model(experiment.model)
-    params = first_params(model, experiment, make_mesh(experiment.mesh), starting_leaves(model, experiment))
+    leaves = starting_leaves(starting_weights(model, experiment), model, experiment)
+    params = first_params(model, experiment, make_mesh(experiment.mesh), leaves)
     source = load_checkpoint(trained).params
     np.testing.assert_array_equal(params["blocks"]["mlp"]["up"], source["blocks"]["mlp"]["up"])
     assert bool((params["head_router"]["bias"] == 15).all())

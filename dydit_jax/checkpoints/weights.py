@@ -34,6 +34,11 @@ class Weights:
     params: dict
     about: dict
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes by label; empty where they are not known."""
+        return tuple(self.about.get("class_names", ()))
+
 
 def package_versions() -> dict[str, str]:
     """Return the versions of what decides the numbers."""

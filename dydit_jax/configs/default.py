@@ -20,7 +20,7 @@ def get_config():
     config.model.patch = config_dict.placeholder(int)
     config.model.side = 32  # image side / 8 for latents
     config.model.channels = 4
-    config.model.classes = 1000
+    config.model.classes = 1000  # -1: as many as the data have
     config.model.mlp_ratio = 4
     config.model.routers = "none"  # none: static DiT; first_on, free: DyDiT
     config.model.positions = "sine_cosine"
@@ -77,6 +77,8 @@ def get_config():
     config.train.seed = 0
     config.train.ema_decay = 0.9999
     config.train.init_from = ""
+    config.train.class_map = ""  # "0:207,1:360": classes of init_from that own ones start from, or a file of pairs
+    config.train.new_classes = "random"  # rows of the label table for the others; or "mean"
     config.train.precision = "auto"
     config.train.remat = "none"
     config.train.accumulate = 1  # parts of a batch, one after the other, to save memory

@@ -19,6 +19,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.runtime.files import read_json
 
 LATENTS_FILE, LABELS_FILE, CHECKSUMS_FILE, INFO_FILE = "moments.npy", "labels.npy", "checksums.npy", "info.json"
+CLASSES_KEY = "classes"  # of info.json: names of the classes by label
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,11 @@ from collections.abc import Callable
 import numpy as np
 from etils import epath
 
+from dydit_jax.data.fitting import require_labels, require_shape
 from dydit_jax.data.folders import list_class_folders
 from dydit_jax.data.idx import WHERE_TO_GET, read_idx_split
 from dydit_jax.data.images import center_crop, decode_image, read_picture
-from dydit_jax.data.latent_files import LABELS_FILE, LATENTS_FILE, LatentFiles
+from dydit_jax.data.latent_files import CLASSES_KEY, LABELS_FILE, LATENTS_FILE, LatentFiles
 from dydit_jax.data.prepared import open_prepared, read_example
 from dydit_jax.errors import InputError
 from dydit_jax.models.autoencoder import LATENT_SCALE
@@ -71,7 +72,8 @@ class DataSource(typing.Protocol):
     """Examples to train on, by their number.
 
     A source may also have `draw(example, generator)`, which makes the example of a step from what `__getitem__` returns
-    and a `numpy.random.Generator`: a mirror image, a crop. All that is random belongs there.
+    and a `numpy.random.Generator`: a mirror image, a crop. All that is random belongs there. It may have `classes`,
+    their number, for `model.classes=-1`, and `class_names`, by label, which the trained weights then keep.
 
     Attributes:
       fingerprint: what it holds, for people and to notice that data have changed: a name, a count, a checksum.
@@ -122,8 +124,8 @@ class Digits:
     """The training split of scikit-learn's digits."""
 
     def __init__(self, config, model):
-        self.images, self.labels = digits("train")
-        _require_shape("digits", self.images.shape[1:], 10, model)
+        (self.images, self.labels), self.classes = digits("train"), 10
+        require_shape("digits", self.images.shape[1:], self.classes, model)
         self.fingerprint = f"digits {_digest(self.images.tobytes())}"
 
     def __len__(self):
@@ -146,7 +148,7 @@ class Synthetic:
     def __getitem__(self, index):
         generator = np.random.default_rng(index)
         image = generator.standard_normal(self.shape, np.float32)
-        return {"image": image, "label": np.int32(generator.integers(self.classes))}
+        return {"image": image, "label": np.int32(generator.integers(max(self.classes, 1)))}
 
 
 class Latents:
@@ -166,8 +168,10 @@ class Latents:
             )
         self.files, self.flip = LatentFiles(folder), config.flip
         _, _, *side, channels = self.files.shape
-        _require_shape("latents", (*side, channels // 2), model.classes, model)
-        _require_labels(folder / LABELS_FILE, self.files.labels, model.classes)
+        self.class_names = tuple(self.files.info.get(CLASSES_KEY, ()))
+        require_labels(folder / LABELS_FILE, self.files.labels, len(self.class_names) or model.classes or np.inf)
+        self.classes = len(self.class_names) or model.classes or int(self.files.labels.max()) + 1
+        require_shape("latents", (*side, channels // 2), self.classes, model, self.class_names)
         self.labels = self.files.labels.astype(np.int32)
         self.autoencoder = self.files.info.get("autoencoder", "")
         checksum = self.files.info.get("checksum") or _digest(self.labels.tobytes())
@@ -210,7 +214,7 @@ class _Pictures:
             except InputError as error:
                 self._count(name, error)
                 continue
-            _require_labels(name, label, self.classes)
+            require_labels(name, label, self.classes)
             pixels = center_crop(image if self.channels == 3 else image.convert("L"), self.side)
             return {"pixels": pixels.reshape(self.side, self.side, self.channels), "label": np.int32(label)}
         raise InputError("No picture of the dataset can be read.")
@@ -245,8 +249,9 @@ class Images(_Pictures):
                 f"Dataset images needs data.path, a folder with one sub-folder per class, not {config.path!r}."
             )
         self.files, self.labels = list_class_folders(folder)
-        self.classes = int(self.labels.max()) + 1
-        _require_shape("images", (model.side, model.side, self.channels), self.classes, model)
+        self.class_names = tuple(dict.fromkeys(file.parent.name for file in self.files))
+        self.classes = len(self.class_names)
+        require_shape("images", (model.side, model.side, self.channels), self.classes, model, self.class_names)
         names = "\n".join(f"{file.parent.name}/{file.name}" for file in self.files)
         self.fingerprint = f"images {len(self.files)} {_digest(os.fsencode(names))}"
 
@@ -276,8 +281,9 @@ class Prepared(_Pictures):
                 f"{config.path!r} has no classes named {config.label_key!r} but {', '.join(features)}; "
                 "name them with data.label_key."
             )
-        self.classes = features[config.label_key].num_classes
-        _require_shape("tfds", (model.side, model.side, self.channels), self.classes, model)
+        self.class_names = tuple(features[config.label_key].names)
+        self.classes = len(self.class_names)
+        require_shape("tfds", (model.side, model.side, self.channels), self.classes, model, self.class_names)
         keys = "" if self._keys == ("image", "label") else " " + " ".join(self._keys)
         self.fingerprint = f"tfds {info.full_name} {config.path.rpartition('/')[2]} {len(self._source)}{keys}"
 
@@ -300,8 +306,8 @@ class Idx(_Pictures):
         if not config.path:
             raise InputError(f"Dataset idx needs data.path, the folder of its files. {WHERE_TO_GET}.")
         self.images, self.labels = read_idx_split(config.path, "train")
-        classes = int(self.labels.max()) + 1
-        _require_shape("idx", (*self.images.shape[1:], 1), classes, model)
+        self.classes = int(self.labels.max()) + 1
+        require_shape("idx", (*self.images.shape[1:], 1), self.classes, model)
         self.fingerprint = f"idx {len(self.labels)} {_digest(self.images.tobytes() + self.labels.tobytes())}"
 
     def __len__(self):
@@ -366,31 +372,8 @@ def _require_source(source: DataSource, shape: tuple[int, ...], classes: int | N
         raise InputError(
             f'{method} must return one "label", a whole number, not an array {np.shape(example["label"])}.'
         )
-    _require_labels(method, example["label"], classes or np.inf)
+    require_labels(method, example["label"], classes or np.inf)
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _require_shape(name: str, shape: tuple[int, ...], classes: int, model) -> None:
-    """Raise unless a dataset fits a model; one without classes takes any."""
-    wanted = (model.side, model.side, model.channels)
-    if shape != wanted or model.classes not in (None, classes):
-        raise InputError(
-            f"Dataset {name} has images {shape} and {classes} classes; the model is made for {wanted} and "
-            f"{model.classes}. Set model.side, model.channels and model.classes."
-        )
-
-
-def _require_labels(where, labels, classes: int) -> None:
-    """Raise unless labels, one or an array, are whole numbers from 0 to classes - 1."""
-    labels = np.atleast_1d(labels)
-    if not labels.size or labels.dtype.kind not in "iuf":
-        raise InputError(f"{where} has {labels.size} labels of type {labels.dtype}; whole numbers are needed.")
-    wrong = labels[(labels < 0) | (labels >= classes) | (labels != np.floor(labels))]
-    if wrong.size:
-        raise InputError(
-            f"{where} has label {wrong[0]}; labels are whole numbers from 0 to {classes - 1}. Mend the data, or set "
-            "model.classes."
-        )

@@ -22,6 +22,7 @@ import logging
 import os
 import pathlib
 import types
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -30,6 +31,7 @@ from etils import epath
 from dydit_jax.checkpoints import checksum
 from dydit_jax.data.latent_files import (
     CHECKSUMS_FILE,
+    CLASSES_KEY,
     INFO_FILE,
     LABELS_FILE,
     LATENTS_FILE,
@@ -133,7 +135,7 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
     left = [first for first in range(0, len(source), request.chunk) if first not in done]
     mine = left[jax.process_index() :: jax.process_count()]
     on_all_processes(lambda: _make_chunks(mine, source, params, request, out))  # too many bad pictures in one end all
-    on_all_processes(lambda: _finish(out, job) if is_main() else None)
+    on_all_processes(lambda: _finish(out, job, source.class_names) if is_main() else None)
     logger.info("Wrote %s: use data.name=latents, data.path=%s", out, out)
     return out
 
@@ -292,7 +294,7 @@ class _Arrays:
             ) from error
 
 
-def _finish(out, job: dict) -> None:
+def _finish(out, job: dict, class_names: Sequence[str]) -> None:
     """Give the arrays their names and describe them; the journals are not needed any more."""
     done, starts = _read_journals(out), range(0, job["count"], job["chunk"])
     missing = [first for first in starts if first not in done]
@@ -302,7 +304,8 @@ def _finish(out, job: dict) -> None:
         _current(out, name).replace(out / name)
     chunks = [done[first] for first in starts]
     checksum_of_all = hashlib.sha256("".join(chunks).encode()).hexdigest()
-    write_json(out / INFO_FILE, dict(job, checksum=checksum_of_all, chunks=chunks))
+    described = dict(job, checksum=checksum_of_all, chunks=chunks) | {CLASSES_KEY: list(class_names)}
+    write_json(out / INFO_FILE, described)
     for path in (*out.glob(JOURNALS), *out.glob("*.partial")):  # the latter of jobs that were killed
         path.unlink()
 

@@ -42,6 +42,7 @@ from dydit_jax.jobs.sample_folder import (
     write_image,
     write_set,
 )
+from dydit_jax.labels import read_labels
 from dydit_jax.latents import LATENT_FACTOR
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.cost import format_count
@@ -64,8 +65,7 @@ WRITERS = 4
 MOST_IMAGES = 1_000_000  # their names have six digits
 MOST_GRID_IMAGES = 10_000  # of one picture, which is made in memory
 LIMITS = dict(rows=MOST_GRID_IMAGES, batch_size=65_536, num_images=MOST_IMAGES, segments=None)
-LABEL_BYTES = 12  # of a line in a file of labels, at most
-SHOWN_BYTES = 20  # of what stands in the place of a label
+LABEL_BYTES = 12  # of a line in a file of labels, on average at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +75,11 @@ class Request:
     Attributes:
       checkpoint: a .safetensors file, a folder with one, a training's work directory, or a known name such as digits.
       out: folder for the images: new, empty, or of the same job, which goes on.
-      labels: labels of a grid, one column each: 0,1,2. Exactly one of this, `num_images` and `labels_file` is given.
+      labels: labels of a grid, one column each: 0,1,2, or names of classes where the checkpoint knows them. Exactly one
+        of this, `num_images` and `labels_file` is given.
       rows: rows of the grid: images of each label.
       num_images: number of images with uniform labels, also as samples.npz; a larger number lets a set grow.
-      labels_file: file with one label per line: a set with these labels.
+      labels_file: file with one label per line, a number or a name: a set with these labels.
       seed: seed of all noise and of uniform labels, 0 to 2^64 - 1.
       batch_size: images at once; does not change them.
       mode: "fast" (only what is on is computed), "gated" (computed and multiplied by its gate) or "complete" (all gates
@@ -144,7 +145,7 @@ def sample(request: Request) -> Samples:
       InputError: anything wrong with the request, before anything is compiled or written.
     """
     weights = _weights(request)
-    labels = _labels(request, weights.model.classes)
+    labels = _labels(request, weights)
     require_no_class(weights.about.get("config", {}), weights.sampling, labels=labels, classes=weights.model.classes)
     pipeline = Pipeline(weights, precision=request.precision)
     _require_segments(request, pipeline.prepare(weights.sampling))
@@ -278,17 +279,18 @@ def _number(text, where: str) -> float:
         raise InputError(f"{where} must be a number, or several with commas between them, not {text!r}.") from error
 
 
-def _labels(request: Request, classes: int) -> np.ndarray:
+def _labels(request: Request, weights: Weights) -> np.ndarray:
     """Return the label of every image of the job, [n] int32."""
+    classes, names = weights.model.classes, weights.class_names
     if request.num_images is not None:
         return np.asarray(uniform_labels(request.seed, np.arange(request.num_images), classes), np.int32)
     if request.labels is not None:
-        return np.tile(_label_numbers(request.labels, classes, "--labels"), request.rows)
-    return _label_numbers(_read_words(request.labels_file), classes, str(request.labels_file))
+        return np.tile(read_labels(request.labels, classes, names, "--labels"), request.rows)
+    return read_labels(_read_words(request.labels_file), classes, names, str(request.labels_file))
 
 
 def _read_words(path) -> list[str]:
-    """Read a file of labels, as far as it can be one."""
+    """Read a file of labels, as far as it can be one: numbers by spaces or lines, a name is a line."""
     path = epath.Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path} (--labels_file).")
@@ -297,24 +299,14 @@ def _read_words(path) -> list[str]:
         with path.open("rb") as file:
             content = file.read(most + 1)
         is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Windows writes it
-        words = content.decode("utf-16" if is_wide else "utf-8-sig").split()
+        lines = content.decode("utf-16" if is_wide else "utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read as text; --labels_file wants one label per line ({error}).") from error
+    are_numbers = lambda line: "".join(line.split()).isdecimal()
+    words = [word for line in lines if line.strip() for word in (line.split() if are_numbers(line) else [line])]
     if len(content) > most or len(words) > MOST_IMAGES:
         raise InputError(f"{path} is too long for labels; at most {MOST_IMAGES} images are drawn at once.")
     return words
-
-
-def _label_numbers(labels: list, classes: int, where: str) -> np.ndarray:
-    """Read labels, of which `classes` itself stands for "no class"."""
-    words = [str(label).strip() for label in labels]
-    wrong = [word for word in words if not word.isdecimal() or len(word) > LABEL_BYTES or int(word) > classes]
-    if wrong or not words:
-        raise InputError(
-            f"{where} must hold numbers from 0 to {classes - 1} ({classes} for no class), not "
-            f"{', '.join(ascii(word[:SHOWN_BYTES])[1:-1] for word in wrong[:5]) or 'nothing'}."
-        )
-    return np.asarray([int(word) for word in words], np.int32)
 
 
 def _image_shape(weights: Weights) -> tuple[int, int, int]:

@@ -29,11 +29,11 @@ from dydit_jax.checkpoints import (
     save_weights,
 )
 from dydit_jax.data.batches import batches
-from dydit_jax.data.sources import open_source
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.ema import draw_samples, measure_ema, place_examples
 from dydit_jax.jobs.endings import about_newest, checkpoint_named, require_finite, require_progress
-from dydit_jax.loading import load_checkpoint, load_decoder
+from dydit_jax.jobs.training_data import class_names_of, open_training_data, with_counted_classes, with_latents
+from dydit_jax.loading import load_decoder
 from dydit_jax.models.cost import format_count
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import build_model
@@ -42,7 +42,6 @@ from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
 from dydit_jax.runtime.peaks import best_case, flops_utilisation
 from dydit_jax.runtime.peers import RESTART_CODE
 from dydit_jax.runtime.processes import PreemptionNotice, is_main, on_all_processes, one_for_all, require_same, to_host
-from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import (
     batch_sharding,
@@ -55,63 +54,22 @@ from dydit_jax.runtime.sharding import (
 from dydit_jax.runtime.tracking import Clock, Profile, StallWatchdog, duration
 from dydit_jax.runtime.writers import Writers, open_writers
 from dydit_jax.training.experiment import Experiment, build_update, differences, read_experiment
+from dydit_jax.training.initialize import first_params, starting_leaves, starting_weights
 from dydit_jax.training.objective import passes_at
 from dydit_jax.training.optimizer import build_optimizer
 from dydit_jax.training.update import TrainState, all_finite, batch_shapes, compile_update, init_state
-from dydit_jax.trees import flatten, unflatten
 
 logger = logging.getLogger(__name__)
-
-INIT_STEP = 2**32 - 1  # the key of the initial values is that of a step which no run reaches
-
-
-# --- The first parameters -----------------------------------------------------------------------
-
-
-def starting_leaves(model: Model, experiment: Experiment) -> dict:
-    """Read the weights of `train.init_from` by path; empty where training starts from random values.
-
-    Raises:
-      InputError: weights of another shape, or that lack more than routers.
-    """
-    if not experiment.train.init_from:
-        return {}
-    source = flatten(load_checkpoint(experiment.train.init_from).params)
-    own = {name: leaf.shape for name, leaf in flatten(model.abstract_params()).items()}
-    wrong = [f"{name} {leaf.shape}" for name, leaf in source.items() if own.get(name) != leaf.shape]
-    wrong += [f"{name} missing" for name in own if name not in source and "_router/" not in name]
-    if wrong:
-        raise InputError(f"train.init_from {experiment.train.init_from} is another model: {'; '.join(wrong[:6])}.")
-    return source
-
-
-def first_params(model: Model, experiment: Experiment, mesh: Mesh, source: dict) -> dict:
-    """Make the parameters of step 0, directly in their shards: random ones, replaced by those of `source`.
-
-    Args:
-      model, experiment: what is trained.
-      mesh: where.
-      source: leaves by path, from `starting_leaves`.
-    """
-    key = jax.random.fold_in(make_key(experiment.train.seed), INIT_STEP)
-    params = flatten(jax.jit(model.init, out_shardings=shardings(mesh, model.abstract_params()))(key))
-    placed = {name: jax.device_put(leaf, params[name].sharding) for name, leaf in source.items()}
-    return unflatten(params | placed)
-
 
 # --- The loop ------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def claimed_workdir(workdir, config: dict) -> Iterator[FolderLock]:
-    """Hold a work directory that is this run's: empty, or of a run with the same configuration.
+def require_own_workdir(workdir, config: dict) -> None:
+    """Raise unless a work directory is this run's: empty, or of a run with the same configuration.
 
     Raises:
-      InputError: not given, not writable, not empty, another configuration's, or one that another training works in;
-        nothing is changed then.
+      InputError: not empty, or another configuration's; nothing is changed.
     """
-    if not workdir:
-        raise InputError("--workdir is empty; name the folder that this run may write to.")
     workdir = epath.Path(workdir)
     if is_run(workdir):
         found = differences(read_run_config(workdir), config)
@@ -119,6 +77,17 @@ def claimed_workdir(workdir, config: dict) -> Iterator[FolderLock]:
             raise InputError(f"{workdir} holds a run with another configuration: {'; '.join(found)}.")
     elif workdir.exists() and (not workdir.is_dir() or not all(map(_is_left_behind, workdir.iterdir()))):
         raise InputError(f"{workdir} is neither empty nor a run's work directory; name another one.")
+
+
+@contextlib.contextmanager
+def claimed_workdir(workdir, config: dict) -> Iterator[FolderLock]:
+    """Hold a work directory that is this run's.
+
+    Raises:
+      InputError: see `require_own_workdir`; or not writable, or one that another training works in.
+    """
+    workdir = epath.Path(workdir)
+    require_own_workdir(workdir, config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -149,19 +118,26 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
       InputError: anything wrong with the config or the work directory, before anything is compiled.
       StopError: told to leave, too many bad batches in a row, or a checkpoint that can't be written.
     """
+    if not workdir:
+        raise InputError("--workdir is empty; name the folder that this run may write to.")
+    config = on_all_processes(lambda: with_counted_classes(config))
     experiment = on_all_processes(lambda: read_experiment(config))
     require_same("configuration", json.dumps(config, sort_keys=True))
     mesh = on_all_processes(lambda: make_mesh(experiment.mesh))
     on_all_processes(lambda: require_divisible(mesh, experiment.data.batch_size // experiment.train.accumulate))
-    # A data source that does not fit says so now.
-    data = on_all_processes(lambda: _opened_data(experiment))
-    require_same("dataset", data.fingerprint)
     model = build_model(experiment.model, precision=experiment.train.precision, mesh=mesh, remat=experiment.train.remat)
     continued = has_checkpoint(workdir)
     require_same("content of the work directory", str((continued, from_step)))
     if from_step is not None and not continued:
         raise InputError(f"--from_step={from_step}: {workdir} has no checkpoint yet.")
-    source = {} if continued else on_all_processes(lambda: starting_leaves(model, experiment))
+    source = None if continued else on_all_processes(lambda: starting_weights(model, experiment))
+    on_all_processes(lambda: require_own_workdir(workdir, config) if is_main() else None)
+    experiment = with_latents(experiment, workdir)
+    # A data source that does not fit says so now.
+    data = on_all_processes(lambda: open_training_data(experiment))
+    require_same("dataset", data.fingerprint)
+    names = class_names_of(data)
+    source = on_all_processes(lambda: starting_leaves(source, model, experiment, names))
     with contextlib.ExitStack() as claim:
         lock = on_all_processes(lambda: claim.enter_context(claimed_workdir(workdir, config)) if is_main() else None)
         on_all_processes(lambda: _require_shared(workdir))
@@ -172,7 +148,7 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
             _describe(state, workdir, model, mesh)
             state = _run_steps(state, run, workdir, model, experiment, mesh, data)
             ema = to_host(state.ema)
-        about = dict(config=config, step=int(state.step), versions=package_versions())
+        about = dict(config=config, step=int(state.step), versions=package_versions(), class_names=names)
         if is_main():
             weights = Weights(experiment.model, experiment.diffusion, experiment.sampling, ema, about)
             with checkpoint_named(run, workdir):
@@ -191,21 +167,6 @@ def _require_shared(workdir) -> None:
         raise InputError(
             f"{workdir} is not what process 0 sees there; name a folder that all machines share, or gs://."
         )
-
-
-def _opened_data(experiment: Experiment):
-    """Open the training data.
-
-    Raises:
-      InputError: data that do not fit the model, or latents of another autoencoder than samples are decoded with.
-    """
-    source = open_source(experiment.data, experiment.model)
-    made_by, wanted = getattr(source, "autoencoder", ""), experiment.sampling.autoencoder
-    if made_by and wanted and made_by != wanted:
-        raise InputError(
-            f"The latents in {experiment.data.path} are of {made_by}, but sampling.autoencoder is {wanted}."
-        )
-    return source
 
 
 def _describe(state: TrainState, workdir, model: Model, mesh: Mesh) -> None:
@@ -260,7 +221,7 @@ def _items(state: TrainState) -> dict:
 def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: Experiment, mesh: Mesh, data):
     """Step to the end, reporting, drawing and saving on the way."""
     step, last, tracking = int(state.step), experiment.train.steps, experiment.tracking
-    about = dict(versions=package_versions(), data=data.fingerprint)
+    about = dict(versions=package_versions(), data=data.fingerprint, class_names=class_names_of(data))
     size = experiment.data.batch_size
     shapes = jax.eval_shape(lambda state: state, state), batch_shapes(model.config, size)
     compiled = functools.cache(lambda passes: compile_update(build_update(experiment, model, passes), *shapes, mesh))

@@ -34,7 +34,8 @@ class DiTConfig:
       patch: side of a patch, P, in pixels of the input.
       side: side of the square input, in pixels (image side / 8 for latents).
       channels: channels of the input, C; the output has 2C, noise first, then variance.
-      classes: number of labels; one more row stands for "no class".
+      classes: number of labels; one more row stands for "no class". 0: an unconditional model, which has only that row;
+        for training, -1 takes as many as the data have.
       mlp_ratio: hidden channels of the MLP per channel of the width.
       routers: "none", "free" or "first_on", see `routing`.
       positions: "sine_cosine", the fixed table that DiT is trained with, or "stored": a table of the checkpoint's own,
@@ -65,7 +66,7 @@ class DiTConfig:
 
     def __post_init__(self):
         for name, most in MOST.items():
-            require_range(f"model.{name}", getattr(self, name), low=1, high=most)
+            require_range(f"model.{name}", getattr(self, name), low=0 if name == "classes" else 1, high=most)
         for name in ("label_init_std", "time_init_std"):
             require_range(f"model.{name}", getattr(self, name), low=0.0)
         require_known("model.routers", self.routers, LAYOUTS)

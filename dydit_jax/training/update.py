@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from dydit_jax.diffusion.losses import STRATA
 from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.diffusion.terms import LossConfig
-from dydit_jax.errors import require_known
+from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import PRECISIONS
@@ -35,6 +35,7 @@ from dydit_jax.training.optimizer import OptimizerConfig, build_learning_rate, b
 logger = logging.getLogger(__name__)
 
 BYTES_PER_GIB = 2**30
+NEW_CLASSES = ("random", "mean")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,11 @@ class TrainConfig:
       seed: seed of initial values and of every random draw but the data's order, 0 to 2^64 - 1.
       ema_decay: decay of the exponential moving average of the parameters, which is what gets sampled.
       init_from: weights to start from (anything that `sample.py --checkpoint` takes), empty for random ones. Routers
-        that these lack are initialised afresh: the start of fine-tuning a DiT into a DyDiT.
+        that these lack are initialised afresh: the start of fine-tuning a DiT into a DyDiT. Classes and side of the
+        images may be others.
+      class_map: which class of `init_from` a class starts from: "0:207,1:360" (own:theirs, numbers or names), or a file
+        with such a pair per line. Without it classes are matched by name, or by number where there are as many.
+      new_classes: rows of the label table for the other classes: "random", or "mean", the mean of all of `init_from`.
       precision: "bfloat16", "float32", "highest" (float32 products in full, for comparisons) or "auto": bfloat16
         on accelerators, float32 on CPUs.
       remat: what the backward pass recomputes: "none", "block" or "dots".
@@ -58,6 +63,8 @@ class TrainConfig:
     seed: int = 0
     ema_decay: float = 0.9999
     init_from: str = ""
+    class_map: str = ""
+    new_classes: str = "random"
     precision: str = "auto"
     remat: str = "none"
     accumulate: int = 1
@@ -70,6 +77,9 @@ class TrainConfig:
         require_seed("train.seed", self.seed)
         require_range("train.ema_decay", self.ema_decay, 0.0, 1.0)
         require_known("precision", self.precision, PRECISIONS)
+        require_known("train.new_classes", self.new_classes, NEW_CLASSES)
+        if self.class_map and not self.init_from:
+            raise InputError(f"train.class_map {self.class_map!r} needs train.init_from, whose classes it names.")
 
 
 @jax.tree_util.register_dataclass

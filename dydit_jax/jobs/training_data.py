@@ -1,0 +1,91 @@
+"""What a training does before it opens its data: count the classes, and make latents of pictures once.
+
+A model in latents whose `data.name` is images or tfds is given the latents of these pictures, which lie beside the work
+directory, in <workdir>.latents; other trainings can use them too.
+"""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+
+from dydit_jax.data.sources import DataConfig, DataSource, open_source
+from dydit_jax.errors import InputError
+from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents
+from dydit_jax.latents import LATENT_FACTOR
+from dydit_jax.records import read_record
+from dydit_jax.training.experiment import Experiment
+
+AS_MANY_AS_DATA = -1
+PICTURES = ("images", "tfds")
+LATENTS_SUFFIX = ".latents"
+
+
+def with_counted_classes(config: Mapping) -> dict:
+    """Return a config whose `model.classes` is the number of classes of its data, where it says -1.
+
+    Args:
+      config: sections by name.
+
+    Raises:
+      InputError: data that can't be opened, or a source that does not know its classes.
+    """
+    section = config.get("model") or {}
+    if section.get("classes") != AS_MANY_AS_DATA:
+        return dict(config)
+    data = read_record(DataConfig, config.get("data") or {}, "data")
+    channels = 3 if data.name in PICTURES and section.get("channels") != 1 else section.get("channels")
+    source = open_source(data, types.SimpleNamespace(side=section.get("side"), channels=channels, classes=None))
+    classes = getattr(source, "classes", None)
+    if not classes:
+        raise InputError(f"model.classes=-1 counts the data's classes, but data.name={data.name} has none to count.")
+    return dict(config, model=dict(section, classes=classes))
+
+
+def with_latents(experiment: Experiment, workdir) -> Experiment:
+    """Return an experiment that reads latents in the place of pictures, where its model is one of latents.
+
+    With several processes all of them call this. Latents that are there already are used, half of them completed.
+
+    Args:
+      experiment: that was asked for.
+      workdir: of the training.
+
+    Raises:
+      InputError: see `prepare_latents`.
+    """
+    data, autoencoder = experiment.data, experiment.sampling.autoencoder
+    if data.name not in PICTURES or not autoencoder:
+        return experiment
+    request = LatentsRequest(
+        out=f"{str(workdir).rstrip('/')}{LATENTS_SUFFIX}",
+        path=data.path,
+        data=data.name,
+        autoencoder=autoencoder,
+        side=experiment.model.side * LATENT_FACTOR,
+        threads=max(data.threads, 1),
+        max_bad=data.max_bad,
+        image_key=data.image_key,
+        label_key=data.label_key,
+    )
+    latents = str(prepare_latents(request))
+    return dataclasses.replace(experiment, data=dataclasses.replace(data, name="latents", path=latents))
+
+
+def open_training_data(experiment: Experiment) -> DataSource:
+    """Open the training data.
+
+    Raises:
+      InputError: data that do not fit the model, or latents of another autoencoder than samples are decoded with.
+    """
+    source = open_source(experiment.data, experiment.model)
+    made_by, wanted = getattr(source, "autoencoder", ""), experiment.sampling.autoencoder
+    if made_by and wanted and made_by != wanted:
+        raise InputError(
+            f"The latents in {experiment.data.path} are of {made_by}, but sampling.autoencoder is {wanted}."
+        )
+    return source
+
+
+def class_names_of(source: DataSource) -> tuple[str, ...]:
+    """Return the names of a source's classes by label; () where it has none."""
+    return tuple(getattr(source, "class_names", ()))

@@ -1,0 +1,192 @@
+"""The parameters of step 0: random ones, replaced by those of another model as far as they fit (`train.init_from`).
+
+Three things may differ from that model. Routers that it lacks stay random: the start of a DyDiT. The classes may be
+others: each takes the row of a class of that model, their mean, or stays random, and "no class" always keeps its row.
+The side of the images may be another: the sine-cosine table is computed for any, a stored one is interpolated.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from dydit_jax.checkpoints import Weights
+from dydit_jax.errors import InputError
+from dydit_jax.labels import find_label, name_hint
+from dydit_jax.loading import load_checkpoint
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model
+from dydit_jax.runtime.seeds import make_key
+from dydit_jax.runtime.sharding import shardings
+from dydit_jax.training.experiment import Experiment
+from dydit_jax.training.update import TrainConfig
+from dydit_jax.trees import flatten, unflatten
+
+logger = logging.getLogger(__name__)
+
+INIT_STEP = 2**32 - 1  # the key of the initial values is that of a step which no run reaches
+LABEL_TABLE, POSITIONS = "label_embed/table", "patch_embed/positions"
+NO_ROW = -1  # of a class that no row is copied to
+
+
+def starting_weights(model: Model, experiment: Experiment) -> Weights | None:
+    """Load the weights of `train.init_from`; None where training starts from random values.
+
+    Raises:
+      InputError: weights of another shape than classes and image side explain, or that lack more than routers.
+    """
+    if not experiment.train.init_from:
+        return None
+    source = load_checkpoint(experiment.train.init_from)
+    found = flatten(source.params)
+    own = {name: leaf.shape for name, leaf in flatten(model.abstract_params()).items()}
+    # Their first axes are classes and tokens, which may differ.
+    kept = lambda name, shape: shape[1:] if name in (LABEL_TABLE, POSITIONS) else shape
+    fits = lambda name, leaf: name in own and kept(name, leaf.shape) == kept(name, own[name])
+    wrong = [f"{name} {leaf.shape}" for name, leaf in found.items() if not fits(name, leaf)]
+    wrong += [f"{name} missing" for name in own if name not in found and "_router/" not in name]
+    if wrong:
+        raise InputError(f"train.init_from {experiment.train.init_from} is another model: {'; '.join(wrong[:6])}.")
+    return source
+
+
+def starting_leaves(
+    source: Weights | None, model: Model, experiment: Experiment, class_names: Sequence[str] = ()
+) -> dict:
+    """Return the leaves by path that replace random ones at step 0; {} where all stay random.
+
+    Args:
+      source: from `starting_weights`.
+      model, experiment: what is trained.
+      class_names: of its classes by label, as the data have them; empty where they are not known.
+
+    Raises:
+      InputError: a class map that does not fit.
+    """
+    if source is None:
+        return {}
+    leaves = flatten(source.params)
+    rows = label_rows(source, model.config.classes, experiment.train, class_names)
+    leaves[LABEL_TABLE] = _label_table(leaves[LABEL_TABLE], rows, model, experiment.train)
+    if POSITIONS in leaves and source.model.side != model.config.side:
+        leaves[POSITIONS] = _resized_positions(leaves[POSITIONS], model.config)
+        sides = source.model.side, model.config.side
+        logger.info("The stored position table of side %d is interpolated to side %d (bicubic).", *sides)
+    return leaves
+
+
+def first_params(model: Model, experiment: Experiment, mesh: Mesh, source: dict) -> dict:
+    """Make the parameters of step 0, directly in their shards: random ones, replaced by those of `source`.
+
+    Args:
+      model, experiment: what is trained.
+      mesh: where.
+      source: leaves by path, from `starting_leaves`.
+    """
+    layout = shardings(mesh, model.abstract_params())
+    params = flatten(jax.jit(model.init, out_shardings=layout)(_init_key(experiment.train)))
+    placed = {name: jax.device_put(leaf, params[name].sharding) for name, leaf in source.items()}
+    return unflatten(params | placed)
+
+
+def _init_key(train: TrainConfig):
+    return jax.random.fold_in(make_key(train.seed), INIT_STEP)
+
+
+# --- Classes -------------------------------------------------------------------------------------
+
+
+def label_rows(source: Weights, classes: int, train: TrainConfig, class_names: Sequence[str] = ()) -> np.ndarray:
+    """Choose the row of a model's label table that each class of another one starts from.
+
+    By `train.class_map` where it is given; else by the classes' names where both sides know them; else by their numbers
+    where there are as many; else by nothing.
+
+    Args:
+      source: the model that training starts from.
+      classes: number of classes of the model that is trained.
+      train: has the map.
+      class_names: of these classes.
+
+    Returns:
+      Rows of the source's table, or `NO_ROW`, [classes + 1]; the last is that of "no class".
+
+    Raises:
+      InputError: a map with a class that there is not, or with one of ours twice.
+    """
+    theirs, rows = source.model.classes, np.full(classes + 1, NO_ROW)
+    rows[classes] = theirs
+    if train.class_map:
+        how, pairs = "train.class_map", _read_class_map(train.class_map, (classes, class_names), source)
+    elif class_names and source.class_names:
+        # Here a name that is a number is a name: what is called "7" here and there is one class.
+        exact = {name: label for label, name in enumerate(source.class_names)}
+        found = lambda name: exact.get(name) if name.isdecimal() else find_label(name, source.class_names)
+        how, labels = "their names", map(found, class_names)
+        pairs = {own: label for own, label in enumerate(labels) if label is not None}
+    elif classes == theirs:
+        how, pairs = "their numbers", {label: label for label in range(classes)}
+    else:
+        how, pairs = "nothing", {}
+    for own, label in pairs.items():
+        rows[own] = label
+    if classes != theirs or len(pairs) < classes or how == "train.class_map":
+        message = "Of %d classes %d start from classes of %s, matched by %s; %d are new (train.new_classes=%s)."
+        new = classes - len(pairs), train.new_classes
+        logger.info(message, classes, len(pairs), train.init_from, how, *new)
+    return rows
+
+
+def _read_class_map(text: str, own: tuple[int, Sequence[str]], source: Weights) -> dict[int, int]:
+    """Read "0:207,1:360", or a file with such a pair per line: own class, then the source's, by number or name."""
+    is_file = epath.Path(text).is_file()
+    if not is_file and ":" not in text:
+        raise InputError(f"train.class_map {text!r} is neither a file nor a map such as 0:207,1:360.")
+    try:
+        lines = epath.Path(text).read_text().splitlines() if is_file else text.split(",")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"train.class_map {text} can't be read as text ({error}).") from error
+    pairs, theirs = {}, (source.model.classes, source.class_names)
+    for line in filter(None, map(str.strip, lines)):
+        first, colon, second = line.rpartition(":")
+        if not colon:
+            raise InputError(f"train.class_map has {line[:80]!r}; a pair is <own class>:<class of train.init_from>.")
+        label = _class_of(first.strip(), *own, "this model")
+        if label in pairs:
+            raise InputError(f"train.class_map names the own class {first.strip()!r} twice; give each class once.")
+        pairs[label] = _class_of(second.strip(), *theirs, "train.init_from")
+    return pairs
+
+
+def _class_of(word: str, classes: int, names: Sequence[str], whose: str) -> int:
+    label = find_label(word, names)
+    if label is None or label >= classes:
+        raise InputError(
+            f"train.class_map names the class {word[:80]!r}, which {whose} does not have; its classes are 0 to "
+            f"{classes - 1}.{name_hint([word], names)}"
+        )
+    return label
+
+
+def _label_table(table: np.ndarray, rows: np.ndarray, model: Model, train: TrainConfig) -> np.ndarray:
+    """Return a table whose rows are those of another, or new where there is none, [classes + 1,D]."""
+    table, new = np.asarray(table), rows == NO_ROW
+    if not new.any():
+        return table[rows]
+    if train.new_classes == "mean":
+        if len(table) < 2:
+            raise InputError("train.new_classes='mean' needs classes to average; train.init_from has none.")
+        return np.where(new[:, None], table[:-1].mean(0, dtype=np.float64).astype(table.dtype), table[rows])
+    fresh = jax.jit(lambda key: model.init(key)["label_embed"]["table"])(_init_key(train))
+    return np.where(new[:, None], np.asarray(fresh), table[rows])
+
+
+def _resized_positions(table: np.ndarray, config: DiTConfig) -> np.ndarray:
+    """Interpolate a table of positions [n,D] to those of a model [N,D]."""
+    grid, old = config.side // config.patch, round(len(table) ** 0.5)
+    square = np.asarray(table).reshape(old, old, -1)
+    resized = jax.image.resize(square, (grid, grid, square.shape[-1]), "bicubic")
+    return np.asarray(resized).reshape(grid * grid, -1)

@@ -1,0 +1,43 @@
+"""Labels are numbers or names of classes; a name that is nearly right gets a hint."""
+
+import pytest
+
+from dydit_jax.errors import InputError
+from dydit_jax.labels import read_labels
+
+NAMES = ("tench, Tinca tinca", "golden retriever", "7", "Tinca tinca")
+
+
+@pytest.mark.parametrize(
+    "words, labels",
+    [
+        (["0", 3, "4"], [0, 3, 4]),
+        (["golden retriever", " Golden  Retriever "], [1, 1]),
+        (["tench", "tench, tinca tinca"], [0, 0]),
+        (["tinca tinca"], [3]),  # a whole name comes before a synonym
+        (["2"], [2]),  # a number is the label, not the class of that name
+    ],
+)
+def test_words_stand_for_labels(words, labels):
+    assert read_labels(words, 4, NAMES, "--labels").tolist() == labels
+
+
+def test_typo_is_answered_with_near_names():
+    with pytest.raises(InputError, match="from 0 to 3 .4 for no class. or names of classes, not golden retreiver."):
+        read_labels(["1", "golden retreiver"], 4, NAMES, "--labels")
+    with pytest.raises(InputError, match="Did you mean 'golden retriever'[?]"):
+        read_labels(["golden retreiver"], 4, NAMES, "--labels")
+    with pytest.raises(InputError, match="not xyz. Names: tench, Tinca tinca, golden retriever, 7, Tinca tinca."):
+        read_labels(["xyz"], 4, NAMES, "--labels")
+
+
+@pytest.mark.parametrize("word", ["-1", "5", "1.0", "1" * 13, "²", "", "one"])
+def test_what_is_no_label_is_refused(word):
+    with pytest.raises(InputError, match="labels must hold numbers from 0 to 3"):
+        read_labels([word], 4, (), "labels")
+
+
+def test_unconditional_models_know_no_class_alone():
+    assert read_labels([0], 0, (), "labels").tolist() == [0]
+    with pytest.raises(InputError, match="labels must hold 0, for no class, not 1[.]"):
+        read_labels([1], 0, (), "labels")
