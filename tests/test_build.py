@@ -10,7 +10,7 @@ from conftest import DYNAMIC, ROOT, changed
 
 from dydit_jax.cli.train import known_configs
 from dydit_jax.errors import InputError
-from dydit_jax.models.precision import resolve_precision
+from dydit_jax.models.precision import resolve_precision, resolve_remat
 from dydit_jax.training.experiment import differences, read_experiment
 from dydit_jax.training.optimizer import OptimizerConfig, build_learning_rate, build_optimizer
 
@@ -115,6 +115,13 @@ def test_routers_have_their_own_learning_rate():
 def test_learning_rate_warms_up_and_decays():
     rate = build_learning_rate(OptimizerConfig(learning_rate=1.0, decay="cosine", warmup_steps=10, decay_steps=100))
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(100)], [0, 0.5, 1, 0.05], atol=1e-6)
+
+
+def test_what_is_recomputed_follows_the_backend(monkeypatch):
+    assert resolve_remat("block") == "block"
+    for backend, expected in (("cpu", "dots"), ("gpu", "none"), ("tpu", "none")):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert resolve_remat("auto") == expected
 
 
 def test_precision_follows_the_backend():

@@ -80,7 +80,7 @@ def get_config():
     config.train.class_map = ""  # "0:207,1:360": classes of init_from that own ones start from, or a file of pairs
     config.train.new_classes = "random"  # rows of the label table for the others; or "mean"
     config.train.precision = "auto"
-    config.train.remat = "none"
+    config.train.remat = "auto"  # recomputed for the gradient: auto, none, dots, block
     config.train.accumulate = 1  # parts of a batch, one after the other, to save memory
     config.train.max_skips = 100
 

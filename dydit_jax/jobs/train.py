@@ -285,7 +285,7 @@ def _step_macs(step: int, model: Model, experiment: Experiment) -> float:
 
 def _log_time_estimate(step: int, model: Model, experiment: Experiment) -> None:
     """Say before the first step how long the run takes at least, where the chips' peak is known."""
-    found = best_case(_step_macs(step, model, experiment), model.dtype, experiment.train.remat)
+    found = best_case(_step_macs(step, model, experiment), model.dtype, model.remat)
     if found is not None and is_main():
         seconds, utilisation = found
         logger.info(

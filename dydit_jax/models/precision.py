@@ -1,4 +1,4 @@
-"""From the name of a precision to a model that computes in it."""
+"""From the names of a precision and of what is kept for the gradient to a model that computes so."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,10 @@ from jax.sharding import Mesh
 
 from dydit_jax.errors import require_known
 from dydit_jax.models.config import DiTConfig
-from dydit_jax.models.dit import Model
+from dydit_jax.models.dit import REMATS, Model
 from dydit_jax.runtime.sharding import make_constrain_fn
 
+REMAT_SETTINGS = ("auto", *REMATS)
 PRECISIONS = ("auto", "bfloat16", "float32", "highest")
 
 
@@ -21,6 +22,17 @@ def resolve_precision(name: str) -> tuple[jnp.dtype, str]:
     return jnp.dtype(dtype), "highest" if name == "highest" else "default"
 
 
+def resolve_remat(name: str) -> str:
+    """Return what the backward pass recomputes: "auto" is "dots" on CPUs, "none" elsewhere.
+
+    On a CPU all that is not a product is computed again in less time than it is written to memory and read back.
+    """
+    require_known("remat", name, REMAT_SETTINGS)
+    if name == "auto":
+        name = "dots" if jax.default_backend() == "cpu" else "none"
+    return name
+
+
 def build_model(config: DiTConfig, *, precision: str, mesh: Mesh, remat: str = "none") -> Model:
     """Make the model for a mesh.
 
@@ -28,7 +40,7 @@ def build_model(config: DiTConfig, *, precision: str, mesh: Mesh, remat: str = "
       config: what it is.
       precision: one of `PRECISIONS`.
       mesh: whose devices split the batch.
-      remat: what the backward pass recomputes.
+      remat: what the backward pass recomputes, one of `REMAT_SETTINGS`.
     """
     dtype, matmul_precision = resolve_precision(precision)
-    return Model(config, dtype, matmul_precision, remat, make_constrain_fn(mesh))
+    return Model(config, dtype, matmul_precision, resolve_remat(remat), make_constrain_fn(mesh))

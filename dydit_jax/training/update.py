@@ -25,7 +25,7 @@ from dydit_jax.diffusion.terms import LossConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
-from dydit_jax.models.precision import PRECISIONS
+from dydit_jax.models.precision import PRECISIONS, REMAT_SETTINGS
 from dydit_jax.records import require_range
 from dydit_jax.runtime.seeds import make_key, require_seed
 from dydit_jax.runtime.sharding import batch_sharding, replicated, shardings
@@ -54,7 +54,8 @@ class TrainConfig:
       new_classes: rows of the label table for the other classes: "random", or "mean", the mean of all of `init_from`.
       precision: "bfloat16", "float32", "highest" (float32 products in full, for comparisons) or "auto": bfloat16
         on accelerators, float32 on CPUs.
-      remat: what the backward pass recomputes: "none", "block" or "dots".
+      remat: what the backward pass recomputes: "none", "block" (all of a block), "dots" (all but products) or "auto":
+        "dots" on CPUs, "none" on accelerators.
       accumulate: into how many parts a batch is split, computed one after the other to save memory.
       max_skips: the run stops when so many batches were skipped one after the other.
     """
@@ -66,7 +67,7 @@ class TrainConfig:
     class_map: str = ""
     new_classes: str = "random"
     precision: str = "auto"
-    remat: str = "none"
+    remat: str = "auto"
     accumulate: int = 1
     max_skips: int = 100
 
@@ -80,6 +81,7 @@ class TrainConfig:
         require_known("train.new_classes", self.new_classes, NEW_CLASSES)
         if self.class_map and not self.init_from:
             raise InputError(f"train.class_map {self.class_map!r} needs train.init_from, whose classes it names.")
+        require_known("remat", self.remat, REMAT_SETTINGS)
 
 
 @jax.tree_util.register_dataclass
