@@ -21,8 +21,8 @@ from absl import flags
 from etils import epath
 from profiles import profiled_params
 
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.execution.registry import find_execution
 from dydit_jax.fast.plan import Plan
 from dydit_jax.loading import load_checkpoint
@@ -77,9 +77,9 @@ def _subject() -> SamplingRun:
     if MODEL.value is None:
         weights = load_checkpoint(CHECKPOINT.value)
         model, params = Model(weights.model, jnp.dtype("float32")), jax.device_put(weights.params)
-        return SamplingRun(model, params, sampling=weights.sampling, diffusion=weights.diffusion)
+        return SamplingRun(model, params, sampling=weights.sampling, process=weights.process)
     model = Model(published_config(MODEL.value, side=32, routers="free"), jnp.dtype("float32"))
-    settings = dict(sampling=SamplingConfig(sampler="ddpm", steps=STEPS.value), diffusion=DiffusionConfig())
+    settings = dict(sampling=SamplingConfig(sampler="ddpm", steps=STEPS.value), process=Diffusion())
     params = profiled_params(model, make_table(**settings).timestep, PROFILE)
     return SamplingRun(model, params, **settings)
 

@@ -24,8 +24,8 @@ from absl import flags
 from etils import epath
 from profiles import swinging_logits
 
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import Sampler, SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.execution.registry import default_execution, layer_executions
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import make_plan
@@ -80,7 +80,7 @@ def start() -> dict:
     model = Model(published_config(MODEL.value, side=32, routers="free"))
     config, shares = model.config, [int(per_cent) / 100 for per_cent in PROFILE.value]
     sampling = SamplingConfig(sampler="ddpm", steps=STEPS.value)
-    table = make_table(sampling, DiffusionConfig())
+    table = make_table(sampling, Diffusion())
     sampler = Sampler(table.form)
     generator, steps = np.random.default_rng(0), len(table)
     units = (config.depth, config.heads)

@@ -116,7 +116,7 @@ def measure(folder: epath.Path, judge: Judge, guidance: float) -> dict:
             weights.params,
             labels,
             sampling=dataclasses.replace(weights.sampling, guidance=guidance),
-            diffusion=weights.diffusion,
+            process=weights.process,
             seed=0,
             mode="gated",  # each call has its own weights: compiling segments would take longer than sampling
         )

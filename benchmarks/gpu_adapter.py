@@ -11,8 +11,8 @@ from profiles import SWINGS, profiled_params
 
 from dydit_jax.checkpoints import WEIGHTS_FILE, Weights, save_weights, write_arrays
 from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.execution.registry import available_executions
 from dydit_jax.fast.usage import TokenUsage
 from dydit_jax.models import autoencoder
@@ -64,7 +64,7 @@ class Job:
         """Of a `SamplingRun`."""
         # Clipping keeps the images of a random network in the range of real ones.
         sampling = SamplingConfig(sampler="ddpm", steps=str(self.steps), guidance=GUIDANCE, clip=1.0)
-        return dict(sampling=sampling, diffusion=DiffusionConfig())
+        return dict(sampling=sampling, process=Diffusion())
 
     @property
     def rows(self) -> int:

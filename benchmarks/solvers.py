@@ -50,7 +50,7 @@ def main():
 
     @functools.cache
     def draw(solver: str, steps: str) -> np.ndarray:
-        table = make_table(SamplingConfig(sampler=solver, steps=steps, clip=weights.sampling.clip), weights.diffusion)
+        table = make_table(SamplingConfig(sampler=solver, steps=steps, clip=weights.sampling.clip), weights.process)
         sampler = Sampler(table.form, weights.sampling.clip)
         state = sampler.init(first_noise(keys, shape))
         for index in range(len(table)):

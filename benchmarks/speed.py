@@ -27,8 +27,8 @@ from etils import epath
 from profiles import profiled_params
 from turns import side_by_side
 
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.execution.registry import default_execution, layer_executions
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.usage import LEAST_MARGIN
@@ -184,12 +184,12 @@ def _subject():
         raise SystemExit("Give one of --checkpoint and --model.")
     if CHECKPOINT.value:
         weights = load_checkpoint(CHECKPOINT.value)
-        settings = dict(sampling=weights.sampling, diffusion=weights.diffusion)
+        settings = dict(sampling=weights.sampling, process=weights.process)
         return Model(weights.model, dtype, matmul_precision), jax.device_put(weights.params), settings
     model = Model(published_config(MODEL.value, side=32, routers="free"), dtype, matmul_precision)
     # Clipping keeps the images of a random network in the range of real ones.
     sampling = SamplingConfig(sampler="ddpm", steps=STEPS.value, guidance=GUIDANCE.value, clip=1.0)
-    settings = dict(sampling=sampling, diffusion=DiffusionConfig())
+    settings = dict(sampling=sampling, process=Diffusion())
     shares = tuple(int(per_cent) / 100 for per_cent in PROFILE.value)
     return model, profiled_params(model, make_table(**settings).timestep, shares), settings
 

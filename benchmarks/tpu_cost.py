@@ -29,8 +29,8 @@ from absl import flags
 from etils import epath
 from flax import nnx
 
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import Sampler, SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.fast.execution.registry import find_execution
 from dydit_jax.fast.narrow import NarrowedBlocks, cast_for_products, narrow
 from dydit_jax.fast.usage import TokenUsage
@@ -179,8 +179,8 @@ def _models(chip: str, batch: int) -> list[dict]:
     """Cost the steps of a segment with the whole model, sampler included."""
     model = _model()
     config = model.config
-    sampling, diffusion = SamplingConfig(sampler="ddpm", steps="250"), DiffusionConfig()
-    table = make_table(sampling, diffusion)
+    sampling, process = SamplingConfig(sampler="ddpm", steps="250"), Diffusion()
+    table = make_table(sampling, process)
     sampler, rows = Sampler(table.form), jax.tree.map(lambda column: jnp.asarray(column[:STEPS]), table)
     params = model.abstract_params()
     params["blocks"] = jax.eval_shape(functools.partial(cast_for_products, dtype=model.dtype), params["blocks"])

@@ -22,8 +22,8 @@ from dydit_jax.checkpoints import (
 )
 from dydit_jax.convert.conversion import AUTOENCODER_FORMAT, Conversion, convert, output_file
 from dydit_jax.convert.published import SHIPPED, converted_file, fetch, known_names
+from dydit_jax.diffusion.process import read_process
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.latents import decode_latents
 from dydit_jax.models.config import read_model
@@ -67,9 +67,8 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
         warn_of_start(found.about)
         return found
     config = read_run_config(path)
-    read = lambda cls, name: read_record(cls, config.get(name, {}), name)
-    model, diffusion = read_model(config["model"]), read(DiffusionConfig, "diffusion")
-    found = load_run_weights(path, model, diffusion, read(SamplingConfig, "sampling"), from_step, weights)
+    sampling = read_record(SamplingConfig, config.get("sampling", {}), "sampling")
+    found = load_run_weights(path, read_model(config["model"]), read_process(config), sampling, from_step, weights)
     about = dict(found.about, config=config)
     if weights == "ema":
         warn_of_start(about)

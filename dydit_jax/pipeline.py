@@ -20,11 +20,9 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from dydit_jax.checkpoints import Weights, checksum
-from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
+from dydit_jax.diffusion.process import perturb, require_time
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import make_schedule
 from dydit_jax.drawing.pictures import draw_grid, image_of, label_texts, to_uint8
-from dydit_jax.errors import InputError
 from dydit_jax.fast.plan import Plan
 from dydit_jax.labels import read_labels
 from dydit_jax.latents import decode_latents, encode_images
@@ -185,7 +183,7 @@ class Pipeline:
         sampler: str | None = None,
         steps=None,
         guidance=None,
-        guidance_interval: tuple[int, int] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         seed: int = 0,
         mode: str = "fast",
     ):
@@ -285,7 +283,7 @@ class Pipeline:
             if sampling.autoencoder:
                 self._autoencoder(sampling.autoencoder)
             mesh = self.mesh if self.mesh.size > 1 else None
-            settings = dict(sampling=sampling, diffusion=self.weights.diffusion, mesh=mesh)
+            settings = dict(sampling=sampling, process=self.weights.process, mesh=mesh)
             run = SamplingRun(self.model, self._params, **settings)
             self._params = run.params  # cast and placed once
             self._runs[sampling] = run
@@ -311,26 +309,25 @@ class Pipeline:
         return encode_images(self._autoencoder(name), images, self.mesh) if name else np.asarray(images, np.float32)
 
     @own_settings()
-    def routing(self, images, labels, timestep: int, *, seed: int = 0) -> Routing:
+    def routing(self, images, labels, timestep: float, *, seed: int = 0) -> Routing:
         """Return the gates of images at one noise level: heads [B,L,H], groups [B,L,G], tokens [B,L,N].
 
         Args:
           images: [B,side,side,1 or 3] in [-1, 1].
           labels: [B].
-          timestep: of the training schedule, 0 (no noise) and up.
+          timestep: of the process: of diffusion 0 (no noise) and up, of a flow 0 (noise) to 1.
           seed: of the noise.
 
         Raises:
-          InputError: a timestep that the schedule does not have.
+          InputError: a timestep that the process does not have.
         """
-        table = coefficients(make_schedule(self.weights.diffusion))
-        if not 0 <= timestep < len(table.step):
-            raise InputError(f"timestep must be from 0 to {len(table.step) - 1}, not {timestep}.")
+        process = self.weights.process
+        require_time(process, "timestep", timestep)
         latents, labels = jnp.asarray(self.encode(images)), jnp.asarray(labels, jnp.int32)
-        t = jnp.full(len(latents), timestep, jnp.int32)
+        t = jnp.full(len(latents), timestep, process.time_range()[0].dtype)
         noise = first_noise(image_keys(seed, np.arange(len(latents))), latents.shape[1:])
         model = dataclasses.replace(self.model, constrain=unconstrained)  # the same one for every call: compiled once
-        noisy = diffuse(latents, noise, at_steps(table, t))
+        noisy = perturb(process, latents, noise, t)
         _, routing = _apply_gated(model)(self.weights.params, noisy, t, labels)
         return jax.device_get(routing)
 

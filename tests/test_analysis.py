@@ -11,8 +11,8 @@ from PIL import Image
 from test_report import assert_self_contained
 
 from dydit_jax.checkpoints import Weights, save_weights
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.models.dit import Model
@@ -33,7 +33,7 @@ def checkpoints(tiny, tmp_path_factory):
         ("static", static, jax.jit(Model(static).init)(jax.random.key(0))),
     ):
         path = folder / f"{name}.safetensors"
-        save_weights(path, Weights(config, DiffusionConfig(), sampling, jax.device_get(leaves), about))
+        save_weights(path, Weights(config, Diffusion(), sampling, jax.device_get(leaves), about))
     return folder
 
 
@@ -47,7 +47,7 @@ def test_loss_of_a_silent_model_is_the_square_of_the_noise(tiny):
     model = Model(config)
     params = jax.jit(model.init)(jax.random.key(0))  # a fresh DiT predicts zeros
     keys, batch = image_keys(0, jnp.arange(2)), dict(image=jnp.zeros((2, 8, 8, 1)), label=jnp.zeros(2, int))
-    settings = dict(model=model, diffusion=DiffusionConfig(), mode="complete")
+    settings = dict(model=model, process=Diffusion(), mode="complete")
     found = patch_losses(params, batch, keys, jnp.int32(500), **settings)
     noise = np.stack([jax.random.normal(jax.random.fold_in(key, 500), (8, 8, 1)) for key in keys])
     for row in range(4):
@@ -91,7 +91,7 @@ def test_losses_that_are_not_finite_are_named(checkpoints, tmp_path, tiny):
     params = jax.tree.map(np.array, params)
     params["label_embed"]["table"][:] = np.nan
     sampling, about = SamplingConfig(), dict(config=dict(data=dict(name="digits")))
-    save_weights(tmp_path / "nan.safetensors", Weights(model.config, DiffusionConfig(), sampling, params, about))
+    save_weights(tmp_path / "nan.safetensors", Weights(model.config, Diffusion(), sampling, params, about))
     with pytest.raises(StopError, match="loss of nan on example 0 at timestep 0 is not finite"):
         analyze(request(tmp_path, "nan", out=str(tmp_path / "out")))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["analysis.json"]
@@ -104,7 +104,7 @@ def test_wrong_requests_are_refused(checkpoints, tmp_path, tiny):
     other = tmp_path / "other.safetensors"
     wide = dataclasses.replace(tiny[0].config, channels=3, routers="none")
     params = jax.device_get(jax.jit(Model(wide).init)(jax.random.key(0)))
-    save_weights(other, Weights(wide, DiffusionConfig(), SamplingConfig(), params, {}))
+    save_weights(other, Weights(wide, Diffusion(), SamplingConfig(), params, {}))
     out = str(tmp_path / "new")
     for told, make in (
         ("is not empty", lambda: request(checkpoints, "static", out=str(full))),

@@ -19,21 +19,21 @@ from dydit_jax.checkpoints import (
     save_weights,
     write_arrays,
 )
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 
 
 @pytest.fixture
 def weights(tiny):
     model, params = tiny
-    return Weights(model.config, DiffusionConfig(), SamplingConfig(clip=1.0, steps="20"), params, {"step": 7})
+    return Weights(model.config, Diffusion(), SamplingConfig(clip=1.0, steps="20"), params, {"step": 7})
 
 
 def test_weights_describe_themselves(tmp_path, weights):
     save_weights(tmp_path / "deep" / "w.safetensors", weights)
     loaded = load_weights(tmp_path / "deep" / "w.safetensors")
-    assert (loaded.model, loaded.diffusion, loaded.sampling) == (weights.model, weights.diffusion, weights.sampling)
+    assert (loaded.model, loaded.process, loaded.sampling) == (weights.model, weights.process, weights.sampling)
     assert loaded.about == weights.about
     jax.tree.map(np.testing.assert_array_equal, loaded.params, weights.params)
     assert checksum(loaded.params) == checksum(weights.params)

@@ -22,8 +22,8 @@ from PIL import Image
 from dydit_jax import Pipeline, to_uint8
 from dydit_jax.checkpoints import Weights, write_arrays
 from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.models import autoencoder
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
@@ -278,7 +278,7 @@ def latent_pipeline(tmp_path, monkeypatch) -> Pipeline:
     config = DiTConfig(depth=1, width=32, heads=2, patch=2, side=4, classes=10, routers="first_on")
     sampling = SamplingConfig(sampler="ddim", steps="2", autoencoder=str(path))
     params = random_like(Model(config).abstract_params())
-    return Pipeline(Weights(config, DiffusionConfig(), sampling, params, {}))
+    return Pipeline(Weights(config, Diffusion(), sampling, params, {}))
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ import dydit_jax
 from dydit_jax.checkpoints import Weights
 from dydit_jax.data.batches import batches
 from dydit_jax.data.sources import SOURCES, DataConfig, open_source, register_source
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.diffusion.solvers import SOLVERS
 from dydit_jax.diffusion.terms import LOSS_TERMS, LossConfig, LossInputs, register_loss_term, weigh_terms
 from dydit_jax.errors import InputError
@@ -116,7 +116,7 @@ def test_loss_term_of_the_page_is_min_snr(page):
 def test_solver_of_the_page_takes_the_mean_of_two_noises(page):
     sampling = SamplingConfig(**page["config"]["sampling"])
     table, ddim = (
-        make_table(dataclasses.replace(sampling, sampler=name), DiffusionConfig()) for name in ("two_noises", "ddim")
+        make_table(dataclasses.replace(sampling, sampler=name), Diffusion()) for name in ("two_noises", "ddim")
     )
     assert len(table) == 10 and table.form.history == 2 and table.form.noise == "none" and not table.form.base
     np.testing.assert_allclose(table.weights[1:, 0, 2], table.weights[1:, 0, 3])
@@ -150,7 +150,7 @@ def test_the_page_runs_from_top_to_bottom(tmp_path, monkeypatch):
     pipeline = Pipeline(
         Weights(
             read_experiment(names["config"]).model,
-            DiffusionConfig(),
+            Diffusion(),
             SamplingConfig(sampler="ddim", steps="10", guidance=1.0),
             params,
             {},
@@ -282,7 +282,7 @@ def test_half_open_gates_are_refused_before_a_run():
     register_time_router("own")(Own)
     model = Model(DiTConfig(**SMALL, time_router="own"))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), model.abstract_params())
-    run = SamplingRun(model, params, sampling=SamplingConfig(steps="2", guidance=1.0), diffusion=DiffusionConfig())
+    run = SamplingRun(model, params, sampling=SamplingConfig(steps="2", guidance=1.0), process=Diffusion())
     with pytest.raises(InputError, match=r"Own.__call__ must return gates that are exactly 0 or 1"):
         run.plan()
 
@@ -322,7 +322,7 @@ def loss_inputs(*terms: str, output, noise, alphas=(0.5, 0.5), weights=()) -> Lo
     class Coefficients:
         alpha_cumprod = jnp.asarray(alphas).reshape(-1, 1, 1, 1)
 
-    fields = dict.fromkeys(("x0", "xt", "routing", "ratio", "step"))
+    fields = dict.fromkeys(("x0", "xt", "target", "alpha", "sigma", "routing", "ratio", "step"))
     labels, config = jnp.zeros(len(noise), int), LossConfig(terms=terms, weights=weights)
     return LossInputs(
         "gated", output=output, noise=noise, labels=labels, coefficients=Coefficients, config=config, **fields
@@ -451,7 +451,7 @@ def test_an_edited_router_takes_effect_with_a_warm_cache(tmp_path, program_folde
         sys.modules.pop("edited_router", None)
         importlib.import_module("edited_router")
         config = DiTConfig(**SMALL, time_router="edited")
-        drawn = Pipeline(Weights(config, DiffusionConfig(), sampling, params, {}))([0, 1, 2, 3])
+        drawn = Pipeline(Weights(config, Diffusion(), sampling, params, {}))([0, 1, 2, 3])
         np.testing.assert_array_equal(drawn.samples.routing.heads, np.broadcast_to(gates, (2, 1, 2)))
         images[gates[1]] = drawn.samples.images
     assert np.abs(images[1.0] - images[0.0]).max() > 1e-3

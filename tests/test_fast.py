@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, relative_error
-from runs import SAMPLING, draw, make_run
+from runs import DIFFUSION_SOLVERS, SAMPLING, draw, make_run
 from test_executions import usage_of_none
 
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.solvers import SOLVERS
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
@@ -30,7 +29,7 @@ def assert_same(fast, gated):
 
 @pytest.mark.parametrize(
     "sampler",
-    [pytest.param(name, marks=() if name == "unipc_3" else pytest.mark.slow) for name in SOLVERS],
+    [pytest.param(name, marks=() if name == "unipc_3" else pytest.mark.slow) for name in DIFFUSION_SOLVERS],
 )
 def test_fast_trajectory_equals_the_gated_one(tiny, sampler):
     sampling = SamplingConfig(sampler=sampler, steps="6", guidance=2.0 if sampler == "ddpm" else 1.0, clip=1.0)
@@ -170,7 +169,7 @@ def test_fast_equals_gated_on_the_original_weights(golden):
 def test_fast_equals_gated_on_the_digits():
     weights = load_checkpoint(ROOT / "assets" / "digits_dydit.safetensors")
     arguments = (Model(weights.model), jax.tree.map(jnp.asarray, weights.params), np.arange(10))
-    settings = dict(sampling=weights.sampling, diffusion=weights.diffusion)
+    settings = dict(sampling=weights.sampling, process=weights.process)
     assert_same(draw(*arguments, mode="fast", **settings), draw(*arguments, mode="gated", **settings))
 
 

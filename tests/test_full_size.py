@@ -8,8 +8,8 @@ from test_scripts import call
 
 from dydit_jax.checkpoints import Weights, save_weights, write_arrays
 from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.models import autoencoder
 from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
@@ -24,7 +24,7 @@ def test_dydit_xl2_at_256_pixels_is_sampled_and_decoded(tmp_path):
     vae = jax.jit(autoencoder.init)(jax.random.key(1))
     write_arrays(tmp_path / "vae.safetensors", flatten(vae), dict(format=AUTOENCODER_FORMAT))
     sampling = SamplingConfig(steps="2", guidance=4.0, autoencoder=str(tmp_path / "vae.safetensors"))
-    save_weights(tmp_path / "xl2.safetensors", Weights(config, DiffusionConfig(), sampling, params, {}))
+    save_weights(tmp_path / "xl2.safetensors", Weights(config, Diffusion(), sampling, params, {}))
     del params, vae
     # In a process of its own: the four devices of the tests would each hold a copy of the weights.
     call("sample.py", f"--checkpoint={tmp_path}/xl2.safetensors", f"--out={tmp_path}/out", "--num_images=4")

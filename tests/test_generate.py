@@ -11,8 +11,8 @@ import pytest
 import runs
 from conftest import relative_error
 
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.models.dit import Layer
@@ -71,7 +71,7 @@ def test_record_has_the_open_gates(tiny):
 def test_every_program_is_compiled_once(tiny, monkeypatch, program_folder):
     model, params = tiny
     sampling = dataclasses.replace(SAMPLING, steps="7")  # no other test compiles these
-    settings = dict(sampling=sampling, diffusion=DiffusionConfig())
+    settings = dict(sampling=sampling, process=Diffusion())
     lowered = []
 
     def counted(function, arguments, settings, **code):

@@ -7,8 +7,8 @@ import pytest
 from conftest import DYNAMIC, changed
 
 from dydit_jax.checkpoints import Weights, save_weights
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.jobs.sample import Request, sample
@@ -72,7 +72,7 @@ def checkpoint(tiny, tmp_path) -> str:
     model, params = tiny
     sampling = SamplingConfig(sampler="ddim", steps="2", guidance=2.0)
     path = tmp_path / "weights.safetensors"
-    save_weights(path, Weights(model.config, DiffusionConfig(), sampling, params, dict(config=trained(0.0))))
+    save_weights(path, Weights(model.config, Diffusion(), sampling, params, dict(config=trained(0.0))))
     return str(path)
 
 
@@ -92,7 +92,7 @@ def test_a_table_without_a_row_for_no_class_is_refused(tiny):
     short = dict(params, label_embed=dict(table=params["label_embed"]["table"][:-1]))
     sampling = dataclasses.replace(GUIDED, steps="2")
     with pytest.raises(InputError, match="has 10 rows; 10 classes and no class need 11"):
-        generate(model, short, [1], sampling=sampling, diffusion=DiffusionConfig())
+        generate(model, short, [1], sampling=sampling, process=Diffusion())
 
 
 def test_pipeline_takes_a_scale_an_interval_or_a_scale_per_evaluation(tiny, monkeypatch):
@@ -105,7 +105,7 @@ def test_pipeline_takes_a_scale_an_interval_or_a_scale_per_evaluation(tiny, monk
     monkeypatch.setattr(Pipeline, "draw", draw)
     model, params = tiny
     own = SamplingConfig(steps="10", guidance=1.5)
-    pipe = Pipeline(Weights(model.config, DiffusionConfig(), own, params, {}))
+    pipe = Pipeline(Weights(model.config, Diffusion(), own, params, {}))
     pipe([1], guidance=3.0, guidance_interval=(100, 700), sampler="unipc", steps="logsnr:8")
     pipe([1], guidance=[1.0] + 9 * [2], guidance_interval=None)
     assert jobs == [
@@ -114,4 +114,4 @@ def test_pipeline_takes_a_scale_an_interval_or_a_scale_per_evaluation(tiny, monk
     ]
     with pytest.raises(InputError, match="Guidance of 2.0 needs a model that has seen no class"):
         unseen = dict(config=trained(0.0))
-        Pipeline(Weights(model.config, DiffusionConfig(), PLAIN, params, unseen))([1], guidance=[1.0, 2.0])
+        Pipeline(Weights(model.config, Diffusion(), PLAIN, params, unseen))([1], guidance=[1.0, 2.0])

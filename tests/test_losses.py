@@ -10,6 +10,7 @@ from scipy import special, stats
 from dydit_jax.convert.tables import export_state_dict
 from dydit_jax.diffusion.gaussian import at_steps, coefficients
 from dydit_jax.diffusion.losses import drop_labels, stratified_timesteps, variational_bound
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
 from dydit_jax.diffusion.terms import LossConfig, budget_penalty, budget_target, weigh_terms
 from dydit_jax.models.config import DiTConfig
@@ -46,7 +47,7 @@ def step(golden_v2, reference):
     settings = dict(
         model=golden_v2.model,
         loss=LossConfig(budget=0.5, budget_weight=2.0, budget_hold_steps=0, budget_warmup_steps=1),
-        diffusion=DiffusionConfig(),
+        process=Diffusion(),
         passes=("gated", "complete"),
     )
 

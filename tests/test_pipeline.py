@@ -9,7 +9,7 @@ import pytest
 from runs import SAMPLING, make_run
 
 from dydit_jax.checkpoints import Weights
-from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.errors import InputError
 from dydit_jax.pipeline import Pipeline
@@ -22,7 +22,7 @@ def pipeline(tiny):
     model, params = tiny
     sampling = dataclasses.replace(SAMPLING, steps="4", guidance=1.0, clip=1.0)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    return Pipeline(Weights(model.config, DiffusionConfig(), sampling, params, {}), mesh=mesh)
+    return Pipeline(Weights(model.config, Diffusion(), sampling, params, {}), mesh=mesh)
 
 
 def test_pictures_are_those_of_a_run(pipeline, tiny):
@@ -53,7 +53,7 @@ def test_routing_is_that_of_a_pass_over_the_noisy_images(pipeline, tiny):
     np.testing.assert_array_equal(routing.groups, groups)
     assert routing.tokens.shape == (3, 2, 16) and set(np.unique(routing.tokens)) <= {0, 1}
     assert (pipeline.routing(images, [0, 1, 2], 0).tokens != routing.tokens).any()
-    with pytest.raises(InputError, match="from 0 to 999, not 1000"):
+    with pytest.raises(InputError, match="whole number from 0 to 999, not 1000"):
         pipeline.routing(images, [0, 1, 2], 1000)
 
 

@@ -19,8 +19,8 @@ import runs
 from conftest import ROOT
 from jax.experimental import serialize_executable
 
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.runtime import aot
 from dydit_jax.runtime.aot import compile_for, compiled, compiled_ahead, describe_call
@@ -275,7 +275,7 @@ def test_options_that_this_xla_does_not_know_are_left_out_and_told_once(monkeypa
 @pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_images_of_a_second_start_are_those_of_the_first(devices, tiny, program_folder, monkeypatch):
     model, params = tiny
-    settings = dict(sampling=SamplingConfig(sampler="ddim", steps="6", guidance=2.0), diffusion=DiffusionConfig())
+    settings = dict(sampling=SamplingConfig(sampler="ddim", steps="6", guidance=2.0), process=Diffusion())
     mesh = make_mesh(MeshConfig(data=devices)) if devices > 1 else None
     draw = lambda: runs.draw(model, params, [0, 1, 2, 3], mesh=mesh, **settings)
     first = draw()

@@ -13,8 +13,8 @@ from PIL import Image
 
 from dydit_jax.checkpoints import Weights, save_weights, write_arrays
 from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.fast.execution.registry import EXECUTIONS
 from dydit_jax.jobs.sample import Request, _read_words, sample
@@ -30,7 +30,7 @@ def checkpoint(tiny, tmp_path_factory):
     model, params = tiny
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     sampling = SamplingConfig(sampler="ddim", steps="2", clip=1.0)
-    save_weights(path, Weights(model.config, DiffusionConfig(), sampling, params, {}))
+    save_weights(path, Weights(model.config, Diffusion(), sampling, params, {}))
     return str(path)
 
 
@@ -167,7 +167,7 @@ def test_images_that_are_not_finite_are_not_written(tiny, tmp_path):
     params["label_embed"]["table"][3] = np.nan  # so that one image of three is
     path, out = tmp_path / "nan.safetensors", tmp_path / "out"
     sampling = SamplingConfig(sampler="ddim", steps="2", clip=1.0)
-    save_weights(path, Weights(model.config, DiffusionConfig(), sampling, params, {}))
+    save_weights(path, Weights(model.config, Diffusion(), sampling, params, {}))
     with pytest.raises(StopError, match="The image 1 is not finite") as caught:
         sample(Request(str(path), str(out), labels=["1", "3", "2"]))
     assert caught.value.code != 0
@@ -216,7 +216,7 @@ def test_latents_are_decoded_into_colour_images(tmp_path):
     config = DiTConfig(depth=1, width=32, heads=2, patch=2, side=4, classes=10, routers="first_on")
     sampling = SamplingConfig(sampler="ddim", steps="2", guidance=2.0, autoencoder=str(tmp_path / "vae.safetensors"))
     params = jax.jit(Model(config).init)(jax.random.key(0))
-    save_weights(tmp_path / "dit.safetensors", Weights(config, DiffusionConfig(), sampling, params, {}))
+    save_weights(tmp_path / "dit.safetensors", Weights(config, Diffusion(), sampling, params, {}))
     sample(Request(str(tmp_path / "dit.safetensors"), str(tmp_path / "out"), num_images=3, batch_size=2))
     assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (3, 32, 32, 3)
 

@@ -8,8 +8,8 @@ import pytest
 
 from dydit_jax.convert.conversion import Conversion
 from dydit_jax.data.sources import DataConfig
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.analyze import Analysis
 from dydit_jax.jobs.sample import Request
@@ -63,6 +63,6 @@ def test_requests_and_configs_take_the_whole_range_and_refuse_the_rest(make, nam
 
 def test_images_of_seeds_whose_lower_halves_agree_differ(tiny):
     model, params = tiny
-    settings = dict(sampling=SamplingConfig(sampler="ddim", steps="2"), diffusion=DiffusionConfig(), mode="gated")
+    settings = dict(sampling=SamplingConfig(sampler="ddim", steps="2"), process=Diffusion(), mode="gated")
     draws = [generate(model, params, [1], seed=seed, **settings).images for seed in (7, 2**32 + 7, 2**63 + 7)]
     assert all((one != other).any() for one, other in itertools.combinations(draws, 2))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import STATIC
 
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.jobs import analyze, evaluate, prepare_latents, sample, train
 from dydit_jax.models.dit import Model
@@ -47,7 +47,7 @@ def set_from_outside(settings: dict):
 
 def images(tiny, mode: str) -> np.ndarray:
     model, params = tiny
-    found = generate(model, params, [1, 2], sampling=SAMPLING, diffusion=DiffusionConfig(), seed=2**40, mode=mode)
+    found = generate(model, params, [1, 2], sampling=SAMPLING, process=Diffusion(), seed=2**40, mode=mode)
     assert found.images.dtype == np.float32
     return found.images
 
@@ -129,7 +129,7 @@ def test_jobs_run_under_their_own_settings(job, first, monkeypatch):
 
 def test_an_error_puts_the_settings_back(tiny):
     with set_from_outside(dict(jax_enable_x64=True)), pytest.raises(InputError, match="Unknown mode"):
-        generate(*tiny, [1], sampling=SAMPLING, diffusion=DiffusionConfig(), mode="slow")
+        generate(*tiny, [1], sampling=SAMPLING, process=Diffusion(), mode="slow")
 
 
 @pytest.mark.parametrize("inside, outside", [(True, False), (False, True), (True, True)])

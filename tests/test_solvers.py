@@ -16,6 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import Sampler, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
 from dydit_jax.diffusion.solvers import MOST_HISTORY, SOLVERS, Path
@@ -73,7 +74,7 @@ def test_every_step_is_that_of_diffusers(name, kind):
     generator = np.random.default_rng(0)
     first, *noises = generator.standard_normal((1 + STEPS, 2, 4, 4, 3))
     timesteps, expected = steps_of_diffusers(name, kind, first, noises)
-    table = make_table(SamplingConfig(sampler=name, steps=f"trailing:{STEPS}"), DiffusionConfig(schedule=kind))
+    table = make_table(SamplingConfig(sampler=name, steps=f"trailing:{STEPS}"), Diffusion(schedule=kind))
     assert table.timestep.tolist() == timesteps
     sampler, state = Sampler(table.form), Sampler(table.form).init(jnp.float32(first))
     for i, wanted in enumerate(expected):
@@ -136,7 +137,7 @@ def test_order_of_convergence(name, order):
 def test_orders_fall_back_where_history_is_missing():
     """At the first step every solver is the straight line in its own coordinates, and so it is into the image."""
     ddim, *others = (
-        make_table(SamplingConfig(sampler=name, steps="trailing:8"), DiffusionConfig())
+        make_table(SamplingConfig(sampler=name, steps="trailing:8"), Diffusion())
         for name in ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "unipc_3", "ab4")
     )
 

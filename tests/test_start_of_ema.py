@@ -10,8 +10,8 @@ import pytest
 from conftest import STATIC, changed
 
 from dydit_jax.checkpoints import CheckpointConfig, Run, Weights, save_weights
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.loading import load_checkpoint, warn_of_start
@@ -63,7 +63,7 @@ def test_samples_are_of_the_weights_asked_for(run, tmp_path):
 def test_weights_of_a_file_are_warned_of_and_have_no_raw_parameters(tiny, tmp_path, caplog):
     model, params = tiny
     about = dict(config=dict(train=dict(ema_decay=0.999)), step=2000)
-    weights = Weights(model.config, DiffusionConfig(), SamplingConfig(), params, about)
+    weights = Weights(model.config, Diffusion(), SamplingConfig(), params, about)
     save_weights(tmp_path / "weights.safetensors", weights)
     load_checkpoint(tmp_path)
     assert "the EMA still is 13.5 %" in caplog.text

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import relative_error
 
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model, execution_runs
@@ -123,7 +123,7 @@ def test_limited_model_on_a_mesh_moves_nothing_between_devices(tiny):
 
 def test_limited_model_samples_the_same_fast_and_gated(tiny):
     model, params = tiny
-    settings = dict(sampling=SamplingConfig(sampler="ddpm", steps="4"), diffusion=DiffusionConfig())
+    settings = dict(sampling=SamplingConfig(sampler="ddpm", steps="4"), process=Diffusion())
     fast, gated = (
         generate(limited(model, 0.25, 1.0), params, [1, 2], mode=mode, **settings) for mode in ("fast", "gated")
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import DYNAMIC, STATIC, changed
 
-from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.terms import LossConfig
 from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
@@ -78,7 +78,7 @@ def test_loss_weighs_its_terms(update_parts):
     """Against sums of squares in float64: three times both passes' errors, and half the budget's penalty."""
     experiment, _, state = update_parts
     loss = LossConfig(terms=("budget", "mse"), weights=(0.5, 3.0), budget_hold_steps=0, budget=0.25)
-    settings = dict(model=Model(experiment.model), loss=loss, diffusion=DiffusionConfig(), passes=("gated", "complete"))
+    settings = dict(model=Model(experiment.model), loss=loss, process=Diffusion(), passes=("gated", "complete"))
     batch = dict(image=jnp.ones((8, 8, 8, 1)) / 2, label=jnp.arange(8))
     examples = draw_examples(batch, jax.random.key(0), **settings)
     params = jax.tree.map(lambda leaf: leaf + 0.02, state.params)  # the first output is zero
@@ -131,7 +131,7 @@ def test_parts_of_any_size_share_out_the_batch(size, parts, run):
 def test_an_update_weighs_every_quarter_of_the_timesteps_alike(size, parts):
     """Over many steps, of a static model, whatever the batch and its parts."""
     experiment = read_experiment(changed(STATIC, data=dict(batch_size=size), train=dict(accumulate=parts)))
-    records = dict(loss=experiment.loss, diffusion=experiment.diffusion)
+    records = dict(loss=experiment.loss, process=experiment.process)
     settings = dict(model=Model(experiment.model), passes=("complete",), **records)
     batch = dict(image=jnp.zeros((size, 8, 8, 1)), label=jnp.zeros(size, jnp.int32))
 

@@ -30,8 +30,8 @@ from dydit_jax.checkpoints.reading import (
     saved_steps,
 )
 from dydit_jax.checkpoints.weights import Weights
+from dydit_jax.diffusion.process import Process
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import DamageError, InputError, StopError
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
@@ -310,7 +310,7 @@ def has_checkpoint(workdir) -> bool:
 def load_run_weights(
     workdir,
     model: DiTConfig,
-    diffusion: DiffusionConfig,
+    process: Process,
     sampling: SamplingConfig,
     from_step: int | None = None,
     kind: str = "ema",
@@ -319,7 +319,7 @@ def load_run_weights(
 
     Args:
       workdir: of the run.
-      model, diffusion, sampling: by its configuration.
+      model, process, sampling: by its configuration.
       from_step: of a checkpoint; None takes the newest.
       kind: "ema" or "params".
 
@@ -341,4 +341,4 @@ def load_run_weights(
         # The run goes on meanwhile: it has saved a newer checkpoint, and removed this one while it was read.
         step, restored = newer, _restored_as_asked(workdir, newer, items)
     params = jax.device_get(restored[kind])  # every process then places it where it wants
-    return Weights(model, diffusion, sampling, params, dict(restored["about"], step=step))
+    return Weights(model, process, sampling, params, dict(restored["about"], step=step))

@@ -11,8 +11,8 @@ import json
 import numpy as np
 
 from dydit_jax.checkpoints.arrays import read_arrays, write_arrays
+from dydit_jax.diffusion.process import Process, process_sections, read_process
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
@@ -29,7 +29,7 @@ class Weights:
     """A model that can be sampled: what it is, how it was trained, how it likes to be sampled, its parameters."""
 
     model: DiTConfig
-    diffusion: DiffusionConfig
+    process: Process
     sampling: SamplingConfig
     params: dict
     about: dict
@@ -66,7 +66,7 @@ def save_weights(path, weights: Weights) -> None:
     """
     described = dict(
         model=dataclasses.asdict(weights.model),
-        diffusion=dataclasses.asdict(weights.diffusion),
+        **process_sections(weights.process),
         sampling=dataclasses.asdict(weights.sampling),
         about=weights.about,
     )
@@ -85,7 +85,7 @@ def load_weights(path) -> Weights:
     _require_shapes(leaves, model, path)
     return Weights(
         model=model,
-        diffusion=read_record(DiffusionConfig, described["diffusion"], "diffusion"),
+        process=read_process(described),
         sampling=read_record(SamplingConfig, described["sampling"], "sampling"),
         params=unflatten(leaves),
         about=described["about"],

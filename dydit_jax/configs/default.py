@@ -30,7 +30,11 @@ def get_config():
     config.model.label_init_std = 0.02
     config.model.time_init_std = 0.02
 
-    # The diffusion process: dydit_jax/diffusion/schedules.py, DiffusionConfig.
+    # What noise does to images: diffusion or flow: dydit_jax/diffusion/process.py.
+    config.process = ml_collections.ConfigDict()
+    config.process.name = "diffusion"
+
+    # The schedule of a diffusion: dydit_jax/diffusion/schedules.py, DiffusionConfig. A flow has no settings.
     config.diffusion = ml_collections.ConfigDict()
     config.diffusion.schedule = "linear"
     config.diffusion.train_steps = 1000
@@ -51,6 +55,9 @@ def get_config():
     config.loss = ml_collections.ConfigDict()
     config.loss.terms = ("mse", "vb", "budget")
     config.loss.weights = ()  # one for each term; none: 1 throughout
+    config.loss.weighting = "none"  # of an image's squared error by its noise; or min_snr, for diffusion
+    config.loss.times = "uniform"  # how times of a flow are drawn; or logit_normal
+    config.loss.logit_normal = (0.0, 1.0)
     config.loss.label_dropout = 0.1
     config.loss.complete_steps = -1  # -1: the complete pass is trained throughout
     config.loss.budget = 0.5

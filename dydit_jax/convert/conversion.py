@@ -34,8 +34,8 @@ from dydit_jax.convert.ordering import order_by_magnitude
 from dydit_jax.convert.tables import convert_state_dict, export_state_dict, require_complete
 from dydit_jax.convert.torch_files import read_torch_file, release_pages, write_tensors
 from dydit_jax.convert.torch_network import run_torch
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, require_known, some_of
 from dydit_jax.models.autoencoder import LATENT_SCALE
 from dydit_jax.models.config import DiTConfig
@@ -252,7 +252,7 @@ def _converted_dit(tensors: dict, evidence: Evidence, request: Conversion) -> tu
     if not evidence.value("null_row"):
         guidance, about = 1.0, dict(config=dict(loss=dict(label_dropout=0.0)))  # sampling refuses guidance then
     sampling = SamplingConfig(guidance=guidance, autoencoder=autoencoder)
-    return Weights(config, DiffusionConfig(), sampling, params, about), difference
+    return Weights(config, Diffusion(), sampling, params, about), difference
 
 
 def _with_null_row(tensors: dict, evidence: Evidence) -> dict:

@@ -1,4 +1,4 @@
-"""Noised images, and what a prediction says about x_{t-1}: the arithmetic of the losses.
+"""What a prediction says about x_{t-1}: the arithmetic of the variational bound.
 
 A network predicts 2C channels: the noise in x_t, and v in [-1, 1], the place of the log-variance between its bounds.
 
@@ -73,8 +73,3 @@ def predict_previous(output, xt, c: Coefficients) -> tuple:
     share = (v + 1.0) / 2.0
     mean = c.posterior_mean_coef_x0 * x0 + c.posterior_mean_coef_xt * xt
     return mean, share * c.log_variance_high + (1.0 - share) * c.log_variance_low
-
-
-def diffuse(x0, noise, c: Coefficients):
-    """Return x_t, a draw of q(x_t | x_0) with the given noise, equation 4 of DDPM."""
-    return c.sqrt_alpha_cumprod * x0 + c.sqrt_one_minus_alpha_cumprod * noise

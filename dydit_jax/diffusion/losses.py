@@ -25,15 +25,27 @@ def stratified_timesteps(key, batch: int, train_steps: int):
     i mod 4, as in the published training; where 4 does not divide the batch, the quarters are shifted by a random
     number, since some would be seen more often than others, and a batch of one would know a single quarter.
     """
+    key, quarter = _quarters(key, batch)
+    # Where 4 does not divide the timesteps either, each counts as four places, which two quarters may share.
+    places = 1 if train_steps % STRATA == 0 else STRATA
+    width = train_steps * places // STRATA
+    low = quarter * width
+    return jax.random.randint(key, (batch,), low, low + width, jnp.int32) // places
+
+
+def stratified_uniform(key, batch: int):
+    """Draw numbers from 0 to 1, float32 [B], uniform over all and neighbours from different quarters, as above."""
+    key, quarter = _quarters(key, batch)
+    return (quarter + jax.random.uniform(key, (batch,))) / STRATA
+
+
+def _quarters(key, batch: int) -> tuple:
+    """Return a key for what else is drawn, and the quarter 0 .. 3 of each example, int32 [B]."""
     quarter = jnp.arange(batch, dtype=jnp.int32)
     if batch % STRATA:
         shift_key, key = jax.random.split(key)
         quarter += jax.random.randint(shift_key, (), 0, STRATA, jnp.int32)
-    # Where 4 does not divide the timesteps either, each counts as four places, which two quarters may share.
-    places = 1 if train_steps % STRATA == 0 else STRATA
-    width = train_steps * places // STRATA
-    low = quarter % STRATA * width
-    return jax.random.randint(key, (batch,), low, low + width, jnp.int32) // places
+    return key, quarter % STRATA
 
 
 def drop_labels(key, labels, *, null_label: int, probability: float):
@@ -44,10 +56,9 @@ def drop_labels(key, labels, *, null_label: int, probability: float):
 # --- Denoising -----------------------------------------------------------------------------------
 
 
-def denoising_error(output, noise):
-    """Return the mean squared error [B] of the noise half of the output [B,side,side,2C]."""
-    predicted, _ = jnp.split(output, 2, axis=-1)
-    return _mean_per_image((noise - predicted) ** 2)
+def denoising_error(output, target):
+    """Return the mean squared error [B] of the first C channels of the output [B,side,side,C or 2C]."""
+    return _mean_per_image((target - output[..., : target.shape[-1]]) ** 2)
 
 
 def variational_bound(output, x0, xt, c: Coefficients):

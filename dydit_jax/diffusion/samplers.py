@@ -24,14 +24,15 @@ class SamplingConfig:
     """How images are drawn.
 
     Attributes:
-      sampler: the solver: ddpm, ddim, dpmpp_2m, dpmpp_3m, sde_dpmpp_2m, unipc, unipc_3, heun, ab4, or one of your own.
+      sampler: the solver: ddpm, ddim, dpmpp_2m, dpmpp_3m, sde_dpmpp_2m, unipc, unipc_3, euler, heun, ab4, of a flow
+        also euler_maruyama but not ddpm, or one of your own.
       steps: timesteps of the run: 250, ddim50, sections such as 10,20,30, trailing:20, leading:20, logsnr:10,
-        quadratic:10, karras:10 or list:999,600,0; see `grids`.
+        quadratic:10, karras:10 or list:999,600,0; of a flow 250, logsnr:10, quadratic:10, karras:10 or list:0,0.2,0.6.
       eta: share of DDPM's noise in DDIM, 0 .. 1; the others have no such choice and want 0.
       clip: bound on the estimate of |x_0|, or None. Images in pixels are bounded, latents are not.
       guidance: scale of classifier-free guidance; 1 is none, and then the network runs once per step, not twice.
-      guidance_interval: the lowest and highest timestep with guidance, such as 100,700; at others the network runs
-        once. None guides at all of them.
+      guidance_interval: the lowest and highest timestep with guidance, such as 100,700, or 0.3,1 of a flow; at others
+        the network runs once. None guides at all of them.
       guidance_scales: a scale for each evaluation of the network, the most noise first, instead of the two above.
       guided_channels: first_three (as the published models do) or all.
       autoencoder: whose decoder turns latents into images, a file or a published name; empty for models in pixels.
@@ -42,7 +43,7 @@ class SamplingConfig:
     eta: float = 0.0
     clip: float | None = None
     guidance: float = 1.0
-    guidance_interval: tuple[int, int] | None = None
+    guidance_interval: tuple[float, float] | None = None
     guidance_scales: tuple[float, ...] | None = None
     guided_channels: str = "first_three"
     autoencoder: str = ""
@@ -114,15 +115,16 @@ class Sampler:
 
         Args:
           state: before it.
-          output: of the network at `state.xt` [B,side,side,2C]: the noise, and v in [-1, 1], the place of a learned
-            log-variance between its bounds, which most solvers ignore.
+          output: of the network at `state.xt` [B,side,side,C or 2C]: what it predicts, and v in [-1, 1], the place of a
+            learned log-variance between its bounds, which most solvers ignore.
           row: of the table, its leading axis gone.
           noise: to add [B,side,side,C]; ignored where the form has none.
         """
-        predicted, v = jnp.split(output, 2, axis=-1)
-        x0 = row.x0_from_xt * state.xt - row.x0_from_noise * predicted
+        channels = state.xt.shape[-1]
+        predicted, v = output[..., :channels], output[..., channels:]
+        x0 = row.x0_from_xt * state.xt - row.x0_from_output * predicted
         if self.clip is None:
-            newest = row.estimate_from_noise[0] * state.xt + row.estimate_from_noise[1] * predicted
+            newest = row.estimate_from_output[0] * state.xt + row.estimate_from_output[1] * predicted
         else:
             x0 = jnp.clip(x0, -self.clip, self.clip)
             newest = row.estimate_from_x0[0] * state.xt + row.estimate_from_x0[1] * x0

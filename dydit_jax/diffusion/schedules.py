@@ -22,7 +22,7 @@ MAX_BETA = 0.999
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The process that a model was trained on.
+    """The schedule that a model was trained on.
 
     Attributes:
       schedule: linear or squared_cosine, a key of `SCHEDULES`.

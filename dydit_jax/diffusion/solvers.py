@@ -2,17 +2,19 @@
 
 On a path x_t = alpha x_0 + sigma noise, every solver here is linear in a small state: x, where the network is
 evaluated next; base, where a step of several evaluations began; and the estimates m_1 .. m_K of the last K
-evaluations, the newest first. An estimate is x_0 or the noise, as the solver wants it. A rule is written once, as
-formulas on unit vectors (x, base, [m_1 .. m_K]), in float64 on the host; what comes out are the weights. One compiled
-step then runs every table (`samplers.py`).
+evaluations, the newest first. An estimate is x_0, the noise or the velocity, as the solver wants it. A rule is written
+once, as formulas on unit vectors (x, base, [m_1 .. m_K]), in float64 on the host; what comes out are the weights. One
+compiled step then runs every table (`samplers.py`).
 
 Multistep solvers have no history at first: they begin with order 1 and rise by one with each evaluation, as in their
 papers. A step that ends in the image itself, where the log-SNR is infinite, is one of order 1; UniPC also comes down
-by one order at a time before it.
+by one order at a time before it. So is one from pure noise, where it is infinite too, and that estimate is not used
+again.
 
 Sources: DDPM, https://arxiv.org/abs/2006.11239; learned variance, https://arxiv.org/abs/2102.09672; DDIM,
 https://arxiv.org/abs/2010.02502, equations 12 and 16; DPM-Solver++, https://arxiv.org/abs/2211.01095; UniPC,
-https://arxiv.org/abs/2302.04867; Heun's method as in https://arxiv.org/abs/2206.00364, without added noise.
+https://arxiv.org/abs/2302.04867; Heun's method as in https://arxiv.org/abs/2206.00364, without added noise; the
+stochastic equation of a flow, SiT, https://arxiv.org/abs/2401.08740.
 """
 
 import dataclasses
@@ -22,60 +24,12 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
+from dydit_jax.diffusion.paths import Path
 from dydit_jax.errors import InputError
 from dydit_jax.registry import Registry
 
 X0_ESTIMATE = (0.0, 1.0)
 MOST_HISTORY = 8  # estimates that a rule can use
-
-
-@dataclasses.dataclass(frozen=True)
-class Path:
-    """The times of a run, from the most noise to the least, and where it ends.
-
-    Attributes:
-      alpha, sigma: of each time [n+1], positive; the last sigma is 0 where the run ends in the image.
-      eta: share of DDPM's noise that a step adds, for solvers with a choice.
-    """
-
-    alpha: np.ndarray
-    sigma: np.ndarray
-    eta: float = 0.0
-
-    @property
-    def steps(self) -> int:
-        """Number of steps n from a time to the next."""
-        return len(self.alpha) - 1
-
-    @property
-    def log_snr(self) -> np.ndarray:
-        """Half the logarithm of the signal-to-noise ratio, log(alpha / sigma) [n+1]; infinite in the image."""
-        with np.errstate(divide="ignore"):
-            return np.log(self.alpha) - np.log(self.sigma)
-
-    @property
-    def noise_ratio(self) -> np.ndarray:
-        """Ratio sigma / alpha [n+1]; in it, x / alpha moves along the noise."""
-        return self.sigma / self.alpha
-
-    def require_steps(self, least: int) -> None:
-        """Raise where a solver would not reach its order.
-
-        Raises:
-          InputError: fewer steps than that.
-        """
-        if self.steps < least:
-            raise InputError(
-                f"This sampler needs at least {least} steps, not {self.steps}; take more, or sampler ddim."
-            )
-
-    def ends_in_image(self, i: int) -> bool:
-        """Return whether the step from time i ends without noise."""
-        return self.sigma[i + 1] == 0
-
-    def noise_estimate(self, i: int) -> tuple[float, float]:
-        """Return `Row.estimate` of the noise at time i."""
-        return 1 / self.sigma[i], -self.alpha[i] / self.sigma[i]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +40,7 @@ class Row:
       time: at which the network is evaluated, an index into the path.
       x: weights of the next x in (x, base, m_1 .. m_K).
       base: weights of the next base, None where the solver keeps none.
-      estimate: (p, q) of m_1 = p x + q x_0, with x_0 after clipping.
+      estimate: (p, q) of m_1 = p x + q x_0, with x_0 after clipping; None for the network's own output.
       noise: standard deviation of what is added at random.
       learned_range: that deviation is multiplied by exp(learned_range * share), where the share, about 0 .. 1, is the
         network's own. Learned variances lie between two bounds.
@@ -95,7 +49,7 @@ class Row:
     time: int
     x: np.ndarray
     base: np.ndarray | None = None
-    estimate: tuple[float, float] = X0_ESTIMATE
+    estimate: tuple[float, float] | None = X0_ESTIMATE
     noise: float = 0.0
     learned_range: float = 0.0
 
@@ -142,12 +96,12 @@ class SolverTable:
 
     Attributes:
       step: counts down to 0 in the last row; with an image's key it fixes the noise that is added, int32.
-      timestep: the number that the network gets, int32.
+      timestep: the number that the network gets: an int32 of diffusion, a float32 of a flow.
       guidance: scale of classifier-free guidance; 1 is none.
-      x0_from_xt, x0_from_noise: x_0 = x0_from_xt x_t - x0_from_noise noise.
+      x0_from_xt, x0_from_output: x_0 = x0_from_xt x_t - x0_from_output output.
       estimate_from_x0: (p, q) of m_1 = p x_t + q x_0 [S,2], for an x_0 that was clipped.
-      estimate_from_noise: weights of x_t and the noise in the same m_1, where nothing was clipped [S,2]: an estimate of
-        the noise is then the network's own, to the last digit.
+      estimate_from_output: weights of x_t and the network's output in the same m_1, where nothing was clipped [S,2]: an
+        estimate of what it predicts is then its own, to the last digit.
       weights: of the next x and base in (x, base, m_1 .. m_K) [S,2,2+K].
       noise, learned_range: see `Row`.
     """
@@ -156,9 +110,9 @@ class SolverTable:
     timestep: jax.Array
     guidance: jax.Array
     x0_from_xt: jax.Array
-    x0_from_noise: jax.Array
+    x0_from_output: jax.Array
     estimate_from_x0: jax.Array
-    estimate_from_noise: jax.Array
+    estimate_from_output: jax.Array
     weights: jax.Array
     noise: jax.Array
     learned_range: jax.Array
@@ -179,7 +133,7 @@ def solver_table(name: str, path: Path, timesteps) -> SolverTable:
     Args:
       name: a key of `SOLVERS`.
       path: of n steps.
-      timesteps: that the network gets at the times of the path, [n] or [n+1].
+      timesteps: that the network gets at the times of the path, [n] or [n+1], int32 or float32.
 
     Raises:
       InputError: fewer steps than the solver needs, or a rule whose rows can't be used.
@@ -191,17 +145,16 @@ def solver_table(name: str, path: Path, timesteps) -> SolverTable:
     weights = np.array([(row.x, np.zeros_like(x) if row.base is None else row.base) for row in rows])  # [S,2,2+K]
     column = lambda field: np.array([getattr(row, field) for row in rows])
     times = column("time")
-    x0_from_xt, x0_from_noise, estimate = 1 / path.alpha[times], path.noise_ratio[times], column("estimate")
+    x0_from_xt, x0_from_output = (column_of_path[times] for column_of_path in path.x0_from_output)
+    from_x0, from_output = _estimates(rows, x0_from_xt, x0_from_output)
     table = SolverTable(
         step=np.arange(len(rows), dtype=np.int32)[::-1],
-        timestep=np.asarray(timesteps, np.int32)[times],
+        timestep=np.asarray(timesteps)[times],
         guidance=np.ones(len(rows), np.float32),
         x0_from_xt=x0_from_xt,
-        x0_from_noise=x0_from_noise,
-        estimate_from_x0=estimate,
-        estimate_from_noise=np.stack(
-            [estimate[:, 0] + estimate[:, 1] * x0_from_xt, -estimate[:, 1] * x0_from_noise], axis=-1
-        ),
+        x0_from_output=x0_from_output,
+        estimate_from_x0=from_x0,
+        estimate_from_output=from_output,
         weights=_without_unused_history(weights),
         noise=column("noise"),
         learned_range=column("learned_range"),
@@ -210,6 +163,21 @@ def solver_table(name: str, path: Path, timesteps) -> SolverTable:
     if not all(np.isfinite(values).all() for values in jax.tree.leaves(table)):
         raise InputError(f"The solver {name} has weights that are not finite on these timesteps; take others.")
     return table
+
+
+def _estimates(rows: list[Row], x0_from_xt: np.ndarray, x0_from_output: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weights of m_1 in (x_t, x_0) and in (x_t, output), [S,2] each.
+
+    The network's own output at the image itself says nothing of x_0: there the first are 0.
+    """
+    from_x0, from_output = np.zeros((2, len(rows), 2))
+    for i, (row, a, b) in enumerate(zip(rows, x0_from_xt, x0_from_output)):
+        if row.estimate is not None:
+            p, q = row.estimate
+            from_x0[i], from_output[i] = (p, q), (p + q * a, -q * b)
+        else:
+            from_x0[i], from_output[i] = (a / b, -1 / b) if b else (0.0, 0.0), (0.0, 1.0)
+    return from_x0, from_output
 
 
 def _without_unused_history(weights: np.ndarray) -> np.ndarray:
@@ -255,7 +223,7 @@ def _dpmpp_multistep(estimates: int) -> Callable:
         path.require_steps(estimates)
         log_snr = path.log_snr
         for i in range(path.steps):
-            reached = 1 if path.ends_in_image(i) else min(estimates, i + 1)
+            reached = 1 if path.ends_in_image(i) else min(estimates, max(1, i + 1 - path.starts_in_noise))
             h = log_snr[i + 1] - log_snr[i]
             decay = np.expm1(-h)
             following = path.sigma[i + 1] / path.sigma[i] * x - path.alpha[i + 1] * decay * m[0]
@@ -292,12 +260,14 @@ def _unipc(order: int) -> Callable:
 
     def rule(path: Path, x, base, m):
         path.require_steps(order)
-        corrected, reached = x, 0
+        reached = 0
         for i in range(path.steps):
-            if i:
+            known = max(1, i + 1 - path.starts_in_noise)
+            corrected = x
+            if i > path.starts_in_noise:
                 corrected = _unipc_step(path, i - 1, base, m[1 : 1 + reached], newest=m[0])
             left = path.steps - i if path.sigma[-1] == 0 else order
-            reached = min(order, i + 1, left)
+            reached = min(order, known, left)
             yield Row(i, _unipc_step(path, i, corrected, m[:reached]), base=corrected)
 
     return rule
@@ -334,33 +304,52 @@ def _unipc_step(path: Path, i: int, x, m: list, newest=None):
     return following - path.alpha[i + 1] * decay * sum(w * slope for w, slope in zip(weights, slopes))
 
 
-def _heun(path: Path, x, base, m):
-    """Heun's method in sigma / alpha: two evaluations per step, one in the step that ends in the image."""
-    path.require_steps(2)
-    ratio = path.noise_ratio
+def _euler(path: Path, x, base, m):
+    """Euler's method: a straight line along the slope, which is DDIM where the network predicts the noise."""
     for i in range(path.steps):
-        move = lambda start, direction, i=i: (
-            path.alpha[i + 1] * (start / path.alpha[i] + (ratio[i + 1] - ratio[i]) * direction)
-        )
-        yield Row(i, move(x, m[0]), base=x, estimate=path.noise_estimate(i))
-        if not path.ends_in_image(i):
-            yield Row(i + 1, move(base, (m[0] + m[1]) / 2), estimate=path.noise_estimate(i + 1))
+        moved = x / path.scale[i] + (path.coordinate[i + 1] - path.coordinate[i]) * m[0]
+        yield Row(i, path.scale[i + 1] * moved, estimate=path.slope_estimate(i))
+
+
+def _euler_maruyama(path: Path, x, base, m):
+    """Euler-Maruyama on the stochastic equation of a flow, with sigma for the diffusion coefficient: m is the velocity.
+
+    Drift: velocity + sigma * score, with the score (t velocity - x) / sigma. The last step adds no noise: it ends on
+    the mean.
+    """
+    time = path.coordinate
+    for i in range(path.steps):
+        length = time[i + 1] - time[i]
+        drift = (1 + time[i]) * m[0] - x
+        noise = 0.0 if i == path.steps - 1 else np.sqrt(2 * path.sigma[i] * length)
+        yield Row(i, x + length * drift, estimate=path.slope_estimate(i), noise=noise)
+
+
+def _heun(path: Path, x, base, m):
+    """Heun's method: two evaluations per step, one in a step that ends where the network can't be evaluated."""
+    path.require_steps(2)
+    scale, at = path.scale, path.coordinate
+    for i in range(path.steps):
+        move = lambda start, slope, i=i: scale[i + 1] * (start / scale[i] + (at[i + 1] - at[i]) * slope)
+        yield Row(i, move(x, m[0]), base=x, estimate=path.slope_estimate(i))
+        if path.can_evaluate(i + 1):
+            yield Row(i + 1, move(base, (m[0] + m[1]) / 2), estimate=path.slope_estimate(i + 1))
 
 
 def _ab4(path: Path, x, base, m):
-    """Linear multistep of order 4 (Adams-Bashforth) in sigma / alpha, with the exact weights of unequal steps."""
+    """Linear multistep of order 4 (Adams-Bashforth), with the exact weights of unequal steps."""
     path.require_steps(4)
-    ratio = path.noise_ratio
+    scale, coordinate = path.scale, path.coordinate
     points, gauss = np.polynomial.legendre.leggauss(2)  # exact for the cubic that four nodes fix
     for i in range(path.steps):
-        at, length = (points + 1) / 2, ratio[i + 1] - ratio[i]
-        nodes = (ratio[i - np.arange(min(4, i + 1))] - ratio[i]) / length  # in lengths of this step
-        moved = x / path.alpha[i]
+        at, length = (points + 1) / 2, coordinate[i + 1] - coordinate[i]
+        nodes = (coordinate[i - np.arange(min(4, i + 1))] - coordinate[i]) / length  # in lengths of this step
+        moved = x / scale[i]
         for j, node in enumerate(nodes):
             others = np.delete(nodes, j)[:, None]
             basis = np.prod((at - others) / (node - others), axis=0)
             moved = moved + length * (gauss / 2 @ basis) * m[j]
-        yield Row(i, path.alpha[i + 1] * moved, estimate=path.noise_estimate(i))
+        yield Row(i, scale[i + 1] * moved, estimate=path.slope_estimate(i))
 
 
 SOLVERS = Registry(
@@ -374,6 +363,8 @@ SOLVERS = Registry(
         sde_dpmpp_2m=_sde_dpmpp_2m,
         unipc=_unipc(2),
         unipc_3=_unipc(3),
+        euler=_euler,
+        euler_maruyama=_euler_maruyama,
         heun=_heun,
         ab4=_ab4,
     ),

@@ -3,7 +3,8 @@
 A term is a function of `LossInputs`: one pass of the network over the examples of a step. The loss is the sum of the
 terms of all passes, each averaged over the images and times its weight.
 
-Source: DyDiT, https://arxiv.org/abs/2410.03456, section 3.4 (budget), and its training code (ramp, weight).
+Sources: DyDiT, https://arxiv.org/abs/2410.03456, section 3.4 (budget), and its training code (ramp, weight); min-SNR,
+https://arxiv.org/abs/2303.09556; logit-normal times, https://arxiv.org/abs/2403.03206.
 """
 
 import dataclasses
@@ -15,9 +16,13 @@ import jax.numpy as jnp
 
 from dydit_jax.diffusion.gaussian import Coefficients
 from dydit_jax.diffusion.losses import denoising_error, variational_bound
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, require_known
 from dydit_jax.records import require_range
 from dydit_jax.registry import Registry, require_array
+
+WEIGHTINGS = ("none", "min_snr")
+MOST_SNR = 5.0
+TIMES = ("uniform", "logit_normal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +32,9 @@ class LossConfig:
     Attributes:
       terms: keys of `LOSS_TERMS`.
       weights: one number for each term; empty for 1 throughout.
+      weighting: of each image's squared error: none, or min_snr, by its signal-to-noise ratio up to 5.
+      times: how the times of a flow are drawn: uniform, or logit_normal, more often in the middle.
+      logit_normal: mean and standard deviation of log(t / (1 - t)) for the latter.
       label_dropout: probability with which a label becomes "no class".
       complete_steps: for how many steps the complete pass is trained beside the gated one; -1 throughout. Without
         routers the only pass is the complete one, and this and the budget play no part.
@@ -38,6 +46,9 @@ class LossConfig:
 
     terms: tuple[str, ...] = ("mse", "vb", "budget")
     weights: tuple[float, ...] = ()
+    weighting: str = "none"
+    times: str = "uniform"
+    logit_normal: tuple[float, float] = (0.0, 1.0)
     label_dropout: float = 0.1
     complete_steps: int = -1
     budget: float = 0.5
@@ -55,6 +66,9 @@ class LossConfig:
                 f"loss.weights must have one number for each of the {len(self.terms)} terms, or none, not "
                 f"{len(self.weights)}."
             )
+        require_known("loss.weighting", self.weighting, WEIGHTINGS)
+        require_known("loss.times", self.times, TIMES)
+        require_range("loss.logit_normal[1]", self.logit_normal[1], 0.0)
         require_range("loss.label_dropout", self.label_dropout, 0.0, 1.0)
         require_range("loss.complete_steps", self.complete_steps, -1)
         require_range("loss.budget", self.budget, 0.0, 1.0)
@@ -74,10 +88,12 @@ class LossInputs:
 
     Attributes:
       mode: "gated" or "complete".
-      output: prediction of the network [B,side,side,2C], noise first, then variance.
+      output: prediction of the network [B,side,side,2C]: what the process wants first, then variance, if any.
       x0, noise, xt: images, the noise that was added, and the result, [B,side,side,C].
+      target: what the process wants predicted, noise or velocity [B,side,side,C].
+      alpha, sigma: of the image's time, x_t = alpha x_0 + sigma noise [B,1,1,1].
       labels: [B], some of them "no class".
-      coefficients: of each image's timestep, [B,1,1,1].
+      coefficients: of each image's timestep, [B,1,1,1]; None where the process is no diffusion.
       routing: `Routing` of the pass: gates of heads [B,L,H], groups [B,L,G] and tokens [B,L,N], all 1 where the mode is
         "complete".
       ratio: share of the MACs of attention and MLP that these gates leave open [B].
@@ -90,8 +106,11 @@ class LossInputs:
     x0: jax.Array
     noise: jax.Array
     xt: jax.Array
+    target: jax.Array
+    alpha: jax.Array
+    sigma: jax.Array
     labels: jax.Array
-    coefficients: Coefficients
+    coefficients: Coefficients | None
     routing: typing.Any
     ratio: jax.Array
     step: jax.Array
@@ -106,8 +125,12 @@ class LossTerm(typing.Protocol):
 
 
 def mse(inputs: LossInputs) -> jax.Array:
-    """Return the squared error of the predicted noise, of each image."""
-    return denoising_error(inputs.output, inputs.noise)
+    """Return the squared error of the prediction, of each image, with its weight."""
+    error = denoising_error(inputs.output, inputs.target)
+    if inputs.config.weighting == "none":
+        return error
+    snr = jnp.square(inputs.alpha / inputs.sigma)[:, 0, 0, 0]
+    return jnp.minimum(snr, MOST_SNR) / snr * error
 
 
 def vb(inputs: LossInputs) -> jax.Array:

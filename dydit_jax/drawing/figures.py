@@ -6,6 +6,7 @@ they belong to. Nothing is computed here.
 
 import numpy as np
 
+from dydit_jax.diffusion.process import format_time
 from dydit_jax.drawing.style import (
     CLOSED,
     INK,
@@ -20,6 +21,7 @@ from dydit_jax.drawing.style import (
     in_style,
     label_steps,
     new_figure,
+    noise_left,
     shades,
 )
 from dydit_jax.models.cost import format_count
@@ -36,7 +38,7 @@ def routing_table(samples) -> list[dict]:
     steps, layers, _ = routing.heads.shape
     return [
         dict(
-            timestep=int(samples.timesteps[step]),
+            timestep=format_time(samples.timesteps[step]),
             layer=layer,
             heads=units(routing.heads[step, layer]),
             groups=units(routing.groups[step, layer]),
@@ -137,7 +139,7 @@ def step_table(samples, guidance, plan=None) -> list[dict]:
     rows = [
         dict(
             step=step,
-            timestep=int(samples.timesteps[step]),
+            timestep=format_time(samples.timesteps[step]),
             guidance=float(guidance[step]),
             passes=int(samples.evaluations[step]),
             macs_per_pass=float(samples.macs[step]),
@@ -156,8 +158,8 @@ def plan_table(plan, timesteps) -> list[dict]:
     return [
         dict(
             segment=number,
-            first_timestep=int(timesteps[segment.start]),
-            last_timestep=int(timesteps[segment.stop - 1]),
+            first_timestep=format_time(timesteps[segment.start]),
+            last_timestep=format_time(timesteps[segment.stop - 1]),
             steps=len(segment),
             layer=layer,
             heads=" ".join(map(str, segment.heads[layer])),
@@ -185,7 +187,7 @@ def draw_macs(timesteps: dict, macs: dict, complete: dict):
         label = f"{name}: {format_count(np.mean(cost))}, {100 * np.mean(cost) / complete[name]:.0f} % of complete"
         axis.plot(timesteps[name], np.asarray(cost), linestyle=dashes, color=color, label=label, drawstyle="steps-mid")
         axis.axhline(complete[name], color=color, linestyle=dashes, linewidth=0.7)
-    axis.invert_xaxis()
+    noise_left(axis, next(iter(timesteps.values())))
     axis.set_ylim(0)
     axis.yaxis.set_major_formatter(count_ticks())
     axis.set_xlabel(TIMESTEPS)
@@ -229,7 +231,7 @@ def draw_tokens(images: np.ndarray, tokens: np.ndarray, timesteps, layers):
                 open_tokens = gates.mean(0) if layer is None else gates[layer]
                 axis.imshow(tint_closed(image, open_tokens))
                 axis.set_xlabel(f"{100 * open_tokens.mean():.0f} %", fontsize=SMALL, labelpad=2)
-    for axis, text in zip(axes[0], ("image", *(f"t = {timestep}" for timestep in timesteps))):
+    for axis, text in zip(axes[0], ("image", *(f"t = {format_time(timestep)}" for timestep in timesteps))):
         axis.set_title(text, loc="center", fontsize=SMALL)
     handles = [Patch(facecolor=LEFT_OUT, alpha=TINT, label="skips the MLP; below each picture the share that passes")]
     figure.legend(handles=handles, loc="outside upper left", handlelength=1)
@@ -261,7 +263,10 @@ def token_table(tokens: np.ndarray, timesteps) -> list[dict]:
     """Return one row per image, timestep and layer of [I,T,L,N]: the share of passes in which each token was open."""
     return [
         dict(
-            image=image, timestep=int(timestep), layer=layer, **{f"token_{n}": f"{on:g}" for n, on in enumerate(gates)}
+            image=image,
+            timestep=format_time(timestep),
+            layer=layer,
+            **{f"token_{n}": f"{on:g}" for n, on in enumerate(gates)},
         )
         for image, record in enumerate(tokens)
         for timestep, layers in zip(timesteps, record)

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from dydit_jax.drawing.style import FAINT, LINES, SMALL, TIMESTEPS, in_style, new_figure, shades
+from dydit_jax.diffusion.process import format_time
+from dydit_jax.drawing.style import FAINT, LINES, SMALL, TIMESTEPS, in_style, new_figure, noise_left, shades
 
 
 @in_style
@@ -10,8 +11,8 @@ def draw_losses(timesteps: np.ndarray, losses: dict):
     """Draw the loss of several models over the timesteps, and below what each lacks to the first.
 
     Args:
-      timesteps: [T].
-      losses: by model, mean squared error of the predicted noise per example [n,T], the same examples for all.
+      timesteps: from noise to image [T].
+      losses: by model, mean squared error of the prediction per example [n,T], the same examples for all.
 
     Returns:
       A figure.
@@ -27,11 +28,11 @@ def draw_losses(timesteps: np.ndarray, losses: dict):
             axes[1].plot(timesteps, mean, linestyle=dashes, color=color)
             axes[1].fill_between(timesteps, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
     axes[0].set_yscale("log")
-    axes[0].set_title(f"Mean squared error of the noise, {len(losses[names[0]])} examples")
+    axes[0].set_title(f"Mean squared error of the prediction, {len(losses[names[0]])} examples")
     if len(names) > 1:
         axes[1].axhline(0, color=FAINT, linewidth=0.8)
         axes[1].set_title(f"Minus that of {names[0]}; shaded: two standard errors")
-    axes[0].invert_xaxis()
+    noise_left(axes[0], timesteps)
     axes[-1].set_xlabel(TIMESTEPS)
     figure.legend(loc="outside lower left", ncols=1)
     return figure
@@ -43,7 +44,7 @@ def loss_table(timesteps: np.ndarray, losses: dict) -> list[dict]:
     error = lambda values: values.std(ddof=1) / len(values) ** 0.5
     return [
         dict(
-            timestep=int(timestep),
+            timestep=format_time(timestep),
             model=name,
             loss=loss[:, column].mean(),
             standard_error=error(loss[:, column]),
@@ -76,7 +77,7 @@ def draw_loss_maps(timesteps, maps: dict):
             picture = axis.imshow(field[column].reshape(side, side), cmap=shades(), vmin=0, vmax=top)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-            text = f"t = {timesteps[column]}\n{maps[name][column].mean():.2g}"
+            text = f"t = {format_time(timesteps[column])}\n{maps[name][column].mean():.2g}"
             axis.set_xlabel(text, fontsize=SMALL, labelpad=2)
         line[0].set_title(name)
     bar = figure.colorbar(picture, ax=axes, location="bottom", shrink=0.7, aspect=30)
@@ -88,7 +89,7 @@ def draw_loss_maps(timesteps, maps: dict):
 def loss_map_table(timesteps, maps: dict) -> list[dict]:
     """Return one row per model, timestep and patch."""
     return [
-        dict(model=name, timestep=int(timestep), patch=patch, loss=loss)
+        dict(model=name, timestep=format_time(timestep), patch=patch, loss=loss)
         for name, field in maps.items()
         for timestep, row in zip(timesteps, field)
         for patch, loss in enumerate(row)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from etils import epath
 
+from dydit_jax.diffusion.process import format_time
 from dydit_jax.runtime.files import write_atomically
 
 WIDTH, DPI = 4.8, 220  # inches, and pixels to the inch
@@ -100,10 +101,16 @@ def save_table(path, rows: list[dict]) -> None:
         partial.write_text(text.getvalue())
 
 
+def noise_left(axis, timesteps) -> None:
+    """Let an axis of timesteps run from noise on the left to the image, as they do."""
+    if timesteps[0] > timesteps[-1]:
+        axis.invert_xaxis()
+
+
 def label_steps(axis, timesteps) -> None:
     """Write a few of the timesteps below an axis that counts steps."""
     shown = np.unique(np.linspace(0, len(timesteps) - 1, MOST_TICKS).round().astype(int))
-    axis.set_xticks(shown, [str(timesteps[step]) for step in shown])
+    axis.set_xticks(shown, [format_time(timesteps[step]) for step in shown])
     axis.set_xlabel(TIMESTEPS)
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import numpy as np
 from etils import epath
 
+from dydit_jax.diffusion.process import format_time
 from dydit_jax.errors import InputError
 from dydit_jax.fast.usage import TokenUsage
 from dydit_jax.models.cost import ModelMacs
@@ -95,7 +96,7 @@ class Plan:
                 self.groups[steps].mean(),
             )
             heads, heads_on, groups, groups_on = (f"{100 * share:.0f} %" for share in shares)
-            span = f"{timesteps[segment.start]}..{timesteps[segment.stop - 1]}"
+            span = f"{format_time(timesteps[segment.start])}..{format_time(timesteps[segment.stop - 1])}"
             lines.append(
                 f"{number + 1:7d}  {len(segment):5d}  {span:>10}  {f'{heads} ({heads_on})':>15}  "
                 f"{f'{groups} ({groups_on})':>16}"

@@ -24,6 +24,7 @@ from etils import epath
 from dydit_jax.checkpoints import Weights, package_versions
 from dydit_jax.data.batches import examples
 from dydit_jax.data.sources import DataConfig, open_source
+from dydit_jax.diffusion.process import Process, format_time, noise_first, spread_times
 from dydit_jax.drawing import figures, loss_figures
 from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.drawing.report import ANALYSIS_FILE, write_report
@@ -63,7 +64,7 @@ class Analysis:
       data: dataset to measure losses on; the first model's training data by default.
       data_path: folder of these examples, where they lie in files.
       num_examples: examples, spread evenly over the data.
-      num_timesteps: timesteps, spread evenly over the schedule.
+      num_timesteps: timesteps, spread evenly over all.
       labels: labels of the images to draw with each dynamic model.
       seed: seed of all noise.
       batch_size: examples at once; does not change the results.
@@ -122,13 +123,13 @@ def analyze(request: Analysis) -> dict:
         out / ANALYSIS_FILE, dataclasses.asdict(request) | dict(made=origin() | dict(versions=package_versions()))
     )
     mesh = make_mesh(MeshConfig())
-    train_steps = next(iter(models.values())).diffusion.train_steps
-    timesteps = np.unique(np.linspace(0, train_steps - 1, request.num_timesteps).round().astype(int))
+    process = next(iter(models.values())).process
+    timesteps = spread_times(process, request.num_timesteps)
     with jax.set_mesh(mesh):
         losses, maps = {}, {}
         for name, weights in models.items():
             losses[name], maps[name] = measure_losses(weights, batch, timesteps, request, mesh, name)
-        _draw_losses(out, timesteps, losses, maps)
+        _draw_losses(out, process, timesteps, losses, maps)
         costs = {}
         for name, weights in models.items():
             if weights.model.routers != "none":
@@ -146,15 +147,15 @@ def _named(weights: list[Weights], paths: tuple[str, ...]) -> dict[str, Weights]
     """Name models by the shortest ends of their paths that tell them apart.
 
     Raises:
-      InputError: models of different inputs or diffusion processes.
+      InputError: models of different inputs or processes.
     """
     first = weights[0]
     shape = lambda model: (model.side, model.channels, model.classes)
     for path, other in zip(paths, weights):
-        if (shape(other.model), other.diffusion) != (shape(first.model), first.diffusion):
+        if (shape(other.model), other.process) != (shape(first.model), first.process):
             raise InputError(
-                f"{path} has inputs {shape(other.model)} (side, channels, classes) and {other.diffusion}, {paths[0]} "
-                f"{shape(first.model)} and {first.diffusion}; losses of the same examples can't be compared."
+                f"{path} has inputs {shape(other.model)} (side, channels, classes) and {other.process}, {paths[0]} "
+                f"{shape(first.model)} and {first.process}; losses of the same examples can't be compared."
             )
     parts = [epath.Path(str(path).removesuffix(".safetensors")).parts for path in paths]
     depth = next((n for n in range(1, 9) if len({p[-n:] for p in parts}) == len(parts)), None)
@@ -186,7 +187,7 @@ def measure_losses(weights: Weights, batch: dict, timesteps, request: Analysis, 
     model = build_model(weights.model, precision=request.precision, mesh=mesh)
     params = jax.device_put(weights.params, replicated(mesh))
     mode = "complete" if weights.model.routers == "none" else "gated"
-    measure = functools.partial(patch_losses, model=model, diffusion=weights.diffusion, mode=mode)
+    measure = functools.partial(patch_losses, model=model, process=weights.process, mode=mode)
     count = len(batch["label"])
     size = -(-min(request.batch_size, count) // mesh.size) * mesh.size
     losses = np.zeros((count, len(timesteps)))
@@ -198,7 +199,7 @@ def measure_losses(weights: Weights, batch: dict, timesteps, request: Analysis, 
             rows = {name: batch[name][indices] for name in ("image", "label")}
             arrays = jax.device_put((rows, image_keys(request.seed, jnp.asarray(indices))), batch_sharding(mesh))
             for column, timestep in enumerate(timesteps):
-                found = np.asarray(measure(params, *arrays, jnp.int32(timestep)), np.float64)[:kept]
+                found = np.asarray(measure(params, *arrays, timestep), np.float64)[:kept]
                 _require_finite(found, name, timestep, first)
                 losses[first : first + kept, column] = found.mean(-1)
                 maps[column] += found.sum(0) / count
@@ -206,19 +207,21 @@ def measure_losses(weights: Weights, batch: dict, timesteps, request: Analysis, 
     return losses, maps
 
 
-def _require_finite(losses, name: str, timestep: int, first: int) -> None:
+def _require_finite(losses, name: str, timestep, first: int) -> None:
     """Raise where a loss of the examples from `first` on, [n,N], is NaN or infinite."""
     wrong = np.flatnonzero(~np.isfinite(losses).all(1))
     if wrong.size:
         raise StopError(
-            f"The loss of {name} on example {first + wrong[0]} at timestep {timestep} is not finite; look at its "
-            "weights, or take --precision=highest."
+            f"The loss of {name} on example {first + wrong[0]} at timestep {format_time(timestep)} is not finite; look "
+            "at its weights, or take --precision=highest."
         )
 
 
-def _draw_losses(out, timesteps, losses: dict, maps: dict) -> None:
-    _save(out / "losses", loss_figures.draw_losses(timesteps, losses), loss_figures.loss_table(timesteps, losses))
-    shown = _spread(len(timesteps), MAPS_SHOWN)[::-1]  # noise on the left
+def _draw_losses(out, process: Process, timesteps, losses: dict, maps: dict) -> None:
+    order = noise_first(process, timesteps)
+    figure = loss_figures.draw_losses(timesteps[order], {name: loss[:, order] for name, loss in losses.items()})
+    _save(out / "losses", figure, loss_figures.loss_table(timesteps, losses))
+    shown = order[_spread(len(timesteps), MAPS_SHOWN)]
     chosen, fields = timesteps[shown], {name: field[shown] for name, field in maps.items()}
     _save(out / "loss_maps", loss_figures.draw_loss_maps(chosen, fields), loss_figures.loss_map_table(chosen, fields))
 
@@ -230,7 +233,7 @@ def _draw_routing(out, weights: Weights, request: Analysis, mesh) -> Samples:
     """Draw images with a dynamic model, one at a time so that each has its own record, and show what was on."""
     out.mkdir()
     pipeline = Pipeline(weights, precision=request.precision, mesh=mesh)
-    run = SamplingRun(pipeline.model, weights.params, sampling=weights.sampling, diffusion=weights.diffusion)
+    run = SamplingRun(pipeline.model, weights.params, sampling=weights.sampling, process=weights.process)
     plan, steps = run.plan(), len(run.table)
     with Progress(len(request.labels) * steps, "step", f"images of {out.name}") as progress:
         draw = functools.partial(run.draw, seed=request.seed, mode="gated", report=progress.advance)
@@ -258,7 +261,7 @@ def _draw_costs(out, models: dict, costs: dict) -> None:
     timesteps, macs = ({name: getattr(c, key) for name, c in costs.items()} for key in ("timesteps", "macs"))
     complete = {name: models[name].model.macs.complete for name in costs}
     table = [
-        dict(model=name, timestep=int(t), macs=float(m), complete=complete[name])
+        dict(model=name, timestep=format_time(t), macs=float(m), complete=complete[name])
         for name, cost in costs.items()
         for t, m in zip(cost.timesteps, cost.macs)
     ]

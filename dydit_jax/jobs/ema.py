@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dydit_jax.data.batches import examples
+from dydit_jax.diffusion.process import format_time, time_after
 from dydit_jax.drawing.pictures import draw_grid, label_texts, save_image, to_uint8
 from dydit_jax.loading import warn_of_start
 from dydit_jax.models.dit import Model
@@ -33,13 +34,12 @@ def place_examples(data, experiment: Experiment, mesh: Mesh) -> tuple:
 
 
 def measure_ema(state: TrainState, model: Model, experiment: Experiment, shown: tuple) -> dict:
-    """Return the EMA weights' loss on the same examples and noise every time, at timesteps from easy to hard."""
+    """Return the EMA weights' loss on the same examples and noise every time, at times from one end to the other."""
     mode = "complete" if experiment.model.routers == "none" else "gated"
-    settings = dict(model=model, diffusion=experiment.diffusion, mode=mode)
-    steps = experiment.diffusion.train_steps
-    timesteps = [steps * share // 10 for share in SHOWN_TENTHS]
-    losses = [patch_losses(state.ema, *shown, np.int32(t), **settings) for t in timesteps]
-    return {f"ema/loss_t{t}": float(to_host(loss).mean()) for t, loss in zip(timesteps, losses)}
+    settings = dict(model=model, process=experiment.process, mode=mode)
+    times = [time_after(experiment.process, part, 10) for part in SHOWN_TENTHS]
+    losses = [patch_losses(state.ema, *shown, t, **settings) for t in times]
+    return {f"ema/loss_t{format_time(t)}": float(to_host(loss).mean()) for t, loss in zip(times, losses)}
 
 
 def draw_samples(
@@ -50,7 +50,7 @@ def draw_samples(
         warn_of_start(dict(config=dataclasses.asdict(experiment), step=step))
     labels = np.asarray(experiment.tracking.sample_labels, np.int32)
     filled = np.resize(labels, round_up(len(labels), mesh.size))
-    settings = dict(sampling=experiment.sampling, diffusion=experiment.diffusion)
+    settings = dict(sampling=experiment.sampling, process=experiment.process)
     run = SamplingRun(model, state.ema, **settings, mesh=mesh if mesh.size > 1 else None)
     mode = "complete" if experiment.model.routers == "none" else "gated"
     samples = run.draw(filled, seed=experiment.train.seed, mode=mode)

@@ -27,6 +27,7 @@ import numpy as np
 from etils import epath
 
 from dydit_jax.checkpoints import Weights, package_versions
+from dydit_jax.diffusion.process import process_sections
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.drawing import figures
 from dydit_jax.drawing.pictures import draw_grid, label_texts, read_image, save_image
@@ -215,7 +216,7 @@ def _finish(request: Request, weights: Weights, labels, out, drawn: DrawResult) 
     if (request.routing or request.report) and samples is not None:
         save_figure(out / "routing.png", figures.draw_routing(samples, weights.model.macs))
         save_table(out / "routing.csv", figures.routing_table(samples))
-        guidance = make_table(weights.sampling, weights.diffusion).guidance
+        guidance = make_table(weights.sampling, weights.process).guidance
         save_table(out / "steps.csv", figures.step_table(samples, guidance, plan))
         if plan is not None:
             save_figure(out / "plan.png", figures.draw_plan(plan, samples.timesteps))
@@ -326,7 +327,7 @@ def _manifest(request: Request, pipeline: Pipeline, labels: np.ndarray) -> dict:
         checkpoint=str(request.checkpoint),
         checksum=pipeline.checksum,
         model=dataclasses.asdict(weights.model),
-        diffusion=dataclasses.asdict(weights.diffusion),
+        **process_sections(weights.process),
         sampling=dataclasses.asdict(weights.sampling),
         seed=request.seed,
         mode=request.mode,

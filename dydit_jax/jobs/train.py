@@ -150,7 +150,7 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
             ema = to_host(state.ema)
         about = dict(config=config, step=int(state.step), versions=package_versions(), class_names=names)
         if is_main():
-            weights = Weights(experiment.model, experiment.diffusion, experiment.sampling, ema, about)
+            weights = Weights(experiment.model, experiment.process, experiment.sampling, ema, about)
             with checkpoint_named(run, workdir):
                 save_weights(workdir / WEIGHTS_FILE, weights)
             logger.info("Wrote the EMA weights to %s.", workdir / WEIGHTS_FILE)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dydit_jax.diffusion.process import Process
 from dydit_jax.diffusion.samplers import Sampler, SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.execution.registry import (
     EXECUTIONS,
@@ -110,32 +110,30 @@ class SamplingRun:
     Attributes:
       model: the network.
       params: its parameters; blocks in the dtype of their products, on a mesh copied to every device.
-      sampling, diffusion: how it is sampled, and the process that it was trained on.
+      sampling, process: how it is sampled, and the process that it was trained on.
       table: of the solver, a row per step from the most noise to the least.
       evaluations: how often the network runs on an image at each step, int [S]: twice with guidance.
       mesh: whose devices share a batch, or None.
     """
 
     @own_settings()
-    def __init__(
-        self, model: Model, params, *, sampling: SamplingConfig, diffusion: DiffusionConfig, mesh: Mesh | None = None
-    ):
+    def __init__(self, model: Model, params, *, sampling: SamplingConfig, process: Process, mesh: Mesh | None = None):
         """Cast the weights once.
 
         Args:
           model, params: the network.
           sampling: sampler, steps, guidance.
-          diffusion: the process that the model was trained on.
+          process: that the model was trained on.
           mesh: whose devices share the batches, which they must divide; None computes on one device.
 
         Raises:
           InputError: what `make_table` refuses, or a table of labels of another size.
         """
         require_label_table(params, model.config)
-        self.table = make_table(sampling, diffusion)
+        self.table = make_table(sampling, process)
         self.evaluations = evaluations_per_step(self.table.guidance)
         self.model = dataclasses.replace(model, constrain=unconstrained)  # each device computes its own images
-        self.sampling, self.diffusion, self.mesh = sampling, diffusion, mesh
+        self.sampling, self.process, self.mesh = sampling, process, mesh
         params = params if mesh is None else jax.device_put(params, replicated(mesh))
         self._blocks = NarrowedBlocks(params["blocks"], dtype=model.dtype, platform=model.platform)
         self.params = params | dict(blocks=self._blocks.whole)
@@ -322,7 +320,7 @@ def generate(
     labels,
     *,
     sampling: SamplingConfig,
-    diffusion: DiffusionConfig,
+    process: Process,
     seed: int = 0,
     mode: str = "fast",
 ) -> Samples:
@@ -330,11 +328,11 @@ def generate(
 
     Args:
       model, params: the network.
-      sampling, diffusion: as for `SamplingRun`.
+      sampling, process: as for `SamplingRun`.
       labels, seed, mode: as for `SamplingRun.draw`.
     """
     keep_programs()
-    return SamplingRun(model, params, sampling=sampling, diffusion=diffusion).draw(labels, seed=seed, mode=mode)
+    return SamplingRun(model, params, sampling=sampling, process=process).draw(labels, seed=seed, mode=mode)
 
 
 def _executed_macs(segment: Committed, config, routed: bool) -> np.ndarray:

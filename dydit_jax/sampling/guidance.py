@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 GUIDED_FIRST_CHANNELS = 3
 
 
-def guidance_scales(sampling: SamplingConfig, timesteps: np.ndarray, train_steps: int) -> np.ndarray:
+def guidance_scales(sampling: SamplingConfig, timesteps: np.ndarray, time_range: tuple) -> np.ndarray:
     """Return the scale of every evaluation of the network, float64 [S]; 1 where it is not guided.
 
     Args:
       sampling: a constant scale, with or without an interval, or a scale for each evaluation.
       timesteps: of the evaluations [S].
-      train_steps: T, of the training schedule.
+      time_range: the lowest and highest time of the process.
 
     Raises:
-      InputError: an interval outside the schedule, or another number of scales.
+      InputError: an interval outside the range, or another number of scales.
     """
     scales, interval = sampling.guidance_scales, sampling.guidance_interval
     if scales is not None:
@@ -39,10 +39,11 @@ def guidance_scales(sampling: SamplingConfig, timesteps: np.ndarray, train_steps
                 f"network, not {len(scales)}."
             )
         return np.array(scales)
-    low, high = interval or (0, train_steps - 1)
-    if low < 0 or high >= train_steps:
+    first, last = time_range
+    low, high = interval or time_range
+    if low < first or high > last:
         raise InputError(
-            f"sampling.guidance_interval must be within the timesteps 0 to {train_steps - 1}, not {interval}."
+            f"sampling.guidance_interval must be within the timesteps {first} to {last}, not ({low:g}, {high:g})."
         )
     return np.where((timesteps >= low) & (timesteps <= high), sampling.guidance, 1.0)
 

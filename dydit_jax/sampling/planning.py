@@ -128,6 +128,6 @@ def _plan_path(run: SamplingRun, checksum: str, segments: int | None) -> epath.P
     if not all(map(is_built_in, run.model.routers.classes)):
         return None
     device = jax.devices()[0].device_kind
-    settings = map(str, (run.model.config, run.sampling, run.diffusion))
+    settings = map(str, (run.model.config, run.sampling, run.process))
     described = json.dumps([checksum, device, segments or CUTTING, run.table.timestep.tolist(), *settings])
     return epath.Path(cache_folder() / "plans" / f"{hashlib.sha256(described.encode()).hexdigest()}.npz")

@@ -1,25 +1,30 @@
-"""The table of a run: timesteps, solver and guidance of every evaluation of the network, known before the first."""
+"""The table of a run: times, solver and guidance of every evaluation of the network, known before the first."""
 
 import dataclasses
 
 import numpy as np
 
+from dydit_jax.diffusion.process import Process, require_meaning
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule, respace
-from dydit_jax.diffusion.solvers import Path, SolverTable, solver_table
+from dydit_jax.diffusion.solvers import SOLVERS, SolverTable, solver_table
+from dydit_jax.errors import InputError
 from dydit_jax.sampling.guidance import guidance_scales
 
 
-def make_table(sampling: SamplingConfig, diffusion: DiffusionConfig) -> SolverTable:
+def make_table(sampling: SamplingConfig, process: Process) -> SolverTable:
     """Tabulate a run from the most noise to the least, in float64; one row per evaluation of the network.
 
     Raises:
-      InputError: timesteps that the schedule does not have, too few of them for the solver, or guidance that does not
-        fit them.
+      InputError: a solver without meaning for the process, times that it does not have, too few of them for the solver,
+        or guidance that does not fit them.
     """
-    schedule = respace(make_schedule(diffusion), sampling.steps)
-    alphas_cumprod = np.append(schedule.alphas_cumprod[::-1], 1.0)
-    path = Path(np.sqrt(alphas_cumprod), np.sqrt(1.0 - alphas_cumprod), sampling.eta)
-    table = solver_table(sampling.sampler, path, schedule.timesteps[::-1])
-    scales = guidance_scales(sampling, table.timestep, diffusion.train_steps)
+    require_meaning(process, "sampling.sampler", sampling.sampler, SOLVERS)
+    path, timesteps = process.path(sampling.steps, sampling.sampler, sampling.eta)
+    table = solver_table(sampling.sampler, path, timesteps)
+    if sampling.clip is not None and not np.any(table.estimate_from_x0, axis=1).all():
+        raise InputError(
+            f"sampling.clip has no meaning for {sampling.sampler} with the process {process.name}: it evaluates the "
+            "network at the image itself. Leave the clip out, or take another sampler."
+        )
+    scales = guidance_scales(sampling, table.timestep, process.time_range())
     return dataclasses.replace(table, guidance=scales.astype(np.float32))

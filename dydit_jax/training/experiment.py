@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 from dydit_jax.checkpoints import CheckpointConfig
 from dydit_jax.data.sources import DataConfig
+from dydit_jax.diffusion.process import PROCESSES, Process, ProcessConfig, read_process, require_meaning
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
-from dydit_jax.diffusion.terms import LossConfig
+from dydit_jax.diffusion.terms import LOSS_TERMS, TIMES, WEIGHTINGS, LossConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.config import DiTConfig, read_model
 from dydit_jax.models.dit import Model
@@ -29,7 +29,7 @@ class Experiment:
     """A whole config file, checked."""
 
     model: DiTConfig
-    diffusion: DiffusionConfig
+    process: Process
     data: DataConfig
     loss: LossConfig
     optimizer: OptimizerConfig
@@ -66,15 +66,17 @@ def read_experiment(config: Mapping) -> Experiment:
     Raises:
       InputError: the first thing that is wrong, with what is allowed.
     """
-    sections = {field.name: field.type for field in dataclasses.fields(Experiment)}
+    sections = _sections()
     for name in config:
         require_known("section", name, sections)
+    read = {"model": read_model, "process": lambda _: read_process(config)}
     records = {
-        name: read_model(config.get(name, {})) if name == "model" else read_record(cls, config.get(name, {}), name)
+        name: read[name](config.get(name, {})) if name in read else read_record(cls, config.get(name, {}), name)
         for name, cls in sections.items()
     }
-    experiment = Experiment(**records)
-    make_table(experiment.sampling, experiment.diffusion)
+    experiment = Experiment(**{field.name: records[field.name] for field in dataclasses.fields(Experiment)})
+    _require_meaning(experiment.loss, experiment.process)
+    make_table(experiment.sampling, experiment.process)
     require_no_class(config, experiment.sampling)
     parts, size = experiment.train.accumulate, experiment.data.batch_size
     if size % parts:
@@ -85,9 +87,23 @@ def read_experiment(config: Mapping) -> Experiment:
     return experiment
 
 
+def _sections() -> dict[str, type]:
+    """Return the records of all sections by name; those of processes have the process's name."""
+    sections = {field.name: field.type for field in dataclasses.fields(Experiment)}
+    return sections | {"process": ProcessConfig} | PROCESSES
+
+
+def _require_meaning(loss: LossConfig, process: Process) -> None:
+    """Raise where the loss asks for something that the process does not have."""
+    for name in loss.terms:
+        require_meaning(process, "loss.terms", name, LOSS_TERMS)
+    require_meaning(process, "loss.weighting", loss.weighting, WEIGHTINGS)
+    require_meaning(process, "loss.times", loss.times, TIMES)
+
+
 def build_update(experiment: Experiment, model: Model, passes: tuple[str, ...]) -> Callable:
     """Make the function (state, batch) -> (state, metrics) of one training step; see `make_update_fn`."""
-    names = ("loss", "diffusion", "optimizer", "train")
+    names = ("loss", "process", "optimizer", "train")
     return make_update_fn(model, passes, **{name: getattr(experiment, name) for name in names})
 
 
@@ -98,7 +114,7 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
     as the lists that JSON makes of them.
     """
     found = []
-    for section in (field.name for field in dataclasses.fields(Experiment)):
+    for section in _sections():
         before, after = (_filled_in(section, config.get(section) or {}) for config in (old, new))
         for key in sorted(set(before) | set(after)):
             if before.get(key) != after.get(key) and not {section, f"{section}.{key}"} & set(CHANGEABLE):
@@ -108,7 +124,7 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
 
 def _filled_in(section: str, values: Mapping) -> dict:
     """Return a section with the names of today and with its defaults, as JSON has it."""
-    cls = {field.name: field.type for field in dataclasses.fields(Experiment)}[section]
+    cls = _sections()[section]
     fields = [field for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING]
     defaults = {field.name: field.default for field in fields}
     given = {key: value for key, value in with_current_names(cls, values).items() if value is not None}

@@ -8,9 +8,8 @@ Source: DyDiT, https://arxiv.org/abs/2410.03456, section 3.4, and its training c
 import jax
 import jax.numpy as jnp
 
-from dydit_jax.diffusion.gaussian import at_steps, coefficients, diffuse
-from dydit_jax.diffusion.losses import drop_labels, stratified_timesteps
-from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
+from dydit_jax.diffusion.losses import drop_labels
+from dydit_jax.diffusion.process import Process, perturb
 from dydit_jax.diffusion.terms import LossConfig, LossInputs, budget_target, weigh_terms
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.cost import routed_ratio
@@ -25,15 +24,13 @@ def passes_at(step: int, *, model: DiTConfig, loss: LossConfig) -> tuple[str, ..
     return ("gated", "complete") if both else ("gated",)
 
 
-def draw_examples(
-    batch, key, *, model: Model, loss: LossConfig, diffusion: DiffusionConfig, passes: tuple[str, ...]
-) -> dict:
+def draw_examples(batch, key, *, model: Model, loss: LossConfig, process: Process, passes: tuple[str, ...]) -> dict:
     """Draw all that is random in a step.
 
     Args:
       batch: {"image": [B,side,side,C], "label": [B]}.
       key: PRNG key of this step.
-      model, loss, diffusion, passes: as for `objective`.
+      model, loss, process, passes: as for `objective`.
 
     Returns:
       Arrays with the leading axis B, or None: "x0", "noise", "t", "labels" and "router_noise".
@@ -44,15 +41,13 @@ def draw_examples(
     return dict(
         x0=batch["image"],
         noise=jax.random.normal(noise_key, batch["image"].shape, jnp.float32),
-        t=stratified_timesteps(time_key, size, diffusion.train_steps),
+        t=process.draw_times(time_key, size, loss),
         labels=drop_labels(label_key, batch["label"], **dropout),
         router_noise=model.router_noise(router_key, size) if "gated" in passes else None,
     )
 
 
-def objective(
-    params, examples, step, *, model: Model, loss: LossConfig, diffusion: DiffusionConfig, passes: tuple[str, ...]
-):
+def objective(params, examples, step, *, model: Model, loss: LossConfig, process: Process, passes: tuple[str, ...]):
     """Return the loss of some examples, with its terms and the routing as metrics.
 
     Args:
@@ -61,7 +56,7 @@ def objective(
       step: number of this step, for the budget's ramp.
       model: the network.
       loss: terms and budget.
-      diffusion: the process that noise is added by.
+      process: that adds the noise.
       passes: "gated", "complete" or both; they share x_t, timesteps and labels.
 
     Returns:
@@ -69,7 +64,7 @@ def objective(
       of the batch as a whole.
     """
     metrics, total = {}, 0.0
-    for inputs in run_passes(params, examples, step, model=model, loss=loss, diffusion=diffusion, passes=passes):
+    for inputs in run_passes(params, examples, step, model=model, loss=loss, process=process, passes=passes):
         for name, value in weigh_terms(inputs).items():
             name = f"loss/{inputs.mode}_{name}" if value.ndim else f"loss/{name}"
             metrics[name] = metrics.get(name, 0.0) + value.mean()
@@ -81,7 +76,7 @@ def objective(
 
 
 def run_passes(
-    params, examples, step, *, model: Model, loss: LossConfig, diffusion: DiffusionConfig, passes: tuple[str, ...]
+    params, examples, step, *, model: Model, loss: LossConfig, process: Process, passes: tuple[str, ...]
 ) -> list[LossInputs]:
     """Add noise to the images and run the network on them; arguments as for `objective`.
 
@@ -89,15 +84,15 @@ def run_passes(
       What the terms of the loss look at, for each pass.
     """
     x0, noise, t, labels = (examples[name] for name in ("x0", "noise", "t", "labels"))
-    c = at_steps(coefficients(make_schedule(diffusion)), t)
-    xt = diffuse(x0, noise, c)
+    xt, (alpha, sigma) = perturb(process, x0, noise, t), process.levels(t)
     if passes == ("gated", "complete") and not model.config.token_capacity:
         *outputs, routing = model.apply_both(params, xt, t, labels, noise=examples["router_noise"])
         results = zip(outputs, (routing, model.open_routing(len(labels))))
     else:
         noises = [examples["router_noise"] if mode == "gated" else None for mode in passes]
         results = [model.apply(params, xt, t, labels, mode=mode, noise=own) for mode, own in zip(passes, noises)]
-    common = dict(x0=x0, noise=noise, xt=xt, labels=labels, coefficients=c, step=step, config=loss)
+    common = dict(x0=x0, noise=noise, xt=xt, target=process.target(x0, noise), alpha=alpha, sigma=sigma)
+    common |= dict(labels=labels, coefficients=process.posterior(t), step=step, config=loss)
     macs = dict(attention=model.config.macs.attention, mlp=model.config.macs.mlp)
     return [
         LossInputs(mode=mode, output=output, routing=routing, ratio=routed_ratio(routing, **macs), **common)

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 
 from dydit_jax.diffusion.losses import STRATA
-from dydit_jax.diffusion.schedules import DiffusionConfig
+from dydit_jax.diffusion.process import Process
 from dydit_jax.diffusion.terms import LossConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.config import DiTConfig
@@ -149,7 +149,7 @@ def make_update_fn(
     passes: tuple[str, ...],
     *,
     loss: LossConfig,
-    diffusion: DiffusionConfig,
+    process: Process,
     optimizer: OptimizerConfig,
     train: TrainConfig,
 ) -> Callable:
@@ -158,11 +158,11 @@ def make_update_fn(
     Args:
       model: the network.
       passes: "gated", "complete" or both; see `passes_at`.
-      loss, diffusion, optimizer, train: sections of the config.
+      loss, process, optimizer, train: sections of the config.
     """
     transform, learning_rate = build_optimizer(optimizer), build_learning_rate(optimizer)
     skip_norm = optimizer.skip_norm or jnp.inf
-    settings = dict(model=model, loss=loss, diffusion=diffusion, passes=passes)
+    settings = dict(model=model, loss=loss, process=process, passes=passes)
     differentiate = jax.grad(functools.partial(objective, **settings), has_aux=True)
 
     def update(state: TrainState, batch) -> tuple[TrainState, dict]:
