@@ -8,7 +8,6 @@ configuration is continued.
 
 import dataclasses
 import pathlib
-import typing
 
 from absl import flags
 from ml_collections import config_flags
@@ -18,7 +17,7 @@ from dydit_jax.cli.flags import define_flags, read_flags, read_meanings
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.train import train_and_evaluate
 from dydit_jax.runtime.console import read_config, run
-from dydit_jax.training.experiment import Experiment
+from dydit_jax.training.experiment import config_sections
 
 CONFIGS = pathlib.Path(dydit_jax.configs.__file__).parent
 SIZE = "A published size, such as XL/2, in the place of depth, width, heads and patch."
@@ -70,7 +69,7 @@ def known_configs() -> list[str]:
 def config_keys() -> dict[str, str]:
     """Return what every key of a config means, by its flag."""
     keys = {"config.model.size": SIZE}
-    for section, cls in typing.get_type_hints(Experiment).items():
+    for section, cls in config_sections().items():
         keys |= {f"config.{section}.{name}": meaning for name, meaning in read_meanings(cls).items()}
     return keys
 

@@ -74,7 +74,12 @@ class Process(typing.Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion(DiffusionConfig):
-    """The diffusion process of a schedule, in which the network predicts noise and variance."""
+    """The diffusion process of a schedule, in which the network predicts noise and variance.
+
+    Attributes:
+      schedule: linear or squared_cosine, a key of `SCHEDULES`.
+      train_steps: number of its steps, T.
+    """
 
     name: ClassVar[str] = "diffusion"
     meaningless: ClassVar = {

@@ -66,7 +66,7 @@ def read_experiment(config: Mapping) -> Experiment:
     Raises:
       InputError: the first thing that is wrong, with what is allowed.
     """
-    sections = _sections()
+    sections = config_sections()
     for name in config:
         require_known("section", name, sections)
     read = {"model": read_model, "process": lambda _: read_process(config)}
@@ -87,7 +87,7 @@ def read_experiment(config: Mapping) -> Experiment:
     return experiment
 
 
-def _sections() -> dict[str, type]:
+def config_sections() -> dict[str, type]:
     """Return the records of all sections by name; those of processes have the process's name."""
     sections = {field.name: field.type for field in dataclasses.fields(Experiment)}
     return sections | {"process": ProcessConfig} | PROCESSES
@@ -114,7 +114,7 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
     as the lists that JSON makes of them.
     """
     found = []
-    for section in _sections():
+    for section in config_sections():
         before, after = (_filled_in(section, config.get(section) or {}) for config in (old, new))
         for key in sorted(set(before) | set(after)):
             if before.get(key) != after.get(key) and not {section, f"{section}.{key}"} & set(CHANGEABLE):
@@ -124,7 +124,7 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
 
 def _filled_in(section: str, values: Mapping) -> dict:
     """Return a section with the names of today and with its defaults, as JSON has it."""
-    cls = _sections()[section]
+    cls = config_sections()[section]
     fields = [field for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING]
     defaults = {field.name: field.default for field in fields}
     given = {key: value for key, value in with_current_names(cls, values).items() if value is not None}
