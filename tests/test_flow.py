@@ -1,0 +1,165 @@
+"""A flow is the original's: forward passes, training, every step of sampling; and what has no meaning for it."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN, STATIC, changed, channels_last, read_torch, relative_error
+
+from dydit_jax.convert.tables import convert_state_dict, export_state_dict
+from dydit_jax.diffusion.process import Diffusion, Flow, process_sections, read_process
+from dydit_jax.diffusion.terms import LossConfig, LossInputs, weigh_terms
+from dydit_jax.errors import InputError
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.dit import Model
+from dydit_jax.models.layers import time_features
+from dydit_jax.sampling.guidance import guide
+from dydit_jax.training.experiment import differences, read_experiment
+from dydit_jax.training.objective import objective, run_passes
+
+
+@pytest.fixture(scope="module")
+def sit():
+    """The reference SiT: (model, params)."""
+    told = json.loads(bytes(np.load(GOLDEN / "sit_forward.npz")["config"]))
+    sizes = dict(depth=told["depth"], width=told["hidden_size"], heads=told["num_heads"], patch=told["patch_size"])
+    config = DiTConfig(**sizes, side=told["input_size"], channels=told["in_channels"], classes=told["num_classes"])
+    params = convert_state_dict(read_torch(GOLDEN / "sit_plain.pt"), config)
+    return Model(config, matmul_precision="highest"), params
+
+
+# --- The network ---------------------------------------------------------------------------------
+
+
+def test_forward_and_guided_forward_equal_the_original(sit):
+    model, params = sit
+    reference = np.load(GOLDEN / "sit_forward.npz")
+    x, t, y = channels_last(reference["x"]), reference["t"], reference["y"]
+    apply = jax.jit(functools.partial(model.apply, params, mode="complete"))
+    assert relative_error(apply(x, t, y)[0], channels_last(reference["raw_out"])) < 1e-5
+    assert relative_error(time_features(jnp.asarray(t)), reference["time_features"]) < 1e-6
+    guided = channels_last(reference["cfg_out"])
+    for i in range(len(t)):  # our guidance takes one time for the whole batch
+        settings = dict(scale=float(reference["cfg_scale"]), guided_channels="first_three", config=model.config)
+        output, _ = guide(lambda *inputs: apply(*inputs), x[i : i + 1], jnp.asarray(t[i]), y[i : i + 1], **settings)
+        assert relative_error(output[..., :4], guided[i : i + 1]) < 1e-5
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+def test_training_step_equals_the_original(sit):
+    model, params = sit
+    reference = np.load(GOLDEN / "sit_train.npz")
+    examples = dict(
+        x0=channels_last(reference["x1"]),
+        noise=channels_last(reference["x0"]),
+        t=reference["t"],
+        labels=reference["y_used"],
+        router_noise=None,
+    )
+    settings = dict(model=model, loss=LossConfig(terms=("mse", "budget")), process=Flow(), passes=("complete",))
+
+    @jax.jit
+    def run(params):
+        [inputs] = run_passes(params, examples, 0, **settings)
+        of_images = inputs.xt, inputs.target, inputs.output, weigh_terms(inputs)["mse"]
+        return of_images, jax.value_and_grad(objective, has_aux=True)(params, examples, 0, **settings)
+
+    (xt, target, output, losses), ((total, metrics), gradients) = run(params)
+    assert relative_error(xt, channels_last(reference["xt"])) < 1e-6
+    assert relative_error(target, channels_last(reference["ut"])) < 1e-6
+    assert relative_error(output[..., :4], channels_last(reference["pred"])) < 1e-5
+    np.testing.assert_allclose(losses, reference["loss"], rtol=1e-5)
+    np.testing.assert_allclose(total, reference["mean_loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss/complete_mse"], reference["mean_loss"], rtol=1e-5)
+    found = export_state_dict(jax.device_get(gradients), model.config)
+    recorded = {name.removeprefix("grad/"): reference[name] for name in reference.files if name.startswith("grad/")}
+    assert set(found) - {"pos_embed"} == set(recorded)
+    for name, expected in recorded.items():
+        assert relative_error(found[name], expected) < 1e-4, name
+    thrown_away = found["final_layer.linear.weight"].reshape(2, 2, 8, 40)[:, :, 4:]
+    assert not thrown_away.any()  # the second half of the output
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 8])
+def test_times_are_stratified_and_uniform(batch):
+    keys = jax.random.split(jax.random.key(0), 2000)
+    t = np.asarray(jax.vmap(lambda key: Flow().draw_times(key, batch, LossConfig()))(keys))
+    assert t.dtype == np.float32 and t.min() >= 0 and t.max() <= 1
+    counts = np.histogram(t, 10, (0, 1))[0]
+    np.testing.assert_allclose(counts, t.size / 10, rtol=0.12)
+    if batch % 4 == 0:
+        np.testing.assert_array_equal((4 * t).astype(int), np.tile(np.arange(4), (len(t), batch // 4)))
+
+
+def test_logit_normal_times_have_their_mean_and_deviation():
+    loss = LossConfig(times="logit_normal", logit_normal=(-0.5, 0.8))
+    t = np.float64(Flow().draw_times(jax.random.key(0), 100_000, loss))
+    logits = np.log(t / (1 - t))
+    np.testing.assert_allclose([logits.mean(), logits.std()], [-0.5, 0.8], atol=0.01)
+
+
+def test_min_snr_weighs_the_squared_error_by_the_noise():
+    shape, alpha = (3, 4, 4, 1), np.array([0.1, 0.6, 0.99], np.float32)
+    sigma = np.sqrt(1 - alpha**2)
+    by_image = lambda values: jnp.asarray(values).reshape(3, 1, 1, 1)
+    fields = dict.fromkeys(("x0", "noise", "xt", "coefficients", "routing", "ratio", "step"))
+    fields |= dict(output=jnp.ones(shape), target=jnp.zeros(shape), alpha=by_image(alpha), sigma=by_image(sigma))
+    loss = LossConfig(terms=("mse",), weighting="min_snr")
+    found = weigh_terms(LossInputs("complete", labels=jnp.zeros(3, int), config=loss, **fields))["mse"]
+    snr = (alpha / sigma) ** 2
+    assert snr[1] < 5 < snr[2]
+    np.testing.assert_allclose(found, np.minimum(snr, 5) / snr, rtol=1e-5)
+
+
+# --- Configs -------------------------------------------------------------------------------------
+
+FLOW = dict(
+    STATIC,
+    process=dict(name="flow"),
+    loss=dict(terms=("mse", "budget")),
+    sampling=dict(sampler="heun", steps="4", guidance=1.0),
+)
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        (dict(loss=dict(terms=("mse", "vb"))), "loss.terms 'vb' has no meaning for the process flow: .* budget, mse"),
+        (dict(loss=dict(weighting="min_snr")), "loss.weighting 'min_snr' has no meaning for .* one of: none"),
+        (dict(sampling=dict(sampler="ddpm")), "sampling.sampler 'ddpm' has no meaning for the process flow: .* heun"),
+        (dict(sampling=dict(clip=1.0)), "sampling.clip has no meaning for heun with the process flow"),
+        (dict(sampling=dict(steps="ddim50")), "Unknown spacing 'ddim50' for the process flow"),
+        (dict(sampling=dict(steps="list:0,0.5,1")), "from 0 to below 1, the image itself, not 1"),
+        (dict(sampling=dict(steps="list:-0.1,0.5")), "from 0 to below 1, the image itself, not -0.1"),
+        (dict(sampling=dict(steps="list:0,nan")), "from 0 to below 1, the image itself, not nan"),
+        (dict(sampling=dict(steps="list:0,0.5,0.4")), "must ascend from noise to image: 0.4 follows 0.5"),
+        (dict(sampling=dict(guidance_interval=(0.2, 1.5))), r"within the timesteps 0.0 to 1.0, not \(0.2, 1.5\)"),
+        (dict(process=dict(name="flows")), "Unknown process.name 'flows'; known: diffusion, flow"),
+        (dict(flow=dict(times="uniform")), "Unknown key flow.times"),
+    ],
+)
+def test_what_has_no_meaning_for_a_flow_is_refused(sections, message):
+    with pytest.raises(InputError, match=message):
+        read_experiment(changed(FLOW, **sections))
+
+
+def test_what_has_no_meaning_for_a_diffusion_is_refused():
+    with pytest.raises(InputError, match="loss.times 'logit_normal' has no meaning for the process diffusion"):
+        read_experiment(changed(STATIC, loss=dict(times="logit_normal")))
+    with pytest.raises(InputError, match="'euler_maruyama' has no meaning for the process diffusion: .* ddim, ddpm"):
+        read_experiment(changed(STATIC, sampling=dict(sampler="euler_maruyama")))
+
+
+def test_sections_of_a_process_survive_and_old_ones_are_of_diffusion():
+    for process in (Flow(), Diffusion("squared_cosine", 50)):
+        assert read_process(json.loads(json.dumps(process_sections(process)))) == process
+    old = dict(diffusion=dict(schedule="squared_cosine", train_steps=500))
+    assert read_process(old) == Diffusion("squared_cosine", 500)
+    assert read_experiment(changed(STATIC, **old)).process == Diffusion("squared_cosine", 500)
+    assert not differences(dict(STATIC), changed(STATIC, process=dict(name="diffusion")))
+    assert differences(dict(STATIC), FLOW)[0].startswith("process.name: 'diffusion' there, 'flow' here")
