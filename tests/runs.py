@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from dydit_jax.diffusion.process import Diffusion, meaningful
+from dydit_jax.diffusion.process import Diffusion, Flow, meaningful
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.solvers import SOLVERS
 from dydit_jax.sampling.generate import Samples, SamplingRun
 
 SAMPLING = SamplingConfig(sampler="ddpm", steps="6", guidance=2.0)
-DIFFUSION_SOLVERS = meaningful(Diffusion, "sampling.sampler", SOLVERS)
+DIFFUSION_SOLVERS, FLOW_SOLVERS = (meaningful(process, "sampling.sampler", SOLVERS) for process in (Diffusion, Flow))
 
 
 def make_run(model, params, *, sampling=SAMPLING, process=None, mesh=None) -> SamplingRun:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, relative_error
-from runs import DIFFUSION_SOLVERS, SAMPLING, draw, make_run
+from runs import DIFFUSION_SOLVERS, FLOW_SOLVERS, SAMPLING, draw, make_run
 from test_executions import usage_of_none
 
+from dydit_jax.diffusion.process import Diffusion, Flow
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import DiTConfig
@@ -27,26 +28,41 @@ def assert_same(fast, gated):
     np.testing.assert_allclose(fast.macs, gated.macs, rtol=1e-5)
 
 
+RUNS = [(Diffusion(), name) for name in DIFFUSION_SOLVERS] + [(Flow(), name) for name in FLOW_SOLVERS]
+IN_EVERY_RUN = ("diffusion", "unipc_3"), ("flow", "euler_maruyama")
+
+
 @pytest.mark.parametrize(
-    "sampler",
-    [pytest.param(name, marks=() if name == "unipc_3" else pytest.mark.slow) for name in DIFFUSION_SOLVERS],
+    "process, sampler",
+    [
+        pytest.param(*run, marks=() if (run[0].name, run[1]) in IN_EVERY_RUN else pytest.mark.slow, id=str(run))
+        for run in RUNS
+    ],
 )
-def test_fast_trajectory_equals_the_gated_one(tiny, sampler):
-    sampling = SamplingConfig(sampler=sampler, steps="6", guidance=2.0 if sampler == "ddpm" else 1.0, clip=1.0)
-    gated = draw(*tiny, [1, 2, 3], mode="gated", sampling=sampling)
-    assert_same(draw(*tiny, [1, 2, 3], mode="fast", sampling=sampling), gated)
+def test_fast_trajectory_equals_the_gated_one(tiny, process, sampler):
+    clip = None if (process.name, sampler) == ("flow", "heun") else 1.0
+    sampling = SamplingConfig(sampler=sampler, steps="6", guidance=2.0 if sampler == "ddpm" else 1.0, clip=clip)
+    gated = draw(*tiny, [1, 2, 3], mode="gated", sampling=sampling, process=process)
+    assert_same(draw(*tiny, [1, 2, 3], mode="fast", sampling=sampling, process=process), gated)
     assert 0.1 < gated.usage.mean.mean() < 0.9
 
 
-@pytest.mark.parametrize("sampler", ["ddim", pytest.param("heun", marks=pytest.mark.slow)])
-def test_outside_the_interval_of_guidance_the_network_runs_once(tiny, sampler):
+@pytest.mark.parametrize(
+    "process, sampler, low, high",
+    [
+        (Diffusion(), "ddim", 300, 700),
+        pytest.param(Diffusion(), "heun", 300, 700, marks=pytest.mark.slow),
+        pytest.param(Flow(), "euler", 0.2, 0.6, marks=pytest.mark.slow),
+    ],
+)
+def test_outside_the_interval_of_guidance_the_network_runs_once(tiny, process, sampler, low, high):
     """In what was compiled and recorded, not only in the table."""
     model, params = tiny
-    sampling = SamplingConfig(sampler=sampler, steps="4", guidance=2.0, guidance_interval=(300, 700), clip=1.0)
+    sampling = SamplingConfig(sampler=sampler, steps="4", guidance=2.0, guidance_interval=(low, high), clip=1.0)
     theirs = dataclasses.replace(model, platform="tpu")  # one-hot products: rows follow the number of images
     for network in (model, theirs):
-        run = make_run(network, params, sampling=sampling)
-        guided = ((run.table.timestep >= 300) & (run.table.timestep <= 700)).tolist()
+        run = make_run(network, params, sampling=sampling, process=process)
+        guided = ((run.table.timestep >= low) & (run.table.timestep <= high)).tolist()
         assert run.evaluations.tolist() == [1 + inside for inside in guided] and any(guided) and not all(guided)
         plan = run.plan()
         assert [segment.evaluations for segment in plan.segments] == [1, 2, 1]
@@ -58,18 +74,24 @@ def test_outside_the_interval_of_guidance_the_network_runs_once(tiny, sampler):
         programs, _ = run.programs(3, plan=plan)
         assert [program.images for program in programs] == [3, 6, 3]
     # Two programs of two and one: where no step is guided, one of one.
-    plain = draw(model, params, [1, 2, 3], mode="gated", sampling=dataclasses.replace(sampling, guidance=1.0))
+    alone = dataclasses.replace(sampling, guidance=1.0)
+    plain = draw(model, params, [1, 2, 3], mode="gated", sampling=alone, process=process)
     everywhere = dataclasses.replace(sampling, guidance_interval=None)
-    everywhere = draw(model, params, [1, 2, 3], mode="gated", sampling=everywhere)
+    everywhere = draw(model, params, [1, 2, 3], mode="gated", sampling=everywhere, process=process)
     assert relative_error(gated.images, plain.images) > 1e-3 < relative_error(gated.images, everywhere.images)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["sde_dpmpp_2m", "unipc", "heun"])
-def test_fast_equals_gated_on_a_mesh_with_an_interval_of_guidance(tiny, sampler):
-    sampling = SamplingConfig(sampler=sampler, steps="4", guidance=2.0, guidance_interval=(300, 700), clip=1.0)
-    gated = draw(*tiny, [1, 2, 3, 4], mode="gated", sampling=sampling)
-    fast = draw(*tiny, [1, 2, 3, 4], segments=None, sampling=sampling, usage=gated.usage, mesh=make_mesh(MeshConfig()))
+@pytest.mark.parametrize(
+    "process, sampler",
+    [(Diffusion(), "sde_dpmpp_2m"), (Diffusion(), "unipc"), (Diffusion(), "heun"), (Flow(), "euler_maruyama")],
+)
+def test_fast_equals_gated_on_a_mesh_with_an_interval_of_guidance(tiny, process, sampler):
+    interval = (300, 700) if process.name == "diffusion" else (0.2, 0.6)
+    sampling = SamplingConfig(sampler=sampler, steps="4", guidance=2.0, guidance_interval=interval, clip=1.0)
+    settings = dict(sampling=sampling, process=process)
+    gated = draw(*tiny, [1, 2, 3, 4], mode="gated", **settings)
+    fast = draw(*tiny, [1, 2, 3, 4], segments=None, usage=gated.usage, mesh=make_mesh(MeshConfig()), **settings)
     for name in ("heads", "groups"):
         np.testing.assert_array_equal(getattr(fast.routing, name), getattr(gated.routing, name))
     np.testing.assert_allclose(fast.routing.tokens, gated.routing.tokens, atol=1e-6)  # means of means

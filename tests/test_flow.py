@@ -2,21 +2,27 @@
 
 import functools
 import json
+import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from conftest import GOLDEN, STATIC, changed, channels_last, read_torch, relative_error
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from runs import FLOW_SOLVERS
 
 from dydit_jax.convert.tables import convert_state_dict, export_state_dict
 from dydit_jax.diffusion.process import Diffusion, Flow, process_sections, read_process
+from dydit_jax.diffusion.samplers import Sampler, SamplingConfig, run_sampler
 from dydit_jax.diffusion.terms import LossConfig, LossInputs, weigh_terms
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.models.layers import time_features
 from dydit_jax.sampling.guidance import guide
+from dydit_jax.sampling.table import make_table
 from dydit_jax.training.experiment import differences, read_experiment
 from dydit_jax.training.objective import objective, run_passes
 
@@ -114,6 +120,98 @@ def test_min_snr_weighs_the_squared_error_by_the_noise():
     snr = (alpha / sigma) ** 2
     assert snr[1] < 5 < snr[2]
     np.testing.assert_allclose(found, np.minimum(snr, 5) / snr, rtol=1e-5)
+
+
+# --- Sampling ------------------------------------------------------------------------------------
+
+RUNS = {
+    "ode_euler": dict(sampler="euler", steps="9"),
+    "ode_heun": dict(sampler="heun", steps="9"),
+    "sde_euler": dict(sampler="euler_maruyama", steps="10"),
+}
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("name", list(RUNS))
+def test_trajectory_equals_the_original_at_every_step(sit, name, guided):
+    model, params = sit
+    reference = np.load(GOLDEN / "sit_transport.npz")
+    get = lambda array: reference[f"{name}/{'guided' if guided else 'plain'}/{array}"]
+    z, labels = channels_last(reference["z"]), reference["y"]
+    guidance = float(reference["cfg_scale"]) if guided else 1.0
+    sampling = SamplingConfig(**RUNS[name], guidance=guidance)
+    table = make_table(sampling, Flow())
+    np.testing.assert_allclose(table.timestep, get("network_times"), rtol=0, atol=1e-7)
+    sampler, network = Sampler(table.form), functools.partial(model.apply, params, mode="complete")
+    settings = dict(guided_channels=sampling.guided_channels, config=model.config)
+
+    def predict(x, row, _):
+        output, _ = guide(network, x, row.timestep, labels, scale=row.guidance if guided else None, **settings)
+        return output, (x, output[..., :4])
+
+    # Of a doubled batch, the second half feeds nothing.
+    noise = jnp.asarray(channels_last(reference["wiener"]))[:, : len(z)]
+    noise_at = lambda step: noise[len(table) - 1 - step]
+    run = jax.jit(functools.partial(run_sampler, sampler, predict=predict, noise_at=noise_at))
+    state, (visited, velocities) = run(sampler.init(jnp.asarray(z)), table)
+    for ours, theirs in zip(velocities, get("velocities"), strict=True):
+        assert relative_error(ours, channels_last(theirs)[: len(z)]) < 1e-4
+    each_step = visited[:: 2 if name == "ode_heun" else 1]
+    states = [*each_step[1 if name.startswith("sde") else 0 :], state.xt]
+    for ours, theirs in zip(states, get("states"), strict=True):
+        assert relative_error(ours, channels_last(theirs)[: len(z)]) < 1e-4
+
+
+def made_up_velocity(x, t):
+    """Return a made-up velocity, far from linear."""
+    return np.tanh(1.3 * x + np.sin(5 * t)) * (0.5 + t)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_every_step_is_that_of_diffusers(sampler):
+    make = dict(euler=FlowMatchEulerDiscreteScheduler, heun=FlowMatchHeunDiscreteScheduler)[sampler]
+    scheduler = make()
+    scheduler.set_timesteps(6)
+    noise_levels = scheduler.timesteps.double().numpy() / 1000
+    first = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32)
+    x, states = torch.tensor(first), []
+    for t, level in zip(scheduler.timesteps, noise_levels):
+        output = -made_up_velocity(x.double().numpy(), 1 - level)  # theirs points from image to noise
+        x = scheduler.step(torch.tensor(output, dtype=torch.float32), t, x).prev_sample
+        states.append(x.numpy())
+    # They ask for both ends of a step; the levels of all steps are ours, counted from the noise.
+    times = ",".join(repr(float(1 - level)) for level in dict.fromkeys(noise_levels))
+    table = make_table(SamplingConfig(sampler=sampler, steps=f"list:{times}"), Flow())
+    ours = Sampler(table.form)
+    state = ours.init(jnp.asarray(first))
+    # Theirs ends with a step of order 1, which is the first half of our last one.
+    for i, theirs in enumerate(states):
+        row = jax.tree.map(operator.itemgetter(i), table)
+        output = made_up_velocity(np.asarray(state.xt, np.float64), np.float64(row.timestep))
+        state = ours.step(state, jnp.asarray(output, jnp.float32), row, None)
+        assert relative_error(state.xt, theirs) < 1e-5
+
+
+def exact_velocity(x, t, mean=0.5, variance=0.25):
+    """Return the velocity of the flow from N(0, 1) to N(mean, variance), which keeps every x at its place."""
+    spread = t**2 * variance + (1 - t) ** 2
+    return mean + (t * variance - (1 - t)) / spread * (x - t * mean)
+
+
+@pytest.mark.parametrize("grid", ["uniform", "logsnr", "quadratic", "karras"])
+@pytest.mark.parametrize("sampler", [name for name in FLOW_SOLVERS if name not in ("sde_dpmpp_2m", "euler_maruyama")])
+def test_every_solver_and_grid_finds_the_flow_of_a_gaussian(sampler, grid):
+    """Pure noise at the start, where the log-SNR is infinite, and the image at the end are no special cases outside."""
+    z = np.array([-1.5, 0.2, 1.3])
+    table = make_table(SamplingConfig(sampler=sampler, steps=f"{grid}:80"), Flow())
+    x = base = z
+    history = [np.zeros(3)] * (table.form.history - 1)
+    for i, t in enumerate(np.float64(table.timestep)):
+        newest = table.estimate_from_output[i] @ [x, exact_velocity(x, t)]
+        x, base = table.weights[i] @ [x, base, newest, *history]
+        history = [newest, *history][: table.form.history - 1]
+    bound = 0.05 if sampler in ("euler", "ddim") else 0.006
+    assert np.abs(x - (0.5 + 0.5 * z)).max() < (bound if grid in ("logsnr", "karras") else bound / 3)
 
 
 # --- Configs -------------------------------------------------------------------------------------
