@@ -110,7 +110,7 @@ def measure(folder: epath.Path, judge: Judge, guidance: float) -> dict:
     labels = np.arange(NUM_IMAGES.value) % 10
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
-        model = build_model(weights.model, precision="float32", mesh=mesh)
+        model = build_model(weights.model, precision="float32", mesh=mesh, lora=weights.lora)
         samples = generate(
             model,
             weights.params,

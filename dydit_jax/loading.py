@@ -11,13 +11,18 @@ from etils import epath
 from jax.sharding import Mesh
 
 from dydit_jax.checkpoints import (
+    ADAPTER_FORMAT,
     WEIGHTS_FILE,
     Weights,
+    apply_adapter,
+    format_of,
     is_run,
-    load_run_weights,
+    load_adapter,
+    load_run_params,
     load_weights,
     read_arrays,
     read_run_config,
+    save_weights,
     split_step,
 )
 from dydit_jax.convert.conversion import AUTOENCODER_FORMAT, Conversion, convert, output_file
@@ -27,6 +32,9 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.latents import decode_latents
 from dydit_jax.models.config import read_model
+from dydit_jax.models.dit import Model
+from dydit_jax.models.lora import LoRAConfig
+from dydit_jax.models.trainable import EVERYTHING, split_params
 from dydit_jax.records import read_record
 from dydit_jax.runtime.files import hold_lock
 from dydit_jax.runtime.settings import own_settings
@@ -40,7 +48,7 @@ LARGE_SHARE = 0.01  # of the start in an EMA
 
 
 @own_settings()
-def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "ema") -> Weights:
+def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "ema", base: str = "") -> Weights:
     """Load weights for sampling, or to start a training from.
 
     Args:
@@ -50,9 +58,13 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
       from_step: another step than the newest, of a work directory.
       weights: "ema", which is warned of where it is still near its start, or "params", the raw parameters of a work
         directory.
+      base: of an adapter: the weights that it was trained on, by any of these names; "" takes those that it names.
+
+    Returns:
+      Complete weights, an adapter's merged with those of its base.
 
     Raises:
-      InputError: none of these, or a damaged one.
+      InputError: none of these, a damaged one, or an adapter for another base.
     """
     require_known("weights", weights, WEIGHTS)
     if from_step is None:
@@ -63,16 +75,50 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
             raise InputError(f"--from_step={from_step} needs a training's work directory; {path} is none.")
         if weights != "ema":
             raise InputError(f"--weights={weights} needs a training's work directory; {path} holds one set of weights.")
-        found = load_weights(output_file(path) if path.is_dir() else path)
-        warn_of_start(found.about)
-        return found
-    config = read_run_config(path)
-    sampling = read_record(SamplingConfig, config.get("sampling", {}), "sampling")
-    found = load_run_weights(path, read_model(config["model"]), read_process(config), sampling, from_step, weights)
-    about = dict(found.about, config=config)
+        file = output_file(path) if path.is_dir() else path
+        found, record = load_adapter(file) if format_of(file) == ADAPTER_FORMAT else (load_weights(file), None)
+    else:
+        found, record = _load_run(path, from_step, weights)
     if weights == "ema":
-        warn_of_start(about)
-    return dataclasses.replace(found, about=about)
+        warn_of_start(found.about)
+    if record:
+        return apply_adapter(found, load_checkpoint(base or record["checkpoint"]), record)
+    if base:
+        logger.warning("The base %s is not needed: %s holds complete weights.", base, checkpoint)
+    return found
+
+
+def _load_run(workdir, from_step: int | None, kind: str) -> tuple[Weights, dict | None]:
+    """Return the weights that a run has trained, and the record of their base where it trains only some of them."""
+    config = read_run_config(workdir)
+    read = lambda cls, name: read_record(cls, config.get(name) or {}, name)
+    trainable = tuple((config.get("train") or {}).get("trainable") or EVERYTHING)
+    model, lora = read_model(config["model"]), read(LoRAConfig, "lora") if "lora" in trainable else None
+    trained, _ = split_params(Model(model, lora=lora).abstract_params(), trainable)
+    params, about = load_run_params(workdir, trained, from_step, kind)
+    settings = read_process(config), read(SamplingConfig, "sampling")
+    return Weights(model, *settings, params, dict(about, config=config), lora), about.get("base")
+
+
+def merge(checkpoint, out, *, base: str = "", overwrite: bool = False) -> epath.Path:
+    """Write complete weights to one `.safetensors` file: those of an adapter merged with its base.
+
+    Args:
+      checkpoint, base: as for `load_checkpoint`.
+      out: file, or folder for one.
+      overwrite: whether an output that exists is replaced.
+
+    Raises:
+      InputError: what `load_checkpoint` refuses, or an output that exists.
+    """
+    target = output_file(out)
+    if target.exists() and not overwrite:
+        raise InputError(f"{target} exists; give --overwrite to replace it.")
+    weights = load_checkpoint(checkpoint, base=base)
+    about = {name: value for name, value in weights.about.items() if name != "base"}  # no longer apart from it
+    save_weights(target, dataclasses.replace(weights, about=dict(about, merged=weights.about.get("base"))))
+    logger.info("Wrote %s.", target)
+    return target
 
 
 def warn_of_start(about: dict) -> None:

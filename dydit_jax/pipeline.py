@@ -153,22 +153,23 @@ class Pipeline:
         """
         keep_programs()
         self.weights, self.mesh = weights, mesh or make_mesh(MeshConfig())
-        self.model = build_model(weights.model, precision=precision, mesh=self.mesh)
+        self.model = build_model(weights.model, precision=precision, mesh=self.mesh, lora=weights.lora)
         self._runs = {}
 
     @classmethod
-    def load(cls, checkpoint, *, precision: str = "auto", mesh: Mesh | None = None) -> "Pipeline":
+    def load(cls, checkpoint, *, base: str = "", precision: str = "auto", mesh: Mesh | None = None) -> "Pipeline":
         """Load a checkpoint.
 
         Args:
           checkpoint: a `.safetensors` file, a folder with one, a training's work directory, or a known name, which is
             fetched and converted once.
+          base: of an adapter: the weights that it was trained on; "" takes those that it names.
           precision, mesh: as for the class.
 
         Raises:
           InputError: none of these.
         """
-        return cls(load_checkpoint(checkpoint), precision=precision, mesh=mesh)
+        return cls(load_checkpoint(checkpoint, base=base), precision=precision, mesh=mesh)
 
     @property
     def macs(self) -> ModelMacs:

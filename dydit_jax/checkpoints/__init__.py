@@ -1,5 +1,12 @@
 """Weights that describe themselves, and runs that continue."""
 
+from dydit_jax.checkpoints.adapters import (
+    ADAPTER_FORMAT,
+    apply_adapter,
+    describe_base,
+    load_adapter,
+    save_adapter,
+)
 from dydit_jax.checkpoints.arrays import format_of, read_arrays, write_arrays
 from dydit_jax.checkpoints.runs import (
     CONFIG_FILE,
@@ -7,7 +14,7 @@ from dydit_jax.checkpoints.runs import (
     Run,
     has_checkpoint,
     is_run,
-    load_run_weights,
+    load_run_params,
     read_run_config,
     split_step,
 )
@@ -22,21 +29,26 @@ from dydit_jax.checkpoints.weights import (
 )
 
 __all__ = [
+    "ADAPTER_FORMAT",
     "CONFIG_FILE",
     "FORMAT",
     "WEIGHTS_FILE",
     "CheckpointConfig",
     "Run",
     "Weights",
+    "apply_adapter",
     "checksum",
+    "describe_base",
     "format_of",
     "has_checkpoint",
     "is_run",
-    "load_run_weights",
+    "load_adapter",
+    "load_run_params",
     "load_weights",
     "package_versions",
     "read_arrays",
     "read_run_config",
+    "save_adapter",
     "save_weights",
     "split_step",
     "write_arrays",

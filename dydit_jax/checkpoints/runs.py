@@ -29,12 +29,7 @@ from dydit_jax.checkpoints.reading import (
     read_checkpoint,
     saved_steps,
 )
-from dydit_jax.checkpoints.weights import Weights
-from dydit_jax.diffusion.process import Process
-from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import DamageError, InputError, StopError
-from dydit_jax.models.config import DiTConfig
-from dydit_jax.models.dit import Model
 from dydit_jax.runtime.files import read_json
 from dydit_jax.runtime.locks import FolderLock
 from dydit_jax.runtime.processes import is_main, on_all_processes
@@ -307,28 +302,24 @@ def has_checkpoint(workdir) -> bool:
     return bool(workdir) and bool(saved_steps(workdir))
 
 
-def load_run_weights(
-    workdir,
-    model: DiTConfig,
-    process: Process,
-    sampling: SamplingConfig,
-    from_step: int | None = None,
-    kind: str = "ema",
-) -> Weights:
-    """Read the weights of a run's newest step, or of `from_step`; changes nothing in the work directory.
+def load_run_params(workdir, shapes: dict, from_step: int | None = None, kind: str = "ema") -> tuple[dict, dict]:
+    """Read the trained parameters of a run's newest step, or of `from_step`; changes nothing in the work directory.
 
     Args:
       workdir: of the run.
-      model, process, sampling: by its configuration.
+      shapes: of what it trains, by its configuration.
       from_step: of a checkpoint; None takes the newest.
       kind: "ema" or "params".
+
+    Returns:
+      The parameters on the host, and the checkpoint's record, with its "step".
 
     Raises:
       InputError: no checkpoint yet, a damaged one (with the step of a whole one), or one of another model.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shaped = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-    items = {kind: jax.tree.map(shaped, Model(model).abstract_params())}
+    items = {kind: jax.tree.map(shaped, shapes)}
     step = newest_step(workdir) if from_step is None else from_step
     if step is None:
         raise InputError(f"{workdir} holds a run, but no checkpoint of it yet.")
@@ -340,5 +331,5 @@ def load_run_weights(
             raise
         # The run goes on meanwhile: it has saved a newer checkpoint, and removed this one while it was read.
         step, restored = newer, _restored_as_asked(workdir, newer, items)
-    params = jax.device_get(restored[kind])  # every process then places it where it wants
-    return Weights(model, process, sampling, params, dict(restored["about"], step=step))
+    # Every process then places them where it wants.
+    return jax.device_get(restored[kind]), dict(restored["about"], step=step)

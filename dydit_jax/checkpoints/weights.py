@@ -16,6 +16,7 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
+from dydit_jax.models.lora import LoRAConfig
 from dydit_jax.records import read_record
 from dydit_jax.runtime.progress import counted_bytes
 from dydit_jax.trees import flatten, unflatten
@@ -26,13 +27,17 @@ WEIGHTS_FILE = "weights.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A model that can be sampled: what it is, how it was trained, how it likes to be sampled, its parameters."""
+    """A model that can be sampled: what it is, how it was trained, how it likes to be sampled, its parameters.
+
+    `lora` says how low-rank updates among the parameters are applied; None where there are none, or all are folded.
+    """
 
     model: DiTConfig
     process: Process
     sampling: SamplingConfig
     params: dict
     about: dict
+    lora: LoRAConfig | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -64,13 +69,7 @@ def save_weights(path, weights: Weights) -> None:
     Raises:
       InputError: a place that can't be written to, or a disk that is full; nothing is left there then.
     """
-    described = dict(
-        model=dataclasses.asdict(weights.model),
-        **process_sections(weights.process),
-        sampling=dataclasses.asdict(weights.sampling),
-        about=weights.about,
-    )
-    write_arrays(path, flatten(weights.params), dict(format=FORMAT, description=json.dumps(described, sort_keys=True)))
+    write_weights(path, weights, FORMAT)
 
 
 def load_weights(path) -> Weights:
@@ -80,21 +79,50 @@ def load_weights(path) -> Weights:
       InputError: no such file, another format, a damaged one, or tensors that do not fit the description.
     """
     leaves, metadata = read_arrays(path, FORMAT)
+    weights, _ = read_weights(leaves, metadata)
+    require_shapes(leaves, weights.model, path, lora=weights.lora)
+    return weights
+
+
+def write_weights(path, weights: Weights, file_format: str, **others) -> None:
+    """Write parameters and what describes them; `others` are JSON beside it."""
+    described = dict(others, about=weights.about, **process_sections(weights.process))
+    for name in ("model", "sampling", "lora"):
+        if getattr(weights, name) is not None:
+            described[name] = dataclasses.asdict(getattr(weights, name))
+    description = json.dumps(described, sort_keys=True)
+    write_arrays(path, flatten(weights.params), dict(format=file_format, description=description))
+
+
+def read_weights(leaves: dict, metadata: dict) -> tuple[Weights, dict]:
+    """Return weights from the content of a file, and the record of their base, {} for complete ones."""
     described = json.loads(metadata["description"])
-    model = read_record(DiTConfig, described["model"], "model")
-    _require_shapes(leaves, model, path)
-    return Weights(
-        model=model,
+    read = lambda cls, name: read_record(cls, described[name], name)
+    weights = Weights(
+        model=read(DiTConfig, "model"),
         process=read_process(described),
-        sampling=read_record(SamplingConfig, described["sampling"], "sampling"),
+        sampling=read(SamplingConfig, "sampling"),
         params=unflatten(leaves),
         about=described["about"],
+        lora=read(LoRAConfig, "lora") if "lora" in described else None,
     )
+    return weights, described.get("base", {})
 
 
-def _require_shapes(leaves: dict, config: DiTConfig, path) -> None:
-    expected = {name: leaf.shape for name, leaf in flatten(Model(config).abstract_params()).items()}
+def require_shapes(leaves: dict, config: DiTConfig, holder, *, lora: LoRAConfig | None = None) -> None:
+    """Raise unless arrays, by path, are the parameters of a model.
+
+    Args:
+      leaves: arrays by path.
+      config, lora: of the model.
+      holder: of the arrays, for the message.
+
+    Raises:
+      InputError: with those that are missing, left over or of another shape.
+    """
+    expected = {name: leaf.shape for name, leaf in flatten(Model(config, lora=lora).abstract_params()).items()}
     found = {name: leaf.shape for name, leaf in leaves.items()}
     if found != expected:
         wrong = sorted(set(found.items()) ^ set(expected.items()))
-        raise InputError(f"{path} does not hold the model that it describes: {wrong[:6]}{' ...' * (len(wrong) > 6)}.")
+        shown = f"{wrong[:6]}{' ...' * (len(wrong) > 6)}"
+        raise InputError(f"{holder} does not hold the model that it describes: {shown}.")

@@ -89,7 +89,15 @@ def get_config():
     config.train.precision = "auto"
     config.train.remat = "auto"  # recomputed for the gradient: auto, none, dots, block
     config.train.accumulate = 1  # parts of a batch, one after the other, to save memory
+    config.train.trainable = ("everything",)  # or some of "routers", "labels", "lora": docs/adapters.md
     config.train.max_skips = 100
+
+    # Low-rank updates, where train.trainable has "lora": dydit_jax/models/lora.py, LoRAConfig.
+    config.lora = ml_collections.ConfigDict()
+    config.lora.rank = 16
+    config.lora.alpha = 16.0
+    config.lora.targets = ("qkv", "out", "up", "down")
+    config.lora.experts = 1  # more: updates that depend on the timestep
 
     # How images are drawn from the result unless a flag of sample.py says otherwise: dydit_jax/diffusion/samplers.py.
     config.sampling = ml_collections.ConfigDict()

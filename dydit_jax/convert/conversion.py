@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -77,6 +77,7 @@ class Conversion:
       order: put heads and MLP channels of a static DiT in order of magnitude.
       seed: seed of fresh routers.
       overwrite: replace an output that exists.
+      base: of an adapter, with --export or --merge: the weights that it was trained on; those that it names by default.
       verify: run both networks and print the largest difference; needs PyTorch.
     """
 
@@ -93,6 +94,7 @@ class Conversion:
     order: bool = False
     seed: int = 0
     overwrite: bool = False
+    base: str = ""
     verify: bool = False
 
     def __post_init__(self):
@@ -341,16 +343,18 @@ def fresh_routers(config: DiTConfig, seed: int) -> dict:
     return {name: np.asarray(leaf) for name, leaf in jax.jit(routers)(make_key(seed)).items()}
 
 
-def export(source, out, *, overwrite: bool) -> epath.Path:
+def export(source, out, *, overwrite: bool, load: Callable = load_weights) -> epath.Path:
     """Write weights of ours in the layout of the PyTorch original.
 
     Args:
       source: a `.safetensors` file of ours, of a DiT or an autoencoder, or a folder with one.
       out: file to write; its ending decides the format.
       overwrite: whether an output that exists is replaced.
+      load: reads the weights of a DiT; by default complete ones alone.
 
     Raises:
-      InputError: unreadable weights, an output that exists, or an unknown ending.
+      InputError: unreadable weights, an output that exists, an unknown ending, or updates of the timestep, which the
+        original has no place for.
     """
     out, source = epath.Path(out), output_file(source)
     if out.exists() and not overwrite:
@@ -359,7 +363,9 @@ def export(source, out, *, overwrite: bool) -> epath.Path:
         leaves, _ = read_arrays(source, AUTOENCODER_FORMAT)
         tensors = export_autoencoder(unflatten(leaves))
     else:
-        weights = load_weights(source)
+        weights = load(source)
+        if weights.lora is not None:
+            raise InputError(f"{source} has low-rank updates that depend on the timestep; the original has none.")
         tensors = export_state_dict(weights.params, weights.model)
     write_tensors(out, tensors)
     logger.info("Wrote %s in the original's layout.", out)

@@ -14,6 +14,7 @@ from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.plan import Plan
 from dydit_jax.models.dit import Layer, Model
 from dydit_jax.models.execution import TokenExecution
+from dydit_jax.models.lora import without_updates
 from dydit_jax.runtime.aot import compile_for
 from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.sharding import run_without_mesh
@@ -46,7 +47,7 @@ def _benchmark(model: Model, params, plan: Plan, images: int, evaluations: int) 
     depth = min(BENCHMARK_LAYERS, model.config.depth)
     small = dataclasses.replace(model, config=dataclasses.replace(model.config, depth=depth, token_capacity=()))
     segment = max(plan.segments, key=len)
-    blocks = jax.tree.map(lambda leaf: leaf[:depth], params["blocks"])
+    blocks = without_updates(jax.tree.map(lambda leaf: leaf[:depth], params["blocks"]))  # which are folded
     layers = narrow(blocks, heads=segment.heads[:depth], groups=segment.groups[:depth], dtype=model.dtype)
     runs = {}
     found = available_executions(small, images * evaluations)

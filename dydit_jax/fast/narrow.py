@@ -10,10 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dydit_jax.runtime.aot import shape_of
 
-# Which axis of a layer's parameters counts heads, and which counts groups.
+# Which axis of a layer's parameters counts heads, and which counts groups; those of low-rank updates too.
 UNIT_AXES = {
-    "attention": {"qkv": 2, "qkv_bias": 1, "out": 0},
-    "mlp": {"up": 1, "up_bias": 0, "down": 0},
+    "attention": {"qkv": 2, "qkv_bias": 1, "out": 0, "qkv_lora_b": 3, "out_lora_a": 0},
+    "mlp": {"up": 1, "up_bias": 0, "down": 0, "up_lora_b": 2, "down_lora_a": 0},
 }
 SPLIT_QKV = ("qkv", "qkv_bias")  # of queries, keys and values, which are narrowed to an array each
 

@@ -61,6 +61,7 @@ class Analysis:
       checkpoints: models, with commas between them, each as for `sample.py --checkpoint`; the first is what the others
         are compared with.
       out: folder for the pictures; must be new or empty.
+      base: of adapters among the models: the weights that they were trained on; those that each names by default.
       data: dataset to measure losses on; the first model's training data by default.
       data_path: folder of these examples, where they lie in files.
       num_examples: examples, spread evenly over the data.
@@ -74,6 +75,7 @@ class Analysis:
 
     checkpoints: tuple[str, ...]
     out: str
+    base: str = ""
     data: str = ""
     data_path: str = ""
     num_examples: int = 256
@@ -106,7 +108,7 @@ def analyze(request: Analysis) -> dict:
     Raises:
       InputError: models that can't be compared, data that do not fit them, or a folder that is not empty.
     """
-    models = _named([load_checkpoint(path) for path in request.checkpoints], request.checkpoints)
+    models = _named([load_checkpoint(path, base=request.base) for path in request.checkpoints], request.checkpoints)
     batch = _examples(request, models)
     classes = next(iter(models.values())).model.classes
     if max(map(int, request.labels)) >= classes:
@@ -184,7 +186,7 @@ def _examples(request: Analysis, models: dict[str, Weights]) -> dict:
 
 def measure_losses(weights: Weights, batch: dict, timesteps, request: Analysis, mesh, name: str):
     """Return a model's losses on given examples: per example [n,T], and per patch, mean over the examples, [T,N]."""
-    model = build_model(weights.model, precision=request.precision, mesh=mesh)
+    model = build_model(weights.model, precision=request.precision, mesh=mesh, lora=weights.lora)
     params = jax.device_put(weights.params, replicated(mesh))
     mode = "complete" if weights.model.routers == "none" else "gated"
     measure = functools.partial(patch_losses, model=model, process=weights.process, mode=mode)

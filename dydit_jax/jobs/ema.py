@@ -37,8 +37,8 @@ def measure_ema(state: TrainState, model: Model, experiment: Experiment, shown: 
     """Return the EMA weights' loss on the same examples and noise every time, at times from one end to the other."""
     mode = "complete" if experiment.model.routers == "none" else "gated"
     settings = dict(model=model, process=experiment.process, mode=mode)
-    times = [time_after(experiment.process, part, 10) for part in SHOWN_TENTHS]
-    losses = [patch_losses(state.ema, *shown, t, **settings) for t in times]
+    times, params = [time_after(experiment.process, part, 10) for part in SHOWN_TENTHS], state.with_ema()
+    losses = [patch_losses(params, *shown, t, **settings) for t in times]
     return {f"ema/loss_t{format_time(t)}": float(to_host(loss).mean()) for t, loss in zip(times, losses)}
 
 
@@ -51,7 +51,7 @@ def draw_samples(
     labels = np.asarray(experiment.tracking.sample_labels, np.int32)
     filled = np.resize(labels, round_up(len(labels), mesh.size))
     settings = dict(sampling=experiment.sampling, process=experiment.process)
-    run = SamplingRun(model, state.ema, **settings, mesh=mesh if mesh.size > 1 else None)
+    run = SamplingRun(model, state.with_ema(), **settings, mesh=mesh if mesh.size > 1 else None)
     mode = "complete" if experiment.model.routers == "none" else "gated"
     samples = run.draw(filled, seed=experiment.train.seed, mode=mode)
     pixels = to_uint8(decode(samples.images), what=f"EMA's sample at step {step}, number")[: len(labels)]

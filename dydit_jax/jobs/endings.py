@@ -36,7 +36,7 @@ def require_finite(finite, step: int, state: TrainState, workdir) -> None:
 
     Updates that make one are refused: it came with the weights that the run started from, or memory has failed.
     """
-    if not finite((state.params, state.ema, state.opt_state)):
+    if not finite((state.params, state.ema, state.opt_state, state.frozen)):
         raise StopError(
             f"The state of step {step} holds values that are not finite (NaN or infinite); it is neither trained nor "
             f"saved. {about_newest(workdir)}"

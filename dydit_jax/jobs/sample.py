@@ -94,6 +94,8 @@ class Request:
       overrides: sampling settings that win over the checkpoint's.
       from_step: step of a work directory's checkpoint; the newest by default.
       weights: of a work directory: ema, or params, the raw parameters.
+      base: of an adapter: the weights that it was trained on, by any name of a checkpoint; those that it names by
+        default.
     """
 
     checkpoint: str
@@ -113,6 +115,7 @@ class Request:
     overrides: dict = dataclasses.field(default_factory=dict)
     from_step: int | None = None
     weights: str = "ema"
+    base: str = ""
 
     def __post_init__(self):
         given = [name for name in ("labels", "num_images", "labels_file") if getattr(self, name) is not None]
@@ -171,7 +174,7 @@ def sample(request: Request) -> Samples:
 
 def _weights(request: Request) -> Weights:
     """Load the checkpoint, with the settings that the request replaces."""
-    weights = load_checkpoint(request.checkpoint, request.from_step, request.weights)
+    weights = load_checkpoint(request.checkpoint, request.from_step, request.weights, request.base)
     settings = dict(dataclasses.asdict(weights.sampling), **request.overrides)
     weights = dataclasses.replace(weights, sampling=read_record(SamplingConfig, settings, "sampling"))
     if request.token_capacity is None:

@@ -26,6 +26,7 @@ from dydit_jax.checkpoints import (
     is_run,
     package_versions,
     read_run_config,
+    save_adapter,
     save_weights,
 )
 from dydit_jax.data.batches import batches
@@ -37,6 +38,7 @@ from dydit_jax.loading import load_decoder
 from dydit_jax.models.cost import format_count
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import build_model
+from dydit_jax.models.trainable import EVERYTHING, split_params
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
 from dydit_jax.runtime.peaks import best_case, flops_utilisation
@@ -54,10 +56,11 @@ from dydit_jax.runtime.sharding import (
 from dydit_jax.runtime.tracking import Clock, Profile, StallWatchdog, duration
 from dydit_jax.runtime.writers import Writers, open_writers
 from dydit_jax.training.experiment import Experiment, build_update, differences, read_experiment
-from dydit_jax.training.initialize import first_params, starting_leaves, starting_weights
+from dydit_jax.training.initialize import first_params, frozen_base, starting_leaves, starting_weights
 from dydit_jax.training.objective import passes_at
 from dydit_jax.training.optimizer import build_optimizer
 from dydit_jax.training.update import TrainState, all_finite, batch_shapes, compile_update, init_state
+from dydit_jax.trees import flatten, unflatten
 
 logger = logging.getLogger(__name__)
 
@@ -125,36 +128,51 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
     require_same("configuration", json.dumps(config, sort_keys=True))
     mesh = on_all_processes(lambda: make_mesh(experiment.mesh))
     on_all_processes(lambda: require_divisible(mesh, experiment.data.batch_size // experiment.train.accumulate))
-    model = build_model(experiment.model, precision=experiment.train.precision, mesh=mesh, remat=experiment.train.remat)
+    settings = dict(precision=experiment.train.precision, remat=experiment.train.remat)
+    lora = experiment.lora if "lora" in experiment.train.trainable else None
+    model = build_model(experiment.model, **settings, mesh=mesh, lora=lora)
     continued = has_checkpoint(workdir)
     require_same("content of the work directory", str((continued, from_step)))
     if from_step is not None and not continued:
         raise InputError(f"--from_step={from_step}: {workdir} has no checkpoint yet.")
-    source = None if continued else on_all_processes(lambda: starting_weights(model, experiment))
+    # A run that trains only some of its parameters has the others from there, whenever it goes on.
+    needed = not continued or experiment.train.trainable != EVERYTHING
+    weights = on_all_processes(lambda: starting_weights(model, experiment)) if needed else None
     on_all_processes(lambda: require_own_workdir(workdir, config) if is_main() else None)
     experiment = with_latents(experiment, workdir)
     # A data source that does not fit says so now.
     data = on_all_processes(lambda: open_training_data(experiment))
     require_same("dataset", data.fingerprint)
     names = class_names_of(data)
-    source = on_all_processes(lambda: starting_leaves(source, model, experiment, names))
+    source = on_all_processes(lambda: starting_leaves(weights, model, experiment, names))
+    base = on_all_processes(lambda: frozen_base(weights, source, model, experiment))
     with contextlib.ExitStack() as claim:
         lock = on_all_processes(lambda: claim.enter_context(claimed_workdir(workdir, config)) if is_main() else None)
         on_all_processes(lambda: _require_shared(workdir))
         workdir = epath.Path(workdir)
         run = Run(workdir, experiment.checkpoint, lock=lock, from_step=from_step)
+        about = dict(versions=package_versions(), data=data.fingerprint, class_names=names)
+        about |= dict(base=base) if base else {}
         with jax.set_mesh(mesh), run, one_for_all(lambda: about_newest(workdir)):
-            state = _restored_or_first(run, model, experiment, mesh, source, data.fingerprint)
+            state = _restored_or_first(run, model, experiment, mesh, source, about)
             _describe(state, workdir, model, mesh)
-            state = _run_steps(state, run, workdir, model, experiment, mesh, data)
+            state = _run_steps(state, run, workdir, model, experiment, mesh, data, about)
             ema = to_host(state.ema)
         about = dict(config=config, step=int(state.step), versions=package_versions(), class_names=names)
         if is_main():
-            weights = Weights(experiment.model, experiment.process, experiment.sampling, ema, about)
+            weights = Weights(experiment.model, experiment.process, experiment.sampling, ema, about, lora)
             with checkpoint_named(run, workdir):
-                save_weights(workdir / WEIGHTS_FILE, weights)
-            logger.info("Wrote the EMA weights to %s.", workdir / WEIGHTS_FILE)
+                _save_result(workdir / WEIGHTS_FILE, weights, base)
     return state
+
+
+def _save_result(path, weights: Weights, base: dict | None) -> None:
+    """Write the EMA weights, or an adapter where only some were trained."""
+    if base:
+        save_adapter(path, weights, base)
+    else:
+        save_weights(path, weights)
+    logger.info("Wrote the EMA weights to %s.", path)
 
 
 def _require_shared(workdir) -> None:
@@ -174,10 +192,12 @@ def _describe(state: TrainState, workdir, model: Model, mesh: Mesh) -> None:
     leaves = jax.tree.leaves(state)
     on_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
     split = sum(leaf.addressable_shards[0].data.nbytes < leaf.nbytes for leaf in leaves)
+    trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, state.frozen))
     logger.info(
-        "%s: %s parameters, %s MACs per image and pass, mesh %s on %d x %s in %d processes, precision %s.",
+        "%s: %s parameters, %s of them trained, %s MACs per image and pass, mesh %s on %d x %s in %d processes, "
+        "precision %s.",
         workdir.name,
-        format_count(sum(leaf.size for leaf in jax.tree.leaves(state.params))),
+        *(format_count(trained + frozen), format_count(trained)),
         format_count(model.config.macs.complete),
         dict(mesh.shape),
         mesh.size,
@@ -191,37 +211,46 @@ def _describe(state: TrainState, workdir, model: Model, mesh: Mesh) -> None:
     )
 
 
-def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mesh, source: dict, data: str):
+def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mesh, source: dict, about: dict):
     """Return the state of the checkpoint to go on from, or that of step 0, in their shards."""
-    optimizer = build_optimizer(experiment.optimizer)
+    optimizer, trainable = build_optimizer(experiment.optimizer), experiment.train.trainable
     make_state = functools.partial(init_state, optimizer=optimizer)
-    abstract = jax.eval_shape(make_state, model.abstract_params())
+    trained, frozen = split_params(model.abstract_params(), trainable)
+    abstract = jax.eval_shape(make_state, trained)
     layout = shardings(mesh, abstract)
     shaped = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, layout)
     found = run.resume(_items(shaped))
     if found is None:
-        return jax.jit(make_state, out_shardings=layout)(first_params(model, experiment, mesh, source))
+        trained, frozen = split_params(first_params(model, experiment, mesh, source), trainable)
+        return dataclasses.replace(jax.jit(make_state, out_shardings=layout)(trained), frozen=frozen)
     step, restored = found
-    if restored["about"]["data"] != data:
+    data, before = about["data"], restored["about"]
+    if before.get("base", {}).get("checksum") != about.get("base", {}).get("checksum"):
+        raise InputError(
+            f"train.init_from {experiment.train.init_from} has changed since the run of step {step} started from it; "
+            "put the same weights there, or start another run."
+        )
+    if before["data"] != data:
         raise InputError(
             f"The dataset is not the one that the run of step {step} was trained on "
-            f"({data} here, {restored['about']['data']} there); give it back, or start another run from these weights."
+            f"({data} here, {before['data']} there); give it back, or start another run from these weights."
         )
     run.set_aside(after=step)
     logger.info("Continuing from step %d.", step)
-    return TrainState(params=restored["params"], ema=restored["ema"], **restored["rest"])
+    leaves, layout = flatten(frozen), flatten(shardings(mesh, frozen))
+    placed = unflatten({name: jax.device_put(source[name], layout[name]) for name in leaves})
+    return TrainState(params=restored["params"], ema=restored["ema"], **restored["rest"], frozen=placed)
 
 
 def _items(state: TrainState) -> dict:
     """Split a state into what a checkpoint stores under separate names, so that the EMA can be read alone."""
-    rest = {name: leaf for name, leaf in vars(state).items() if name not in ("params", "ema")}
+    rest = {name: leaf for name, leaf in vars(state).items() if name not in ("params", "ema", "frozen")}
     return dict(params=state.params, ema=state.ema, rest=rest)
 
 
-def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: Experiment, mesh: Mesh, data):
-    """Step to the end, reporting, drawing and saving on the way."""
+def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: Experiment, mesh: Mesh, data, about):
+    """Step to the end, reporting, drawing and saving on the way; `about` is kept with every checkpoint."""
     step, last, tracking = int(state.step), experiment.train.steps, experiment.tracking
-    about = dict(versions=package_versions(), data=data.fingerprint, class_names=class_names_of(data))
     size = experiment.data.batch_size
     shapes = jax.eval_shape(lambda state: state, state), batch_shapes(model.config, size)
     compiled = functools.cache(lambda passes: compile_update(build_update(experiment, model, passes), *shapes, mesh))

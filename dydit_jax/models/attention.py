@@ -29,13 +29,13 @@ def attend(x, qkv, bias, out, gates, *, platform: str):
       x: tokens [B,N,D], in the dtype of the products, like all other arrays; for "tpu" also three of them, for queries,
         keys and values.
       qkv: kernels of queries, keys and values, one array [3,D,H,K] or three [D,H,K].
-      bias: theirs, [3,H,K] or three [H,K].
-      out: kernel of the output projection [H,K,D].
+      bias: theirs, [3,H,K] or three [H,K]; or one for each token, [3,B,N,H,K] or three [B,N,H,K].
+      out: kernel of the output projection [H,K,D], or several, [H,K,...].
       gates: of the heads, [B or 1,H], or None (all open).
       platform: one of `PLATFORMS`.
 
     Returns:
-      [B,N,D], without the projection's bias.
+      [B,N,D], without the projection's bias; of several kernels the product with each, [B,N,...].
 
     Raises:
       InputError: an unknown platform.
@@ -46,10 +46,10 @@ def attend(x, qkv, bias, out, gates, *, platform: str):
 
 def _attend_cpu(x, qkv, bias, out, gates):
     batch, tokens, width = x.shape
-    heads, size, _ = out.shape
+    heads, size, _ = jax.tree.leaves(out)[0].shape
 
     def project(kernel, bias):
-        projected = x @ kernel.reshape(width, heads * size) + bias.reshape(heads * size)
+        projected = x @ kernel.reshape(width, heads * size) + bias.reshape(*bias.shape[:-2], heads * size)
         return projected.reshape(batch, tokens, heads, size).swapaxes(1, 2)  # [B,H,N,K]
 
     query, key, value = map(project, qkv, bias)
@@ -59,41 +59,49 @@ def _attend_cpu(x, qkv, bias, out, gates):
     # The gate goes into the scale of each token: a pass over all values less.
     scale = (1 if gates is None else gates[:, :, None, None]) / weights.sum(-1, keepdims=True)  # [B,H,N,1]
     attended = (attended * scale).astype(x.dtype)
-    return attended.swapaxes(1, 2).reshape(batch, tokens, heads * size) @ out.reshape(heads * size, width)
+    attended = attended.swapaxes(1, 2).reshape(batch, tokens, heads * size)
+    return jax.tree.map(lambda kernel: attended @ kernel.reshape(heads * size, -1), out)
 
 
 def _attend_tpu(x, qkv, bias, out, gates):
     # Three products, not one and a split: splitting [B,N,3HK] into heads copies it.
     inputs = x if isinstance(x, tuple) else (x,) * 3
-    query, key, value = (jnp.einsum("bnd,dhk->bhkn", inputs[i], qkv[i]) + bias[i][..., None] for i in range(3))
+    query, key, value = (jnp.einsum("bnd,dhk->bhkn", inputs[i], qkv[i]) + _tokens_last(bias[i]) for i in range(3))
+    size, dtype = value.shape[2], value.dtype
     # N * N numbers per head are neither scaled nor divided here: N * K queries and values are.
-    scores = jnp.einsum("bhkn,bhkm->bhnm", query * (1 / math.sqrt(out.shape[1])), key)  # [B,H,N,N]
+    scores = jnp.einsum("bhkn,bhkm->bhnm", query * (1 / math.sqrt(size)), key)  # [B,H,N,N]
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True)).astype(jnp.float32)
-    weights = jnp.exp(scores.astype(jnp.float32) - largest).astype(out.dtype)
+    weights = jnp.exp(scores.astype(jnp.float32) - largest).astype(dtype)
     # A row of ones below the values: the product that weighs them gives the sum of the weights as well.
     value = jnp.concatenate([value, jnp.ones_like(value[:, :, :1])], axis=2)  # [B,H,K+1,N]
     attended = jnp.einsum("bhnm,bhkm->bhkn", weights, value)
     scale = (1 if gates is None else gates[:, :, None, None]) / attended[:, :, -1:].astype(jnp.float32)
     # Behind a barrier it is made once per token and head, not for each of the K numbers that it scales.
     scale = jax.lax.optimization_barrier(scale)  # [B,H,1,N]
-    attended = (attended[:, :, :-1] * scale).astype(out.dtype)  # [B,H,K,N]
-    return jnp.einsum("bhkn,hkd->bnd", attended, out)
+    attended = (attended[:, :, :-1] * scale).astype(dtype)  # [B,H,K,N]
+    return jax.tree.map(lambda kernel: jnp.einsum("bhkn,hkd->bnd", attended, kernel), out)
+
+
+def _tokens_last(bias):
+    """Return a bias [H,K], or one for each token [B,N,H,K], as it is added to [B,H,K,N]."""
+    return bias[..., None] if bias.ndim == 2 else jnp.moveaxis(bias, 1, -1)
 
 
 def _attend_gpu(x, qkv, bias, out, gates):
     batch, tokens, width = x.shape
-    heads, size, _ = out.shape
+    heads, size, _ = jax.tree.leaves(out)[0].shape
 
     def project(kernel, bias):  # flat: the bias then rides on the product
-        projected = x @ kernel.reshape(width, heads * size) + bias.reshape(heads * size)
+        projected = x @ kernel.reshape(width, heads * size) + bias.reshape(*bias.shape[:-2], heads * size)
         return projected.reshape(batch, tokens, heads, size)
 
     query, key, value = map(project, qkv, bias)
-    implementation = "cudnn" if _cudnn_accepts(out.shape[1], x.dtype) else "xla"
+    implementation = "cudnn" if _cudnn_accepts(size, x.dtype) else "xla"
     attended = jax.nn.dot_product_attention(query, key, value, implementation=implementation)  # [B,N,H,K]
     if gates is not None:
         attended = attended * gates[:, None, :, None].astype(x.dtype)
-    return attended.reshape(batch, tokens, heads * size) @ out.reshape(heads * size, width)
+    attended = attended.reshape(batch, tokens, heads * size)
+    return jax.tree.map(lambda kernel: attended @ kernel.reshape(heads * size, -1), out)
 
 
 @functools.cache

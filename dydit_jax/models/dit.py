@@ -40,6 +40,7 @@ from dydit_jax.models.layers import (
     TimeEmbed,
     unconstrained,
 )
+from dydit_jax.models.lora import MIXTURE, LoRAConfig, Mixture
 from dydit_jax.models.routing import Routers, Routing, find_routers
 from dydit_jax.registry import require_array
 
@@ -52,16 +53,22 @@ REMATS = ("none", "block", "dots")
 class Block(nnx.Module):
     """One transformer block. Heads and groups are as many as its arrays have."""
 
-    def __init__(self, config: DiTConfig, *, token_router: type | None, dtype, platform: str, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, token_router: type | None, dtype, platform: str, rngs, lora=None):
         self.modulation = Modulation(width=config.width, parts=6, dtype=dtype, platform=platform)
-        common = dict(width=config.width, dtype=dtype, platform=platform, rngs=rngs)
+        common = dict(width=config.width, dtype=dtype, platform=platform, rngs=rngs, lora=lora)
         self.attention = Attention(**common, heads=config.heads)
         self.mlp = MLP(**common, groups=config.heads, hidden=config.hidden)
         if token_router is not None:
             self.token_router = token_router(width=config.width, dtype=dtype, platform=platform, rngs=rngs)
+        if lora is not None and lora.experts > 1:
+            setattr(self, MIXTURE, Mixture(width=config.width, experts=lora.experts, rngs=rngs))
+
+    def mixture(self, embedding):
+        """Return the weights [B,E] of low-rank experts for the embedding of timesteps [B,D]; None where one is all."""
+        return getattr(self, MIXTURE)(embedding) if hasattr(self, MIXTURE) else None
 
     def __call__(
-        self, stream, modulation, heads, groups, *, execution: TokenExecution, noise=None, force_open=None
+        self, stream, modulation, heads, groups, *, execution: TokenExecution, noise=None, force_open=None, mixture=None
     ) -> tuple:
         """Run the block.
 
@@ -72,27 +79,28 @@ class Block(nnx.Module):
           execution: how its tokens run.
           noise: logistic noise for the tokens' logits [B,N], or None.
           force_open: of each image, whether all its tokens are open [B]; None leaves it to the router.
+          mixture: of low-rank updates [B,E], or None.
 
         Returns:
           The new stream and the token gates [B,N], None where no router was asked.
         """
         shift_a, scale_a, gate_a, *of_mlp = modulation
         normed = execution.norm(stream, shift_a, scale_a, dtype=self.attention.dtype)
-        attended = self.attention(normed, heads)
+        attended = self.attention(normed, heads, mixture)
         stream = execution.add(stream, attended, gate_a)
-        mlp, router = functools.partial(self.mlp, gates=groups), getattr(self, "token_router", None)
+        mlp, router = functools.partial(self.mlp, gates=groups, mixture=mixture), getattr(self, "token_router", None)
         return execution.update(stream, MLPStep(mlp, router, *of_mlp, self.mlp.dtype, noise, force_open))
 
 
 class DiT(nnx.Module):
     """The whole network: embeddings, stacked blocks, output, and the routers that know only the timestep."""
 
-    def __init__(self, config: DiTConfig, *, routers: Routers, dtype=jnp.float32, platform="cpu", rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, *, routers: Routers, dtype=jnp.float32, platform="cpu", rngs, lora=None):
         width = config.width
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.time_embed = TimeEmbed(width=width, deviation=config.time_init_std, rngs=rngs)
         self.label_embed = LabelEmbed(classes=config.classes, width=width, deviation=config.label_init_std, rngs=rngs)
-        settings = dict(token_router=routers.token, dtype=dtype, platform=platform)
+        settings = dict(token_router=routers.token, dtype=dtype, platform=platform, lora=lora)
         make_block = lambda rngs: Block(config, **settings, rngs=rngs)
         self.blocks = nnx.vmap(make_block)(rngs.split(config.depth))  # every parameter [L,...]
         channels = 2 * config.channels
@@ -125,7 +133,8 @@ class DiT(nnx.Module):
         constrain = model.constrain
         tokens = constrain(self.patch_embed(x))  # [B,N,D]
         # Pinned, here and in the blocks: for a gradient of split weights, the compiler would gather the batch instead.
-        condition = constrain(self.time_embed(t) + self.label_embed(labels))  # [B,D]
+        embedding = self.time_embed(t)
+        condition = constrain(embedding + self.label_embed(labels))  # [B,D]
         heads, groups = self.time_gates(t, noise) if gated else (None, None)
         if force_open is not None:
             heads, groups = (jnp.where(force_open[:, None, None], 1.0, gates) for gates in (heads, groups))
@@ -140,7 +149,7 @@ class DiT(nnx.Module):
                 block = nnx.merge(graph, block)
                 modulation = map(constrain, block.modulation(condition))
                 routing = dict(execution=execution, noise=noise, force_open=force_open)
-                stream, gates = block(stream, modulation, heads, groups, **routing)
+                stream, gates = block(stream, modulation, heads, groups, **routing, mixture=block.mixture(embedding))
                 return constrain(stream), gates
 
             run = jax.tree.map(lambda leaf, first=first, last=last: leaf[first:last], layers)
@@ -199,6 +208,7 @@ class Model:
       remat: what the backward pass recomputes: "none", "block" (all of a block) or "dots" (all but products).
       constrain: called on arrays with the leading axis B, to pin their sharding.
       platform: "cpu", "gpu" or "tpu": for which one attention is written; that of this process by default.
+      lora: low-rank updates among the parameters, or None.
       routers: classes of the routers, as they are registered when the model is made: a router that a user registers
         again under its name makes another model, which shares no compiled program with this one.
     """
@@ -209,6 +219,7 @@ class Model:
     remat: str = "none"
     constrain: Callable = dataclasses.field(default=unconstrained, repr=False)
     platform: str = dataclasses.field(default_factory=jax.default_backend)
+    lora: LoRAConfig | None = None
     routers: Routers = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
@@ -218,7 +229,7 @@ class Model:
 
     def init(self, key) -> dict:
         """Make the initial parameters, a nested dict of float32 arrays, from a PRNG key."""
-        network = DiT(self.config, routers=self.routers, rngs=nnx.Rngs(key))
+        network = DiT(self.config, routers=self.routers, rngs=nnx.Rngs(key), lora=self.lora)
         return nnx.to_pure_dict(nnx.state(network, nnx.Param))
 
     def abstract_params(self) -> dict:
@@ -324,6 +335,11 @@ class Model:
         part = lambda name: nnx.merge(graphs[name], nnx.State(params[name]))
         return part, lambda layer: nnx.merge(graphs["block"], nnx.State(layer))
 
+    def embed_time(self, params, t):
+        """Return the embedding of a timestep, float32 [1,D]."""
+        part, _ = self._parts(params)
+        return part("time_embed")(jnp.atleast_1d(t))
+
     def time_gates(self, params, t):
         """Return what is on at timesteps t [S]: heads [S,L,H] and groups [S,L,G], float32 0 or 1."""
         if self.config.routers == "none":
@@ -344,18 +360,18 @@ class Model:
         return jax.tree.map(draw, keys, shapes)
 
     def _network(self, params) -> DiT:
-        graph = _graph(self.config, self.routers, self.dtype, self.platform)
+        graph = _graph(self.config, self.routers, self.dtype, self.platform, self.lora)
         return nnx.merge(graph, nnx.State(params))
 
 
 @functools.cache
-def _graph(config: DiTConfig, routers: Routers, dtype, platform: str):
+def _graph(config: DiTConfig, routers: Routers, dtype, platform: str, lora: LoRAConfig | None):
     """Return nnx's static description of the network; traced once per configuration.
 
     Raises:
       InputError: a user's router with state that is no parameter.
     """
-    settings = dict(routers=routers, dtype=dtype, platform=platform)
+    settings = dict(routers=routers, dtype=dtype, platform=platform, lora=lora)
     graph, _, others = nnx.split(nnx.eval_shape(lambda: DiT(config, **settings, rngs=nnx.Rngs(0))), nnx.Param, ...)
     for path, variable in nnx.to_flat_state(others):
         name, kind = "/".join(map(str, path)), type(variable).__name__
@@ -365,7 +381,7 @@ def _graph(config: DiTConfig, routers: Routers, dtype, platform: str):
 
 @functools.cache
 def _part_graphs(config: DiTConfig, routers: Routers, dtype, platform: str) -> dict:
-    """Return nnx's static descriptions of the parts that narrowed weights are put into."""
+    """Return nnx's static descriptions of the parts that narrowed weights are put into, low-rank updates folded."""
     settings = dict(dtype=dtype, platform=platform)
     network = nnx.eval_shape(lambda: DiT(config, routers=routers, **settings, rngs=nnx.Rngs(0)))
     block = nnx.eval_shape(lambda: Block(config, token_router=routers.token, **settings, rngs=nnx.Rngs(0)))

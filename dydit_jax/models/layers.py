@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from dydit_jax.models.attention import attend
+from dydit_jax.models.lora import add_updates, expand, has_update, reducing_kernel
 
 TIME_FREQUENCIES = 128  # cosines and as many sines: 256 features
 MAX_PERIOD = 10_000.0
@@ -233,7 +234,7 @@ class Modulation(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention; a head that is off is zeroed before the output projection."""
 
-    def __init__(self, *, width: int, heads: int, dtype, platform: str, rngs: nnx.Rngs):
+    def __init__(self, *, width: int, heads: int, dtype, platform: str, rngs: nnx.Rngs, lora=None):
         size = width // heads
         # Queries, keys and values are one [D,3D] Linear in the original: its fan-out is 3D.
         self.qkv = nnx.Param(xavier_uniform(width, 3 * width)(rngs.params(), (3, width, heads, size)))
@@ -241,9 +242,19 @@ class Attention(nnx.Module):
         self.out = nnx.Param(xavier_uniform(width, width)(rngs.params(), (heads, size, width)))
         self.out_bias = nnx.Param(jnp.zeros(width))
         self.dtype, self.platform = dtype, platform
+        add_updates(self, lora, dict(qkv=((width,), (3, heads, size)), out=((heads, size), (width,))), rngs)
 
-    def __call__(self, x, gates):
-        """Attend over tokens x, [B,N,D] or three times that, with gates [B,H] or None (all on); returns [B,N,D]."""
+    def __call__(self, x, gates, mixture=None):
+        """Attend over tokens.
+
+        Args:
+          x: [B,N,D], or three times that.
+          gates: of the heads [B,H], or None (all on).
+          mixture: of low-rank updates [B,E], or None; see `models.lora`.
+
+        Returns:
+          [B,N,D].
+        """
         out_bias = self.out_bias[...].astype(self.dtype)
         if self.out.shape[0] == 0:  # narrowed to no head at all
             return jnp.broadcast_to(out_bias, jax.tree.leaves(x)[0].shape)
@@ -251,22 +262,33 @@ class Attention(nnx.Module):
         # Stacked, or narrowed to three arrays each.
         qkv, bias = ([part.astype(self.dtype) for part in leaf.get_value()] for leaf in (self.qkv, self.qkv_bias))
         out = self.out[...].astype(self.dtype)
-        return attend(x, qkv, bias, out, gates, platform=self.platform) + out_bias
+        if has_update(self, "qkv"):
+            update = expand(self, "qkv", x @ reducing_kernel(self, "qkv"), mixture)  # [B,N,3,H,K]
+            bias = [part + update[:, :, i] for i, part in enumerate(bias)]
+        if not has_update(self, "out"):
+            return attend(x, qkv, bias, out, gates, platform=self.platform) + out_bias
+        kernels = out, reducing_kernel(self, "out")
+        attended, reduced = attend(x, qkv, bias, kernels, gates, platform=self.platform)
+        return attended + expand(self, "out", reduced, mixture) + out_bias
 
 
 class MLP(nnx.Module):
     """Linear, tanh-GELU, Linear; a group that is off is zeroed before the GELU, where gelu(0) = 0."""
 
-    def __init__(self, *, width: int, groups: int, hidden: int, dtype, platform: str, rngs: nnx.Rngs):
+    def __init__(self, *, width: int, groups: int, hidden: int, dtype, platform: str, rngs: nnx.Rngs, lora=None):
         units = hidden // groups
         self.up = nnx.Param(xavier_uniform(width, hidden)(rngs.params(), (width, groups, units)))
         self.up_bias = nnx.Param(jnp.zeros((groups, units)))
         self.down = nnx.Param(xavier_uniform(hidden, width)(rngs.params(), (groups, units, width)))
         self.down_bias = nnx.Param(jnp.zeros(width))
         self.dtype, self.platform = dtype, platform
+        add_updates(self, lora, dict(up=((width,), (groups, units)), down=((groups, units), (width,))), rngs)
 
-    def __call__(self, x, gates):
-        """Transform tokens x [B,N,D] with gates [B,G] or None (all groups on); returns [B,N,D]."""
+    def __call__(self, x, gates, mixture=None):
+        """Transform tokens x [B,N,D] with gates [B,G] or None (all groups on); returns [B,N,D].
+
+        `mixture` is as for `Attention`.
+        """
         width, groups, units = self.up.shape
         down_bias = self.down_bias[...].astype(self.dtype)
         if groups == 0:  # narrowed to no group at all
@@ -275,13 +297,20 @@ class MLP(nnx.Module):
         up, down = (leaf[...].astype(self.dtype) for leaf in (self.up, self.down))
         hidden = x.astype(self.dtype) @ up.reshape(width, groups * units)  # [B,N,G*F]
         hidden = hidden + self.up_bias[...].astype(self.dtype).reshape(groups * units)
+        if has_update(self, "up"):
+            reduced = x.astype(self.dtype) @ reducing_kernel(self, "up")
+            hidden = hidden + expand(self, "up", reduced, mixture).reshape(hidden.shape)
         if gates is not None:
             hidden = hidden * jnp.repeat(gates.astype(self.dtype), units, axis=-1)[:, None]
         hidden = jax.nn.gelu(hidden, approximate=True)
         if self.platform == "tpu":
             # Else its compiler makes the GELU part of the product behind it, which then waits for it, once per tile.
             hidden = jax.lax.optimization_barrier(hidden)
-        return hidden @ down.reshape(groups * units, width) + down_bias
+        result = hidden @ down.reshape(groups * units, width) + down_bias
+        if has_update(self, "down"):
+            reduced = hidden @ reducing_kernel(self, "down").reshape(groups * units, -1)
+            result = result + expand(self, "down", reduced, mixture)
+        return result
 
 
 class Output(nnx.Module):

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from dydit_jax.errors import require_known
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import REMATS, Model
+from dydit_jax.models.lora import LoRAConfig
 from dydit_jax.runtime.sharding import make_constrain_fn
 
 REMAT_SETTINGS = ("auto", *REMATS)
@@ -33,7 +34,9 @@ def resolve_remat(name: str) -> str:
     return name
 
 
-def build_model(config: DiTConfig, *, precision: str, mesh: Mesh, remat: str = "none") -> Model:
+def build_model(
+    config: DiTConfig, *, precision: str, mesh: Mesh, remat: str = "none", lora: LoRAConfig | None = None
+) -> Model:
     """Make the model for a mesh.
 
     Args:
@@ -41,6 +44,7 @@ def build_model(config: DiTConfig, *, precision: str, mesh: Mesh, remat: str = "
       precision: one of `PRECISIONS`.
       mesh: whose devices split the batch.
       remat: what the backward pass recomputes, one of `REMAT_SETTINGS`.
+      lora: low-rank updates among the parameters, or None.
     """
     dtype, matmul_precision = resolve_precision(precision)
-    return Model(config, dtype, matmul_precision, resolve_remat(remat), make_constrain_fn(mesh))
+    return Model(config, dtype, matmul_precision, resolve_remat(remat), make_constrain_fn(mesh), lora=lora)

@@ -36,6 +36,12 @@ RULES = (
     (r"mlp/up_bias$", ("tensor", None)),
     (r"mlp/down$", ("tensor", None, "fsdp")),
     (r"modulation/kernel$", ("fsdp", None, None)),
+    # Low-rank updates: split like the axes of their kernels that they have.
+    (r"(attention/qkv|mlp/up)_lora_a$", ("fsdp", None)),
+    (r"(attention/qkv|mlp/up)_lora_b$", ("tensor", None)),
+    (r"(attention/out|mlp/down)_lora_a$", ("tensor", None, None)),
+    (r"(attention/out|mlp/down)_lora_b$", ("fsdp",)),
+    (r"lora_mixture/(kernel|bias)$", ()),
     # Small too, or read by an index.
     (r"(attention/out_bias|mlp/down_bias|modulation/bias)$", ()),
     (r"(patch_embed|label_embed|output|time_embed)/(kernel|bias|table|positions)(_in|_out)?$", ()),

@@ -37,6 +37,7 @@ from dydit_jax.models.dit import MODES as APPLY_MODES
 from dydit_jax.models.dit import Model
 from dydit_jax.models.execution import Masked, TokenExecution
 from dydit_jax.models.layers import unconstrained
+from dydit_jax.models.lora import fold_constant
 from dydit_jax.models.routing import Routing
 from dydit_jax.runtime.cache import keep_programs
 from dydit_jax.runtime.processes import to_host
@@ -129,6 +130,8 @@ class SamplingRun:
         Raises:
           InputError: what `make_table` refuses, or a table of labels of another size.
         """
+        if model.lora is not None and model.lora.experts == 1:
+            model, params = dataclasses.replace(model, lora=None), _fold_constant(params, lora=model.lora)
         require_label_table(params, model.config)
         self.table = make_table(sampling, process)
         self.evaluations = evaluations_per_step(self.table.guidance)
@@ -344,6 +347,9 @@ def _executed_macs(segment: Committed, config, routed: bool) -> np.ndarray:
     heads, groups = (share(units, config.heads) for units in program.segment.kept)
     macs = np.asarray(routed_macs(Routing(heads, groups, tokens), config.macs)) - (0 if routed else config.macs.routers)
     return macs + (config.macs.complete + config.macs.routers if segment.redone else 0)
+
+
+_fold_constant = jax.jit(fold_constant, static_argnames="lora")
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -20,6 +20,7 @@ from dydit_jax.fast.narrow import DeferredBlocks, fold_gates
 from dydit_jax.fast.plan import Segment
 from dydit_jax.models.dit import Layer, Model
 from dydit_jax.models.execution import TokenExecution, TopK
+from dydit_jax.models.lora import MIXTURE, fold_block, mixture_weights
 from dydit_jax.runtime.sharding import BATCH
 from dydit_jax.sampling.guidance import condition_labels, guide
 from dydit_jax.sampling.noise import step_noise
@@ -110,7 +111,9 @@ def _run_on_a_device(inputs: SegmentInputs, *, settings: SegmentSettings):
     model, evaluations = settings.model, settings.evaluations
     blocks, (heads, groups) = inputs.blocks, inputs.gates
     blocks = blocks.narrowed() if isinstance(blocks, DeferredBlocks) else blocks
-    layers = [Layer(block, None, None, execution) for block, execution in zip(blocks, settings.executions)]
+    updated = [Layer(block, None, None, execution) for block, execution in zip(blocks, settings.executions)]
+    # The modulations, made ahead, are those of any timestep: no update reaches them.
+    layers = fold_updates(model, inputs.params, updated, inputs.rows.timestep[0])
 
     def run_pass(images):
         state, labels, keys = images
@@ -119,7 +122,8 @@ def _run_on_a_device(inputs: SegmentInputs, *, settings: SegmentSettings):
 
         def predict(x, row, extra):
             heads, groups, modulations = extra
-            network = bind_network(model, inputs.params, layers, heads, groups, modulations)
+            folded = fold_updates(model, inputs.params, updated, row.timestep)
+            network = bind_network(model, inputs.params, folded, heads, groups, modulations)
             guidance = dict(scale=row.guidance if evaluations == 2 else None, guided_channels=settings.guided_channels)
             output, tokens = guide(network, x, row.timestep, labels, **guidance, config=model.config)
             return output, record_step(settings.executions, tokens)
@@ -135,6 +139,18 @@ def _run_on_a_device(inputs: SegmentInputs, *, settings: SegmentSettings):
     passes = jax.tree.map(lambda leaf: leaf.reshape(-1, size, *leaf.shape[1:]), images)
     state, record = jax.lax.map(run_pass, passes)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), state), record
+
+
+def fold_updates(model: Model, params, layers: list[Layer], t) -> list[Layer]:
+    """Return layers with their low-rank updates of timestep t folded into the kernels; without updates, as they are."""
+    if model.lora is None:
+        return layers
+    embedding = model.embed_time(params, t)  # [1,D]
+    folded = []
+    for layer in layers:
+        [mixture] = mixture_weights(layer.params[MIXTURE], embedding)
+        folded.append(dataclasses.replace(layer, params=fold_block(layer.params, mixture, model.lora)))
+    return folded
 
 
 def bind_network(model: Model, params, layers: list[Layer], heads, groups, modulations=None):

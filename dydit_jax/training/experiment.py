@@ -15,6 +15,7 @@ from dydit_jax.diffusion.terms import LOSS_TERMS, TIMES, WEIGHTINGS, LossConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.config import DiTConfig, read_model
 from dydit_jax.models.dit import Model
+from dydit_jax.models.lora import LoRAConfig
 from dydit_jax.records import read_record, with_current_names
 from dydit_jax.runtime.sharding import MeshConfig
 from dydit_jax.runtime.tracking import TrackingConfig
@@ -35,6 +36,7 @@ class Experiment:
     optimizer: OptimizerConfig
     train: TrainConfig
     sampling: SamplingConfig
+    lora: LoRAConfig
     mesh: MeshConfig
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
@@ -78,6 +80,8 @@ def read_experiment(config: Mapping) -> Experiment:
     _require_meaning(experiment.loss, experiment.process)
     make_table(experiment.sampling, experiment.process)
     require_no_class(config, experiment.sampling)
+    if "routers" in experiment.train.trainable and experiment.model.routers == "none":
+        raise InputError("train.trainable has 'routers', but model.routers is 'none'.")
     parts, size = experiment.train.accumulate, experiment.data.batch_size
     if size % parts:
         raise InputError(f"data.batch_size must be a multiple of {parts}, train.accumulate, not {size}.")

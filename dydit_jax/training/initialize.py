@@ -13,12 +13,14 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from dydit_jax.checkpoints import Weights
+from dydit_jax.checkpoints import Weights, describe_base
 from dydit_jax.errors import InputError
 from dydit_jax.labels import find_label, name_hint
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
+from dydit_jax.models.lora import is_low_rank
+from dydit_jax.models.trainable import EVERYTHING, split_params
 from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.sharding import shardings
 from dydit_jax.training.experiment import Experiment
@@ -36,18 +38,24 @@ def starting_weights(model: Model, experiment: Experiment) -> Weights | None:
     """Load the weights of `train.init_from`; None where training starts from random values.
 
     Raises:
-      InputError: weights of another shape than classes and image side explain, or that lack more than routers.
+      InputError: weights of another shape than classes and image side explain, or that lack more than routers and
+        low-rank updates.
     """
     if not experiment.train.init_from:
         return None
     source = load_checkpoint(experiment.train.init_from)
+    if source.lora is not None:
+        raise InputError(
+            f"train.init_from {experiment.train.init_from} has updates that depend on the timestep; take its base."
+        )
     found = flatten(source.params)
     own = {name: leaf.shape for name, leaf in flatten(model.abstract_params()).items()}
     # Their first axes are classes and tokens, which may differ.
     kept = lambda name, shape: shape[1:] if name in (LABEL_TABLE, POSITIONS) else shape
     fits = lambda name, leaf: name in own and kept(name, leaf.shape) == kept(name, own[name])
     wrong = [f"{name} {leaf.shape}" for name, leaf in found.items() if not fits(name, leaf)]
-    wrong += [f"{name} missing" for name in own if name not in found and "_router/" not in name]
+    fresh = lambda name: "_router/" in name or is_low_rank(name)
+    wrong += [f"{name} missing" for name in own if name not in found and not fresh(name)]
     if wrong:
         raise InputError(f"train.init_from {experiment.train.init_from} is another model: {'; '.join(wrong[:6])}.")
     return source
@@ -76,6 +84,30 @@ def starting_leaves(
         sides = source.model.side, model.config.side
         logger.info("The stored position table of side %d is interpolated to side %d (bicubic).", *sides)
     return leaves
+
+
+def frozen_base(source: Weights | None, leaves: dict, model: Model, experiment: Experiment) -> dict | None:
+    """Return the record of the weights that a training leaves parts of as they are, see `describe_base`; else None.
+
+    Args:
+      source, leaves: from `starting_weights` and `starting_leaves`.
+      model, experiment: what is trained.
+
+    Raises:
+      InputError: parts that would be neither trained nor those of the source.
+    """
+    train = experiment.train
+    if train.trainable == EVERYTHING:
+        return None
+    theirs = flatten(source.params)
+    frozen = flatten(split_params(model.abstract_params(), train.trainable)[1])
+    own = [name for name in frozen if name not in theirs or not np.array_equal(leaves[name], theirs[name])]
+    if own:
+        raise InputError(
+            f"train.trainable {train.trainable} would leave {', '.join(own[:6])} untrained, which train.init_from "
+            f"{train.init_from} does not have like this; train these too."
+        )
+    return describe_base(train.init_from, source)
 
 
 def first_params(model: Model, experiment: Experiment, mesh: Mesh, source: dict) -> dict:

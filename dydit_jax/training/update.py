@@ -26,6 +26,7 @@ from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import PRECISIONS, REMAT_SETTINGS
+from dydit_jax.models.trainable import EVERYTHING, join_params, require_parts
 from dydit_jax.records import require_range
 from dydit_jax.runtime.seeds import make_key, require_seed
 from dydit_jax.runtime.sharding import batch_sharding, replicated, shardings
@@ -57,6 +58,8 @@ class TrainConfig:
       remat: what the backward pass recomputes: "none", "block" (all of a block), "dots" (all but products) or "auto":
         "dots" on CPUs, "none" on accelerators.
       accumulate: into how many parts a batch is split, computed one after the other to save memory.
+      trainable: what is trained: "everything", or some of "routers", "labels" (their table) and "lora" (low-rank
+        updates of attention and MLP, see the section `lora`); the rest stays as it is in `init_from`.
       max_skips: the run stops when so many batches were skipped one after the other.
     """
 
@@ -69,6 +72,7 @@ class TrainConfig:
     precision: str = "auto"
     remat: str = "auto"
     accumulate: int = 1
+    trainable: tuple[str, ...] = EVERYTHING
     max_skips: int = 100
 
     def __post_init__(self):
@@ -82,19 +86,25 @@ class TrainConfig:
         if self.class_map and not self.init_from:
             raise InputError(f"train.class_map {self.class_map!r} needs train.init_from, whose classes it names.")
         require_known("remat", self.remat, REMAT_SETTINGS)
+        require_parts("train.trainable", self.trainable)
+        if self.trainable != EVERYTHING and not self.init_from:
+            raise InputError(
+                f"train.trainable {self.trainable} needs train.init_from, which holds what is not trained."
+            )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that an update changes.
+    """Everything that an update changes, and the parameters that it leaves alone.
 
     Attributes:
       step: updates tried, int32.
-      params, ema: parameter trees, float32.
+      params, ema: trees of the parameters that are trained, float32.
       opt_state: the optimiser's moments.
       skipped: batches that were refused, for their gradient or for what it makes of the parameters, int32.
       skipped_in_a_row: the last of them, up to now, int32.
+      frozen: tree of the other parameters; empty where everything is trained.
     """
 
     step: jax.Array
@@ -103,12 +113,24 @@ class TrainState:
     opt_state: optax.OptState
     skipped: jax.Array
     skipped_in_a_row: jax.Array
+    frozen: dict = dataclasses.field(default_factory=dict)
+
+    def with_ema(self) -> dict:
+        """Return the whole parameter tree, with the EMA of what is trained."""
+        return join_params(self.ema, self.frozen)
 
 
-def init_state(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Make the state before the first step; the EMA starts at the parameters."""
+def init_state(params, optimizer: optax.GradientTransformation, frozen: dict | None = None) -> TrainState:
+    """Make the state before the first step; the EMA starts at the parameters.
+
+    Args:
+      params: what is trained.
+      optimizer: from `build_optimizer`.
+      frozen: the other parameters.
+    """
     zero = lambda: jnp.zeros((), jnp.int32)  # an array each: an update reuses the memory of each
-    return TrainState(zero(), params, jax.tree.map(jnp.copy, params), optimizer.init(params), zero(), zero())
+    moments, ema = optimizer.init(params), jax.tree.map(jnp.copy, params)
+    return TrainState(zero(), params, ema, moments, zero(), zero(), frozen or {})
 
 
 def accumulate_gradients(differentiate: Callable, examples: dict, parts: int):
@@ -163,13 +185,19 @@ def make_update_fn(
     transform, learning_rate = build_optimizer(optimizer), build_learning_rate(optimizer)
     skip_norm = optimizer.skip_norm or jnp.inf
     settings = dict(model=model, loss=loss, process=process, passes=passes)
-    differentiate = jax.grad(functools.partial(objective, **settings), has_aux=True)
+
+    def lose(trained, examples, step, frozen):
+        return objective(join_params(trained, frozen), examples, step, **settings)
+
+    differentiate = jax.grad(lose, has_aux=True)
 
     def update(state: TrainState, batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(make_key(train.seed), state.step)
         examples = draw_examples(batch, key, **settings)
         gradients, metrics = accumulate_gradients(
-            functools.partial(differentiate, state.params, step=state.step), examples, train.accumulate
+            functools.partial(differentiate, state.params, step=state.step, frozen=state.frozen),
+            examples,
+            train.accumulate,
         )
         norm = optax.tree.norm(gradients)
         updates, opt_state = transform.update(gradients, state.opt_state, state.params)
@@ -186,6 +214,7 @@ def make_update_fn(
             opt_state=keep(opt_state, state.opt_state),
             skipped=state.skipped + jnp.where(accepted, 0, 1),
             skipped_in_a_row=jnp.where(accepted, 0, state.skipped_in_a_row + 1),
+            frozen=state.frozen,
         )
         metrics |= {
             "optimizer/gradient_norm": norm,
