@@ -47,6 +47,7 @@ JOBS = [
     ("cli.analyze", "analyze"),
     ("cli.convert", "convert"),
     ("cli.convert", "export"),
+    ("cli.convert", "merge"),
     ("cli.prepare_latents", "prepare_latents"),
     ("cli.prepare_latents", "verify_latents"),
     ("data.packing", "prepare_pictures"),
