@@ -13,8 +13,8 @@ from conftest import DYNAMIC, changed
 from dydit_jax import Pipeline
 from dydit_jax.checkpoints import ADAPTER_FORMAT, Weights, checksum, format_of, save_weights
 from dydit_jax.convert.conversion import export
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.train import train_and_evaluate
 from dydit_jax.loading import load_checkpoint, merge
@@ -40,7 +40,7 @@ def base(tmp_path_factory):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [np.asarray(leaf + 0.1 * jax.random.normal(key, leaf.shape)) for leaf, key in zip(leaves, keys)]
     path = tmp_path_factory.mktemp("base") / "static.safetensors"
-    save_weights(path, Weights(config, DiffusionConfig(), SAMPLING, jax.tree.unflatten(structure, noisy), {}))
+    save_weights(path, Weights(config, Diffusion(), SAMPLING, jax.tree.unflatten(structure, noisy), {}))
     return path
 
 
