@@ -31,7 +31,6 @@ from dydit_jax.models.cost import ModelMacs
 from dydit_jax.models.layers import unconstrained
 from dydit_jax.models.precision import build_model
 from dydit_jax.models.routing import Routing
-from dydit_jax.records import read_record
 from dydit_jax.runtime.cache import keep_programs
 from dydit_jax.runtime.processes import is_main
 from dydit_jax.runtime.progress import Progress, compile_seconds
@@ -41,6 +40,7 @@ from dydit_jax.sampling.generate import Samples, SamplingRun
 from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.sampling.noise import first_noise, image_keys
 from dydit_jax.sampling.planning import JobPlan
+from dydit_jax.sampling.settings import choose_sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +185,7 @@ class Pipeline:
         steps=None,
         guidance=None,
         guidance_interval: tuple[float, float] | None = None,
+        preset: str | None = None,
         seed: int = 0,
         mode: str = "fast",
     ):
@@ -192,11 +193,13 @@ class Pipeline:
 
         Args:
           labels: [B], 0 .. classes; `classes` itself stands for "no class". Or names of classes, where they are known.
-          sampler: such as "ddpm", "ddim" or "dpmpp_2m", see docs/sampling.md; None for the checkpoint's own.
+          sampler: such as "ddpm", "ddim" or "dpmpp_2m", or the file of a searched solver, see docs/sampling.md; None
+            for the checkpoint's own.
           steps: timesteps, such as 250, "ddim50", "10,20,30" or "logsnr:10"; None for the checkpoint's own.
           guidance: scale of classifier-free guidance, 1 for none, or a list with a scale for each evaluation of the
             network; None for the checkpoint's own.
           guidance_interval: lowest and highest timestep with guidance; None for the checkpoint's own.
+          preset: settings by name, such as "fast20"; the others win over it.
           seed: of all noise.
           mode: "fast" (only open gates are computed), "gated" or "complete"; see docs/fast.md.
 
@@ -215,9 +218,9 @@ class Pipeline:
             steps=steps if steps is None else str(steps),
             guidance=guidance if scales is None else None,
             guidance_interval=guidance_interval,
+            guidance_scales=scales,
+            preset=preset,
         )
-        if scales is not None:
-            sampling = dataclasses.replace(sampling, guidance=1.0, guidance_interval=None, guidance_scales=scales)
         trained = self.weights.about.get("config", {})
         require_no_class(trained, sampling, labels=labels, classes=model.classes)
         job = DrawJob(labels, np.arange(len(labels)), sampling, seed=seed, mode=mode)
@@ -231,8 +234,9 @@ class Pipeline:
         Raises:
           InputError: an unknown setting, or a value that is not allowed.
         """
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        return read_record(SamplingConfig, dataclasses.asdict(self.weights.sampling) | overrides, "sampling")
+        given = {name: value for name, value in overrides.items() if value is not None}
+        own = dict(process=self.weights.process, checksum=lambda: self.checksum)
+        return choose_sampling(self.weights.sampling, given, **own)
 
     def draw(self, job: DrawJob) -> Iterator[Batch]:
         """Draw the images of a job batch by batch, with a progress bar; the plan is calibrated, corrected and kept.

@@ -21,9 +21,10 @@ from dydit_jax.jobs.analyze import Analysis
 from dydit_jax.jobs.evaluate import Evaluation
 from dydit_jax.jobs.prepare_latents import LatentsRequest
 from dydit_jax.jobs.sample import Request
+from dydit_jax.jobs.search_solver import SearchRequest
 from dydit_jax.runtime import console
 
-COMMANDS = ["train", "sample", "evaluate", "analyze", "convert", "prepare_latents", "prepare_images"]
+COMMANDS = ["train", "sample", "evaluate", "analyze", "convert", "prepare_latents", "prepare_images", "search_solver"]
 # Every record that flags fill, the least that makes one, and values of each kind.
 FILLED = [
     (Training, ["--workdir=w"], dict(workdir="w")),
@@ -43,6 +44,7 @@ FILLED = [
         dict(source="s", out="o", latent_scale=0.5, heads=2, order=True),
     ),
     (LatentsRequest, ["--out=o", "--path=p"], dict(out="o", path="p")),
+    (SearchRequest, ["--checkpoint=c", "--out=o"], dict(checkpoint="c", out="o")),
     (Packing, ["--source=s", "--out=o", "--max_bad=0"], dict(source="s", out="o", max_bad=0)),
 ]
 

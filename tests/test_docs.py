@@ -51,6 +51,7 @@ JOBS = [
     ("cli.prepare_latents", "prepare_latents"),
     ("cli.prepare_latents", "verify_latents"),
     ("data.packing", "prepare_pictures"),
+    ("cli.search_solver", "search_solver"),
 ]
 # A page whose snippets have a test of their own, which compiles what they define.
 RUN_ELSEWHERE = {"docs/extend.md"}

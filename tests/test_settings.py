@@ -11,7 +11,7 @@ from conftest import STATIC
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
-from dydit_jax.jobs import analyze, evaluate, prepare_latents, sample, train
+from dydit_jax.jobs import analyze, evaluate, prepare_latents, sample, search_solver, train
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import generate
@@ -102,6 +102,7 @@ def test_a_training_step_is_the_same_under_any_setting(training_step, name):
         (analyze.analyze, "dydit_jax.jobs.analyze.load_checkpoint"),
         (evaluate.evaluate, "dydit_jax.jobs.evaluate.open_images"),
         (prepare_latents.prepare_latents, "dydit_jax.jobs.prepare_latents.DataConfig"),
+        (search_solver.search_solver, "dydit_jax.jobs.search_solver.load_checkpoint"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -95,10 +95,15 @@ def read_meanings(cls) -> dict[str, str]:
 
 
 def _fields(cls) -> list[tuple]:
-    """Return the fields that a flag can hold, each with the function that defines it."""
+    """Return the fields that a flag can hold, each with the function that defines it; no flag holds lists of lists."""
     hints = typing.get_type_hints(cls)
-    found = [(field, DEFINE.get(_kind(hints[field.name]))) for field in dataclasses.fields(cls)]
-    return [(field, define) for field, define in found if define]
+    found = [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+    return [(field, DEFINE[_kind(hint)]) for field, hint in found if _kind(hint) in DEFINE and not _is_nested(hint)]
+
+
+def _is_nested(hint) -> bool:
+    """Return whether a type is a tuple of tuples."""
+    return _kind(hint) is tuple and any(_kind(item) is tuple for item in typing.get_args(_without_none(hint)))
 
 
 def _numbers(words: list[str], hint, name: str) -> tuple:

@@ -13,15 +13,18 @@ from dydit_jax.cli.flags import define_flags, define_overrides, read_flags, read
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.runtime.console import run
+from dydit_jax.sampling.settings import Preset
 
 
 def main():
     """Run the command."""
     values = flags.FlagValues()
     required = define_flags(Request, values)
-    define_overrides(SamplingConfig, "sampling", values)
+    for cls in (Preset, SamplingConfig):
+        define_overrides(cls, "sampling", values)
 
     def draw():
-        sample(read_flags(Request, values, overrides=read_overrides(SamplingConfig, "sampling", values)))
+        overrides = [read_overrides(cls, "sampling", values) for cls in (Preset, SamplingConfig)]
+        sample(read_flags(Request, values, overrides=overrides[0] | overrides[1]))
 
     run(draw, values, about=__doc__, required=required)

@@ -110,6 +110,7 @@ def get_config():
     config.sampling.guidance_scales = config_dict.placeholder(tuple)
     config.sampling.guided_channels = "first_three"
     config.sampling.autoencoder = ""  # "sd-vae-ft-ema" for latents
+    config.sampling.searched_weights = config_dict.placeholder(tuple)  # a file of dydit-search-solver brings them
 
     # Devices: dydit_jax/runtime/sharding.py, MeshConfig. One of the three may be -1 and takes what is left.
     config.mesh = ml_collections.ConfigDict()

@@ -17,6 +17,7 @@ from dydit_jax.errors import InputError, require_known
 from dydit_jax.records import require_range
 
 GUIDED_CHANNELS = ("first_three", "all")
+SEARCHED = "searched"  # the sampler whose weights are in the settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,8 @@ class SamplingConfig:
 
     Attributes:
       sampler: the solver: ddpm, ddim, dpmpp_2m, dpmpp_3m, sde_dpmpp_2m, unipc, unipc_3, euler, heun, ab4, of a flow
-        also euler_maruyama but not ddpm, or one of your own.
+        also euler_maruyama but not ddpm, one of your own, or a file of dydit-search-solver, which
+        brings its steps.
       steps: timesteps of the run: 250, ddim50, sections such as 10,20,30, trailing:20, leading:20, logsnr:10,
         quadratic:10, karras:10 or list:999,600,0; of a flow 250, logsnr:10, quadratic:10, karras:10 or list:0,0.2,0.6.
       eta: share of DDPM's noise in DDIM, 0 .. 1; the others have no such choice and want 0.
@@ -36,6 +38,8 @@ class SamplingConfig:
       guidance_scales: a scale for each evaluation of the network, the most noise first, instead of the two above.
       guided_channels: first_three (as the published models do) or all.
       autoencoder: whose decoder turns latents into images, a file or a published name; empty for models in pixels.
+      searched_weights: of the sampler `searched`, from such a file: rows of weights of x and of the estimates of x_0,
+        the newest first.
     """
 
     sampler: str = "ddpm"
@@ -47,9 +51,15 @@ class SamplingConfig:
     guidance_scales: tuple[float, ...] | None = None
     guided_channels: str = "first_three"
     autoencoder: str = ""
+    searched_weights: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self):
-        SOLVERS.require("sampler", self.sampler)
+        if self.sampler != SEARCHED:
+            SOLVERS.require("sampler", self.sampler)
+        elif self.searched_weights is None:
+            raise InputError("The sampler searched needs weights; give the file of dydit-search-solver as the sampler.")
+        if self.searched_weights is not None:
+            require_rows(self.searched_weights, "sampling.searched_weights")
         require_known("sampling.guided_channels", self.guided_channels, GUIDED_CHANNELS)
         require_range("sampling.eta", self.eta, low=0.0, high=1.0)
         require_range("sampling.guidance", self.guidance, low=0.0)
@@ -72,6 +82,22 @@ class SamplingConfig:
     def is_guided(self) -> bool:
         """Whether some evaluation of the network may be guided."""
         return any(scale != 1.0 for scale in self.guidance_scales or (self.guidance,))
+
+
+def require_rows(rows: tuple[tuple[float, ...], ...], where: str) -> None:
+    """Raise unless rows hold the weights of x and of no more estimates than there are by then.
+
+    Raises:
+      InputError: with the row and what is allowed.
+    """
+    for number, row in enumerate(rows):
+        if not 2 <= len(row) <= number + 2:
+            raise InputError(
+                f"Row {number} of {where} must have from 2 to {number + 2} numbers, of x and of the estimates so far, "
+                f"not {len(row)}."
+            )
+        if not all(map(math.isfinite, row)):
+            raise InputError(f"Row {number} of {where} must have finite numbers, not {row}.")
 
 
 @jax.tree_util.register_dataclass

@@ -26,9 +26,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from dydit_jax.checkpoints import Weights, package_versions
+from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.process import process_sections
-from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.drawing import figures
 from dydit_jax.drawing.pictures import draw_grid, label_texts, read_image, save_image
 from dydit_jax.drawing.report import COST_FILE, write_report
@@ -49,7 +48,7 @@ from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.cost import format_count
 from dydit_jax.models.precision import resolve_precision
 from dydit_jax.pipeline import DrawJob, DrawResult, Pipeline
-from dydit_jax.records import read_record, require_range
+from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.processes import from_main, is_main, on_all_processes
@@ -58,6 +57,7 @@ from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import MODES, Samples, SamplingRun
 from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.sampling.noise import uniform_labels
+from dydit_jax.sampling.settings import choose_sampling
 from dydit_jax.sampling.table import make_table
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Request:
       precision: auto, bfloat16, float32 or highest.
       routing: also draw what was on over the timesteps: routing.png and plan.png, with their numbers as .csv.
       report: also write one page about the job, report.html; it shows the routing too.
-      overrides: sampling settings that win over the checkpoint's.
+      overrides: sampling settings that win over the checkpoint's, and `preset`, see `choose_sampling`.
       from_step: step of a work directory's checkpoint; the newest by default.
       weights: of a work directory: ema, or params, the raw parameters.
       base: of an adapter: the weights that it was trained on, by any name of a checkpoint; those that it names by
@@ -175,8 +175,8 @@ def sample(request: Request) -> Samples:
 def _weights(request: Request) -> Weights:
     """Load the checkpoint, with the settings that the request replaces."""
     weights = load_checkpoint(request.checkpoint, request.from_step, request.weights, request.base)
-    settings = dict(dataclasses.asdict(weights.sampling), **request.overrides)
-    weights = dataclasses.replace(weights, sampling=read_record(SamplingConfig, settings, "sampling"))
+    own = dict(process=weights.process, checksum=lambda: checksum(weights.params))
+    weights = dataclasses.replace(weights, sampling=choose_sampling(weights.sampling, request.overrides, **own))
     if request.token_capacity is None:
         return weights
     capacity = tuple(_number(share, "--token_capacity") for share in request.token_capacity)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from dydit_jax.diffusion.process import Process, require_meaning
-from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.diffusion.samplers import SEARCHED, SamplingConfig
 from dydit_jax.diffusion.solvers import SOLVERS, SolverTable, solver_table
 from dydit_jax.errors import InputError
 from dydit_jax.sampling.guidance import guidance_scales
@@ -18,9 +18,13 @@ def make_table(sampling: SamplingConfig, process: Process) -> SolverTable:
       InputError: a solver without meaning for the process, times that it does not have, too few of them for the solver,
         or guidance that does not fit them.
     """
-    require_meaning(process, "sampling.sampler", sampling.sampler, SOLVERS)
-    path, timesteps = process.path(sampling.steps, sampling.sampler, sampling.eta)
-    table = solver_table(sampling.sampler, path, timesteps)
+    searched = sampling.sampler == SEARCHED
+    sampler = "ddim" if searched else sampling.sampler
+    require_meaning(process, "sampling.sampler", sampler, SOLVERS)
+    path, timesteps = process.path(sampling.steps, sampler, sampling.eta)
+    table = solver_table(sampler, path, timesteps)
+    if searched:
+        table = with_weights(table, sampling.searched_weights)
     if sampling.clip is not None and not np.any(table.estimate_from_x0, axis=1).all():
         raise InputError(
             f"sampling.clip has no meaning for {sampling.sampler} with the process {process.name}: it evaluates the "
@@ -28,3 +32,24 @@ def make_table(sampling: SamplingConfig, process: Process) -> SolverTable:
         )
     scales = guidance_scales(sampling, table.timestep, process.time_range())
     return dataclasses.replace(table, guidance=scales.astype(np.float32))
+
+
+def with_weights(table: SolverTable, rows: tuple[tuple[float, ...], ...]) -> SolverTable:
+    """Return a table of ddim, whose estimates are of x_0, with other weights.
+
+    Args:
+      table: of S rows.
+      rows: weights of x and of the estimates, the newest first, for each of the S rows; those left out are 0.
+
+    Raises:
+      InputError: another number of rows.
+    """
+    if len(rows) != len(table):
+        raise InputError(
+            f"sampling.searched_weights must have a row for each of the {len(table)} timesteps, not {len(rows)}."
+        )
+    weights = np.zeros((len(table), 2, 1 + max(map(len, rows))), np.float32)
+    for i, (of_x, *of_estimates) in enumerate(rows):
+        weights[i, 0, 0] = of_x
+        weights[i, 0, 2 : 2 + len(of_estimates)] = of_estimates
+    return dataclasses.replace(table, weights=weights)
