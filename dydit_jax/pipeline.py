@@ -54,7 +54,8 @@ class DrawJob:
       seed: with an image's index it fixes all its noise.
       mode: "fast", "gated" or "complete".
       batch_size: images drawn at once.
-      segments: into how many programs `fast` cuts the schedule; None decides by itself.
+      segments: into how many programs `fast` cuts the schedule, 0 to leave nothing out; None takes as many as the
+        whole job is worth.
     """
 
     labels: np.ndarray
@@ -254,7 +255,9 @@ class Pipeline:
         began, compiled = time.monotonic(), compile_seconds()
         run = self.prepare(job.sampling)
         size = round_up(min(job.batch_size, len(job.indices)), run.devices)
-        plan = JobPlan(run, self.checksum, segments=job.segments) if job.mode == "fast" else None
+        plan = (
+            JobPlan(run, self.checksum, images=len(job.labels), segments=job.segments) if job.mode == "fast" else None
+        )
         if plan is not None:
             plan.tune(job.labels, job.indices, seed=job.seed, batch=size)
         steps, record, done = len(run.table), None, 0

@@ -65,8 +65,10 @@ def test_outside_the_interval_of_guidance_the_network_runs_once(tiny, process, s
         guided = ((run.table.timestep >= low) & (run.table.timestep <= high)).tolist()
         assert run.evaluations.tolist() == [1 + inside for inside in guided] and any(guided) and not all(guided)
         plan = run.plan()
-        assert [segment.evaluations for segment in plan.segments] == [1, 2, 1]
+        for planned in (plan, run.plan(0)):
+            assert [segment.evaluations for segment in planned.segments] == [1, 2, 1]
         gated = run.draw([1, 2, 3], mode="gated")
+        assert_same(run.draw([1, 2, 3], plan=run.plan(0)), gated)
         for usage in (None, gated.usage):
             fast = run.draw([1, 2, 3], plan=dataclasses.replace(plan, usage=usage))
             assert_same(fast, gated)
@@ -107,17 +109,37 @@ def test_a_scale_per_evaluation_is_an_interval_written_out(tiny):
     np.testing.assert_array_equal(*images)
 
 
-@pytest.mark.slow
-def test_number_of_segments_changes_nothing(tiny):
+@pytest.mark.parametrize(
+    "segments", [0, pytest.param(3, marks=pytest.mark.slow), pytest.param(None, marks=pytest.mark.slow)]
+)
+def test_number_of_segments_changes_nothing(tiny, segments):
     gated = draw(*tiny, [1, 2], mode="gated")
-    assert_same(draw(*tiny, [1, 2], mode="fast", segments=None), gated)
+    assert_same(draw(*tiny, [1, 2], mode="fast", segments=segments), gated)
+
+
+@pytest.mark.parametrize("images", [1, pytest.param(10**9, marks=pytest.mark.slow)])
+def test_the_plan_that_suits_a_job_changes_nothing(tiny, images):
+    run = make_run(*tiny)
+    plan = run.plan(images=images)
+    assert plan.narrowed_segments == (0 if images == 1 else run.plan().narrowed_segments)
+    gated = run.draw([1, 2], mode="gated")
+    assert_same(run.draw([1, 2], plan=plan), gated)
+    assert_same(run.draw([1, 2]), gated)  # its own choice
+
+
+def test_without_segments_fast_is_the_program_of_gated(tiny):
+    run = make_run(*tiny)
+    described = lambda programs: [(program.executions, program.images, program.segment.kept) for program in programs]
+    of_fast, of_gated = (run.programs(2, **settings)[0] for settings in (dict(plan=run.plan(0)), dict(mode="gated")))
+    assert described(of_fast) == described(of_gated)
 
 
 def test_batches_of_a_run_share_their_narrowed_blocks(tiny):
     run = make_run(*tiny)
-    for mode in ("fast", "gated", "fast"):
+    for mode, plan in (("fast", run.plan(2)), ("gated", None), ("fast", run.plan(2)), ("fast", run.plan(0))):
+        settings = dict(mode=mode, plan=plan)
         np.testing.assert_array_equal(
-            run.draw([1, 2], mode=mode).images, make_run(*tiny).draw([1, 2], mode=mode).images
+            run.draw([1, 2], **settings).images, make_run(*tiny).draw([1, 2], **settings).images
         )
 
 

@@ -71,7 +71,7 @@ def test_plan_takes_few_segments_within_the_tolerance(gates):
     assert len(make_plan(constant, constant, MACS, execution="switch").segments) == 1
 
 
-@pytest.mark.parametrize("count", [0, 13])
+@pytest.mark.parametrize("count", [-1, 13])
 def test_impossible_numbers_of_segments_are_refused(gates, count):
     with pytest.raises(InputError, match="from 1 to the 12 steps"):
         make_plan(*gates, MACS, execution="switch", segments=count)
@@ -127,6 +127,10 @@ def test_plan_is_kept_and_read_again(tmp_path, gates):
     plan.save(tmp_path / "plan.npz")
     assert Plan.load(tmp_path / "plan.npz", MACS).usage is None
     assert len(plan.table(np.arange(12)).splitlines()) == 4
+    whole = make_plan(*gates, MACS, execution="gather", segments=0)
+    whole.save(tmp_path / "whole.npz")
+    read = Plan.load(tmp_path / "whole.npz", MACS)
+    assert read.whole and read.narrowed_segments == 0 and read.summary() == whole.summary()
 
 
 @pytest.mark.parametrize("name", ["switch", "gather", "one_hot"])
@@ -145,13 +149,26 @@ def test_whole_segments_are_alike(gates):
     assert whole_segments(open_gates, open_gates, pieces=1)[0].head_gates == (None,)
 
 
-@pytest.mark.parametrize("count", [1, 3, 12])
+@pytest.mark.parametrize("count", [0, 1, 3, 12])
 def test_segments_execute_the_gates_of_the_plan(gates, count):
     plan = make_plan(*gates, MACS, execution="switch", segments=count)
     for executed, wanted in zip(executed_gates(plan.segments, 4), gates):
         np.testing.assert_array_equal(executed, wanted)
     broken = dataclasses.replace(plan.segments[0], heads=((),) * 3, head_gates=(None,) * 3)
     assert (executed_gates([broken, *plan.segments[1:]], 4)[0] != gates[0]).any()
+
+
+def test_a_plan_without_segments_leaves_nothing_out(gates):
+    evaluations = np.repeat([1, 2, 1], [3, 5, 4])
+    plan = make_plan(*gates, MACS, execution="switch", evaluations=evaluations, segments=0)
+    assert plan.whole and plan.narrowed_segments == 0 and plan.execution == "masked"
+    assert [(s.start, s.stop, s.evaluations) for s in plan.segments] == [(0, 3, 1), (3, 8, 2), (8, 12, 1)]
+    assert {segment.kept for segment in plan.segments} == {(((0, 1, 2, 3),) * 3,) * 2}
+    exact = sum(count * padded_cost(*gates, [step, step + 1]) for step, count in enumerate(evaluations))
+    everything = evaluations.sum() * (MACS.complete + MACS.routers)
+    assert plan.padding == pytest.approx(everything / exact - 1)
+    assert plan.summary().startswith("0 segments, nothing is left out")
+    assert len(plan.table(np.arange(12)).splitlines()) == 4
 
 
 def test_a_plan_is_cut_where_guidance_begins_or_ends(gates):

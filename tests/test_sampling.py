@@ -1,5 +1,6 @@
 """The job behind sample.py: exact numbers of images, resumable, never overwriting another's."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -17,8 +18,10 @@ from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.fast.execution.registry import EXECUTIONS
+from dydit_jax.fast.segmentation import PLATFORMS
 from dydit_jax.jobs.sample import Request, _read_words, sample
 from dydit_jax.jobs.sample_folder import prepare_folder
+from dydit_jax.loading import load_checkpoint
 from dydit_jax.models import autoencoder
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
@@ -195,7 +198,7 @@ def test_set_that_the_disk_can_not_hold_is_refused(checkpoint, tmp_path, monkeyp
 def test_cache_that_can_not_be_written_does_not_end_a_job(checkpoint, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "file"))
-    sample(Request(checkpoint, str(tmp_path / "out"), num_images=3))
+    sample(Request(checkpoint, str(tmp_path / "out"), num_images=3, segments=1))
     assert "The plan is not kept for the next job" in caplog.text
     assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (3, 8, 8, 1)
 
@@ -225,6 +228,58 @@ def test_settings_given_win_over_the_checkpoints(checkpoint, tmp_path):
     sample(Request(checkpoint, str(tmp_path / "a"), labels=["1"], overrides=dict(guidance=3.0)))
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
     assert manifest["sampling"]["guidance"] == 3.0 and manifest["sampling"]["sampler"] == "ddim"
+
+
+@pytest.fixture
+def narrowing_pays(monkeypatch):
+    """Let compiling take so short that a job of four tiny images is worth a segment, one of two is not."""
+    costs = dict(whole_seconds=0.0, narrowed_seconds=4e-5, macs_per_second=1e10)
+    monkeypatch.setitem(PLATFORMS, "cpu", dataclasses.replace(PLATFORMS["cpu"], **costs))
+
+
+def segments_of(out) -> int:
+    return json.loads((out / "manifest.json").read_text())["segments"]
+
+
+@pytest.mark.usefixtures("narrowing_pays")
+def test_the_segments_of_a_job_suit_all_its_images_and_stay_when_it_goes_on(checkpoint, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    out, grown = tmp_path / "set", tmp_path / "grown"
+    job = dict(checkpoint=checkpoint, batch_size=2)
+    sample(Request(**job, out=str(grown), num_images=2))
+    assert segments_of(grown) == 0 and "Plan: 0 segments, nothing is left out" in caplog.text
+    sample(Request(**job, out=str(out), num_images=4))
+    assert segments_of(out) == 1
+    sample(Request(**job, out=str(grown), num_images=4))
+    assert segments_of(grown) == 1
+    for index in (1, 2):  # few images are missing, and another machine would choose otherwise
+        (out / f"images/{index:06d}.png").unlink()
+    monkeypatch.setitem(PLATFORMS, "cpu", dataclasses.replace(PLATFORMS["cpu"], narrowed_seconds=10.0))
+    caplog.clear()
+    sample(Request(**job, out=str(out), num_images=4))
+    assert "Plan: 1 segments of 2 steps" in caplog.text and segments_of(out) == 1
+    (out / "images/000001.png").unlink()
+    sample(Request(**job, out=str(out), num_images=4, segments=2))
+    assert segments_of(out) == 2
+    sample(Request(**job, out=str(out), num_images=4, segments=0))  # nothing is missing
+    assert segments_of(out) == 0
+    pictures = [np.load(folder / "samples.npz")["arr_0"].astype(int) for folder in (out, grown)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["gated", "complete"])
+def test_only_fast_has_segments(checkpoint, tmp_path, mode):
+    sample(Request(checkpoint, str(tmp_path), labels=["1"], mode=mode))
+    assert segments_of(tmp_path) is None
+
+
+def test_without_segments_all_is_computed_and_counted(checkpoint, tmp_path):
+    samples = sample(Request(checkpoint, str(tmp_path), labels=["1", "2"], routing=True))
+    macs = load_checkpoint(checkpoint).model.macs
+    np.testing.assert_allclose(samples.executed_macs, macs.complete + macs.routers)
+    assert samples.mean_macs < 0.9 * macs.complete
+    rows = (tmp_path / "plan.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 and rows[1].endswith("0 1 2 3,0 1 2 3")  # a segment with all units of two layers
 
 
 def test_images_made_otherwise_are_left_alone(checkpoint, tmp_path):
@@ -266,8 +321,8 @@ def test_images_made_otherwise_are_left_alone(checkpoint, tmp_path):
         (dict(labels=["1"], precision="half"), "Unknown precision"),
         (dict(labels=["1"], mode="quick"), "Unknown mode"),
         (dict(labels=["1"], out=""), "--out is empty"),
-        (dict(labels=["1"], segments=0), "--segments must be at least 1"),
-        (dict(labels=["1"], segments=3), "--segments must be from 1 to the 2 steps"),
+        (dict(labels=["1"], segments=-1), "--segments must be at least 0"),
+        (dict(labels=["1"], segments=3), "--segments must be from 1 to the 2 steps of the run, or 0, .*; not 3"),
         (dict(labels=["1"], token_capacity=["half"]), "--token_capacity must be a number"),
         (dict(labels=["1"], token_capacity=["1.5"]), "at most 1, not 1.5"),
         (dict(labels=["1"], out="/proc/x"), "Can't write"),
@@ -282,7 +337,8 @@ def test_impossible_requests_are_refused_before_anything_is_written(checkpoint, 
 def test_long_job_calibrates_itself_and_leaves_a_plan(checkpoint, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "cache"))
     caplog.set_level("INFO")
-    short, long, again, damaged = ({"out": str(tmp_path / name)} for name in ("short", "long", "again", "damaged"))
+    names = ("short", "long", "again", "damaged")
+    short, long, again, damaged = (dict(out=str(tmp_path / name), segments=1) for name in names)
     sample(Request(checkpoint, num_images=4, batch_size=4, **short))
     assert "Calibrating" not in caplog.text and "Plan: 1 segments of 2 steps" in caplog.text
     [kept] = (tmp_path / "cache" / "plans").iterdir()
@@ -307,7 +363,7 @@ def test_long_job_calibrates_itself_and_leaves_a_plan(checkpoint, tmp_path, monk
 def test_a_job_learns_from_a_batch_that_overflows(checkpoint, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "cache"))
     caplog.set_level("INFO")
-    request = dict(checkpoint=checkpoint, labels=["1"], batch_size=4)
+    request = dict(checkpoint=checkpoint, labels=["1"], batch_size=4, segments=1)
     sample(Request(**request, rows=4, out=str(tmp_path / "alone")))
     [path] = (tmp_path / "cache" / "plans").iterdir()
     plan = dict(np.load(path))

@@ -6,7 +6,8 @@ program with narrowed weights. A unit in the union that is closed at a step is m
 exact. Where guidance begins or ends, the network runs twice instead of once: there is always a cut.
 
 Where to cut is a shortest path: a segment costs its steps times the MACs of its union, and dynamic programming over the
-cuts finds the cheapest plan for every number of segments. More segments waste less and compile longer.
+cuts finds the cheapest plan for every number of segments. More segments waste less and compile longer; how many a job
+is worth says `segmentation`. A plan without segments leaves nothing out: `whole_segments`.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from etils import epath
 
 from dydit_jax.diffusion.process import format_time
 from dydit_jax.errors import InputError
+from dydit_jax.fast.segmentation import Job, choose_segments, expected_macs
 from dydit_jax.fast.usage import TokenUsage
 from dydit_jax.models.cost import ModelMacs
 from dydit_jax.runtime.files import write_atomically
@@ -23,7 +25,6 @@ from dydit_jax.runtime.files import write_atomically
 MAX_SEGMENTS = 16
 STEPS_PER_SEGMENT = 4  # on average; a program that runs less often is not worth compiling
 TOLERATED_PADDING = 0.02  # of the MACs that an exact fit would need
-CUTTING = (MAX_SEGMENTS, STEPS_PER_SEGMENT, TOLERATED_PADDING)  # part of the name that a plan is kept under
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,11 @@ class Plan:
     Attributes:
       heads, groups: gates in the order of the run, bool [S,L,H] and [S,L,G].
       evaluations: how often the network runs on an image at each step, int [S]: twice with guidance.
-      segments: consecutive, from the first step to the last.
+      segments: consecutive, from the first step to the last; of a whole plan one for each of `even_runs`.
       padding: MACs spent on closed units of a union, as a share of the MACs that an exact fit would need.
       execution: name of how tokens run, a key of `EXECUTIONS`.
       usage: of tokens, from a calibration, or None.
+      whole: whether nothing is left out at any step: no segment is narrowed.
     """
 
     heads: np.ndarray
@@ -74,9 +76,17 @@ class Plan:
     padding: float
     execution: str
     usage: TokenUsage | None = None
+    whole: bool = False
+
+    @property
+    def narrowed_segments(self) -> int:
+        """How many programs are narrowed; 0 for a whole plan."""
+        return 0 if self.whole else len(self.segments)
 
     def summary(self) -> str:
         """Return the plan as a line for people."""
+        if self.whole:
+            return f"0 segments, nothing is left out, {100 * self.padding:.1f} % of the MACs are padding"
         lengths = " + ".join(str(len(segment)) for segment in self.segments)
         return f"{len(self.segments)} segments of {lengths} steps, {100 * self.padding:.1f} % of the MACs are padding"
 
@@ -114,7 +124,7 @@ class Plan:
           InputError: a place that can't be written to.
         """
         arrays = dict(heads=self.heads, groups=self.groups, evaluations=self.evaluations)
-        arrays |= dict(ends=[segment.stop for segment in self.segments])
+        arrays |= dict(ends=[] if self.whole else [segment.stop for segment in self.segments])
         arrays |= dict(execution=self.execution) | ({} if self.usage is None else dataclasses.asdict(self.usage))
         with write_atomically(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, **arrays)
@@ -124,9 +134,9 @@ class Plan:
         """Read what `save` wrote."""
         with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             steps = _Steps(arrays["heads"], arrays["groups"], arrays["evaluations"])
-            ends = [0, *arrays["ends"].tolist()]
+            ends = arrays["ends"].tolist()
             usage = {field.name: arrays[field.name][()] for field in dataclasses.fields(TokenUsage) if "mean" in arrays}
-            plan = _cut(steps, ends, macs, str(arrays["execution"]))
+            plan = _cut(steps, [0, *ends], macs, str(arrays["execution"])) if ends else _whole_plan(steps, macs)
         return dataclasses.replace(plan, usage=TokenUsage(**usage) if usage else None)
 
 
@@ -142,16 +152,26 @@ class _Steps:
         return len(self.heads)
 
 
-def make_plan(heads, groups, macs: ModelMacs, *, execution: str, evaluations=None, segments: int | None = None) -> Plan:
+def make_plan(
+    heads,
+    groups,
+    macs: ModelMacs,
+    *,
+    execution: str,
+    evaluations=None,
+    segments: int | None = None,
+    job: Job | None = None,
+) -> Plan:
     """Cut a schedule into segments.
 
     Args:
       heads, groups: gates in the order of the run, [S,L,H] and [S,L,G], 0 or 1.
       macs: the model's counts.
-      execution: name of how tokens run.
+      execution: name of how tokens run; a whole plan masks them.
       evaluations: how often the network runs on an image at each step [S]; None for once.
-      segments: how many; None takes as few as keep the padding within 2 %, at most 16, and at most one
-        for four steps.
+      segments: how many, 0 for a whole plan; None chooses.
+      job: for which as many are chosen as are worth compiling; None for one that never ends. Never more than keep the
+        padding within 2 %, than 16, and than one for four steps.
 
     Returns:
       The cheapest plan.
@@ -169,7 +189,18 @@ def make_plan(heads, groups, macs: ModelMacs, *, execution: str, evaluations=Non
     if segments is None:
         enough = [n for n in range(1, most + 1) if best[n] <= (1 + TOLERATED_PADDING) * _exact_cost(cost)]
         segments = enough[0] if enough else most
+        segments = segments if job is None else _worth_compiling(steps, macs, segments, job)
+    if segments == 0:
+        return _whole_plan(steps, macs)
     return _cut(steps, _path(cuts, segments, len(steps)), macs, execution)
+
+
+def _worth_compiling(steps: "_Steps", macs: ModelMacs, most: int, job: Job) -> int:
+    """Return how many segments, from 0 to `most`, a job is worth."""
+    narrowed, _ = _cheapest_cuts(_segment_costs(steps, expected_macs(macs, steps.groups, job)), most)
+    whole = _whole_cost(steps, dataclasses.replace(macs, mlp=job.token_share * macs.mlp))
+    programs = [len(even_runs(steps.evaluations)), *range(1, most + 1)]
+    return choose_segments([whole, *narrowed[1:]], programs, layers=macs.layers, job=job)
 
 
 def even_runs(evaluations) -> list[range]:
@@ -180,7 +211,7 @@ def even_runs(evaluations) -> list[range]:
 
 
 def require_segments(segments: int, evaluations, name: str = "The number of segments") -> None:
-    """Raise unless a schedule can be cut into so many segments.
+    """Raise unless a schedule can be cut into so many segments, or none.
 
     Args:
       segments: how many.
@@ -192,8 +223,9 @@ def require_segments(segments: int, evaluations, name: str = "The number of segm
     """
     least, steps = len(even_runs(evaluations)), len(evaluations)
     why = " (guidance begins or ends between them)" if least > 1 else ""
-    if not least <= segments <= steps:
-        raise InputError(f"{name} must be from {least}{why} to the {steps} steps of the run, not {segments}.")
+    if segments and not least <= segments <= steps:
+        allowed = f"from {least}{why} to the {steps} steps of the run, or 0, which leaves nothing out"
+        raise InputError(f"{name} must be {allowed}; not {segments}.")
 
 
 def whole_segments(heads, groups, *, pieces: int, evaluations=None) -> tuple[Segment, ...]:
@@ -252,6 +284,18 @@ def _cut(steps: _Steps, ends: list[int], macs: ModelMacs, execution: str) -> Pla
     segments = tuple(_segment(steps, start, stop) for start, stop in zip(ends[:-1], ends[1:]))
     padded = sum(cost[segment.start, segment.stop] for segment in segments)
     return Plan(**vars(steps), segments=segments, padding=float(padded / _exact_cost(cost) - 1), execution=execution)
+
+
+def _whole_plan(steps: _Steps, macs: ModelMacs) -> Plan:
+    """Return the plan that leaves nothing out."""
+    segments = whole_segments(steps.heads, steps.groups, pieces=1, evaluations=steps.evaluations)
+    padding = float(_whole_cost(steps, macs) / _exact_cost(_segment_costs(steps, macs)) - 1)
+    return Plan(**vars(steps), segments=segments, padding=padding, execution="masked", whole=True)
+
+
+def _whole_cost(steps: _Steps, macs: ModelMacs) -> float:
+    """Return the MACs of a run that leaves nothing out."""
+    return float(steps.evaluations.sum() * (macs.complete + macs.routers))
 
 
 def _exact_cost(cost: np.ndarray) -> float:

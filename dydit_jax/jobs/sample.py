@@ -30,7 +30,7 @@ from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.process import process_sections
 from dydit_jax.drawing import figures
 from dydit_jax.drawing.pictures import draw_grid, label_texts, read_image, save_image
-from dydit_jax.drawing.report import COST_FILE, write_report
+from dydit_jax.drawing.report import COST_FILE, MANIFEST_FILE, write_report
 from dydit_jax.drawing.style import save_figure, save_table
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.plan import require_segments
@@ -39,6 +39,7 @@ from dydit_jax.jobs.sample_folder import (
     labels_digest,
     missing_images,
     prepare_folder,
+    segments_begun_with,
     write_image,
     write_set,
 )
@@ -85,7 +86,8 @@ class Request:
       batch_size: images at once; does not change them.
       mode: "fast" (only what is on is computed), "gated" (computed and multiplied by its gate) or "complete" (all gates
         open).
-      segments: programs that fast cuts the schedule into; it decides by itself where this is not given.
+      segments: programs that fast cuts the schedule into, 0 to leave nothing out; by itself it takes as many as are
+        worth compiling for so many images.
       token_capacity: share of each image's tokens that pass an MLP at most: one number, or one per block; the
         checkpoint's own by default.
       precision: auto, bfloat16, float32 or highest.
@@ -126,7 +128,7 @@ class Request:
             )
         for name, most in LIMITS.items():
             if getattr(self, name) is not None:
-                require_range(f"--{name}", getattr(self, name), low=1, high=most)
+                require_range(f"--{name}", getattr(self, name), low=0 if name == "segments" else 1, high=most)
         if self.labels is not None and len(self.labels) * self.rows > MOST_GRID_IMAGES:
             raise InputError(
                 f"A grid of {len(self.labels)} labels and {self.rows} rows has more than {MOST_GRID_IMAGES} images; "
@@ -152,8 +154,9 @@ def sample(request: Request) -> Samples:
     labels = _labels(request, weights)
     require_no_class(weights.about.get("config", {}), weights.sampling, labels=labels, classes=weights.model.classes)
     pipeline = Pipeline(weights, precision=request.precision)
-    _require_segments(request, pipeline.prepare(weights.sampling))
-    manifest = _manifest(request, pipeline, labels)
+    run = pipeline.prepare(weights.sampling)
+    segments = _segments_given(request, run, len(labels))
+    manifest = _manifest(request, pipeline, labels) | dict(segments=segments)
     shape = _image_shape(weights)
     size = 0 if request.labels is not None else len(labels) * math.prod(shape)
     set_labels = labels if request.labels is None else None
@@ -164,7 +167,11 @@ def sample(request: Request) -> Samples:
     logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)
     drawn = DrawResult()
     if missing:
-        settings = dict(seed=request.seed, mode=request.mode, batch_size=request.batch_size, segments=request.segments)
+        if request.mode == "fast" and segments is None:
+            segments = run.plan(images=len(labels)).narrowed_segments
+            if is_main():
+                write_json(out / MANIFEST_FILE, manifest | dict(segments=segments))
+        settings = dict(seed=request.seed, mode=request.mode, batch_size=request.batch_size, segments=segments)
         job = DrawJob(labels, np.asarray(missing), weights.sampling, **settings)
         drawn = _draw(pipeline, job, out)
     if is_main():
@@ -183,9 +190,16 @@ def _weights(request: Request) -> Weights:
     return dataclasses.replace(weights, model=dataclasses.replace(weights.model, token_capacity=capacity))
 
 
-def _require_segments(request: Request, run: SamplingRun) -> None:
+def _segments_given(request: Request, run: SamplingRun, images: int) -> int | None:
+    """Return the number of segments that was asked for, or that the job began with; None if it is to be chosen."""
     if request.segments is not None:
         require_segments(request.segments, run.evaluations, "--segments")
+    if request.mode != "fast" or request.segments is not None:
+        return request.segments
+    begun = on_all_processes(lambda: segments_begun_with(request.out, images) if is_main() else None)
+    # The other processes may not see the folder.
+    known = from_main([] if begun is None else [min(begun, len(run.table))], len(run.table) + 1)
+    return known[0] if known else None
 
 
 def _draw(pipeline: Pipeline, job: DrawJob, out) -> DrawResult:

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 READERS = 8
 SET_FILE = "samples.npz"
+MANIFEST_REMEDY = "name another --out, or remove the folder and start again"
+# Of a manifest: the path of weights whose checksum is known, and what changes the images by rounding alone.
+IRRELEVANT = ("checkpoint", "segments")
 
 
 def prepare_folder(out, manifest: dict, *, sample_bytes: int, labels: np.ndarray | None = None) -> epath.Path:
@@ -59,6 +62,23 @@ def prepare_folder(out, manifest: dict, *, sample_bytes: int, labels: np.ndarray
     return out
 
 
+def segments_begun_with(out, images: int) -> int | None:
+    """Return the number of segments that a job began with; None where no image is there, or it has grown since.
+
+    Args:
+      out: the folder.
+      images: of the whole job.
+
+    Raises:
+      InputError: a manifest that can't be read.
+    """
+    path = epath.Path(out) / MANIFEST_FILE
+    found = read_json(path, remedy=MANIFEST_REMEDY) if path.is_file() else {}
+    begun = found.get("segments")
+    goes_on = found.get("num_images") == images and any((epath.Path(out) / "images").glob("*.png"))
+    return begun if goes_on and type(begun) is int and begun >= 0 else None
+
+
 def _require_room(out, sample_bytes: int) -> None:
     if not is_local(out):
         return
@@ -78,10 +98,9 @@ def labels_digest(labels: np.ndarray) -> str:
 
 def _require_same_job(path, manifest: dict, labels: np.ndarray | None) -> None:
     """Raise where pictures are there that another job drew; of a set that has grown, remove the packed smaller one."""
-    found = read_json(path, remedy="name another --out, or remove the folder and start again")
+    found = read_json(path, remedy=MANIFEST_REMEDY)
     manifest = json.loads(json.dumps(manifest))  # as it reads when it comes back
-    # The path of the weights does not matter where their checksum is known.
-    changed = [key for key in sorted(manifest | found) if key != "checkpoint" and found.get(key) != manifest.get(key)]
+    changed = [key for key in sorted(manifest | found) if key not in IRRELEVANT and found.get(key) != manifest.get(key)]
     before, now = found.get("num_images"), manifest.get("num_images")
     if changed == ["labels", "num_images"] and labels is not None and type(before) is int:
         if 0 < before < now and labels_digest(labels[:before]) == found["labels"]:

@@ -31,6 +31,7 @@ from dydit_jax.fast.execution.registry import (
 )
 from dydit_jax.fast.narrow import NarrowedBlocks
 from dydit_jax.fast.plan import Plan, Segment, executed_gates, make_plan, whole_segments
+from dydit_jax.fast.segmentation import Job
 from dydit_jax.fast.usage import TokenUsage, measure_usage
 from dydit_jax.models.cost import routed_macs
 from dydit_jax.models.dit import MODES as APPLY_MODES
@@ -52,6 +53,8 @@ from dydit_jax.sampling.table import make_table
 
 MODES = (*APPLY_MODES, "fast")
 PROGRESS_PIECES = 10
+# Of programs that run for milliseconds, and compile three times as fast without optimization.
+RUN_ONCE = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,17 +153,18 @@ class SamplingRun:
     @own_settings()
     def time_gates(self) -> tuple[np.ndarray, np.ndarray]:
         """The gates of the whole schedule: heads [S,L,H] and groups [S,L,G]."""
-        gates = jax.device_get(_time_gates(self.params, self.table.timestep, model=self.model))
+        gates = jax.device_get(_compiled_time_gates(self.model)(self.params, self.table.timestep))
         if not all(np.isin(units, (0, 1)).all() for units in gates):
             router = self.model.routers.time.__name__
             raise InputError(f"{router}.__call__ must return gates that are exactly 0 or 1; between them lie others.")
         return gates
 
-    def plan(self, segments: int | None = None) -> Plan:
+    def plan(self, segments: int | None = None, *, images: int | None = None) -> Plan:
         """Plan `fast` sampling, once for all batches of a job.
 
         Args:
-          segments: into how many programs the schedule is cut; None decides by itself.
+          segments: into how many programs the schedule is cut, 0 to leave nothing out; None decides by itself.
+          images: of the whole job, for which as many segments are chosen as are worth compiling; None for very many.
 
         Returns:
           The plan; with `plan.with_usage(samples.usage)` its capacities are chosen by what those images needed.
@@ -168,8 +172,11 @@ class SamplingRun:
         Raises:
           InputError: a number of segments that `require_segments` refuses.
         """
+        config = self.model.config
+        token_share = float(np.mean(config.capacities)) / config.tokens
+        job = None if images is None else Job(images, self.model.platform, token_share)
         settings = dict(execution=default_execution(self.model).name, evaluations=self.evaluations)
-        return make_plan(*self.time_gates, self.model.config.macs, **settings, segments=segments)
+        return make_plan(*self.time_gates, config.macs, **settings, segments=segments, job=job)
 
     @own_settings()
     def draw(
@@ -190,7 +197,7 @@ class SamplingRun:
           indices: of the images, [B]; 0 .. B - 1 by default.
           mode: "fast" (only open gates are computed), "gated" (all is computed and multiplied by the gates) or
             "complete".
-          plan: of `fast`, from `plan`; made here if missing. Results do not depend on it.
+          plan: of `fast`, from `plan`; made here for these images if missing. Results do not depend on it.
           report: called with the number of steps done since its last call.
 
         Returns:
@@ -233,15 +240,16 @@ class SamplingRun:
           images: of the batch.
           mode, plan: as for `draw`.
         """
-        if mode == "fast":
-            plan = self._checked(plan or self.plan())
-            segments, heads, groups = plan.segments, plan.heads, plan.groups
-        else:
+        config = self.model.config
+        all_open = (np.ones((len(self.table), config.depth, config.heads), bool),) * 2
+        heads, groups = all_open if mode == "complete" else self.time_gates
+        plan = self._checked(plan or self.plan(images=images)) if mode == "fast" else None
+        if plan is None or plan.whole:
             steps = len(self.table)
-            open_gates = [np.ones_like(gates, bool) for gates in self.time_gates]
-            heads, groups = self.time_gates if mode == "gated" else open_gates
             pieces = PROGRESS_PIECES if steps >= 2 * PROGRESS_PIECES else 1
             segments = whole_segments(heads, groups, pieces=pieces, evaluations=self.evaluations)
+        else:
+            segments = plan.segments
         execution, usage = self._execution(mode, plan, images), plan and plan.usage
 
         def program(segment: Segment, usage: TokenUsage | None) -> SegmentProgram:
@@ -249,7 +257,7 @@ class SamplingRun:
             shares = usage and execution.required_shares(usage, microbatch)
             shares = None if shares is None else shares[segment.start : segment.stop]
             rows = microbatch * segment.evaluations
-            return SegmentProgram(segment, layer_executions(execution, self.model.config, shares, images=rows), rows)
+            return SegmentProgram(segment, layer_executions(execution, config, shares, images=rows), rows)
 
         def densely(short: SegmentProgram) -> list[SegmentProgram]:
             """Return a program for each step, all of them alike: what is seldom needed is compiled once."""
@@ -352,10 +360,10 @@ def _executed_macs(segment: Committed, config, routed: bool) -> np.ndarray:
 _fold_constant = jax.jit(fold_constant, static_argnames="lora")
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _time_gates(params, timesteps, *, model: Model):
-    """Return the gates of a whole schedule; compiled once per model, not once per batch."""
-    return model.time_gates(params, timesteps)
+@functools.cache
+def _compiled_time_gates(model: Model):
+    """Make (params, timesteps) -> the gates of a whole schedule; compiled once per model, not once per batch."""
+    return jax.jit(model.time_gates, compiler_options=RUN_ONCE.get(model.platform))
 
 
 @functools.cache
@@ -366,8 +374,9 @@ def _compiled_begin(sampler: Sampler, shape: tuple[int, ...], mesh: Mesh | None)
         keys = image_keys(seed, indices)
         return sampler.init(first_noise(keys, shape)), keys, jnp.asarray(labels)
 
+    options = dict(compiler_options=RUN_ONCE.get(jax.default_backend()))
     # On a mesh every process makes its own part.
-    return jax.jit(begin) if mesh is None else jax.jit(begin, out_shardings=batch_sharding(mesh))
+    return jax.jit(begin, **options, **({} if mesh is None else dict(out_shardings=batch_sharding(mesh))))
 
 
 def _checked_labels(labels, classes: int):

@@ -18,7 +18,7 @@ from etils import epath
 from dydit_jax.errors import InputError
 from dydit_jax.fast.autotune import fastest_execution
 from dydit_jax.fast.execution.registry import available_executions, find_execution
-from dydit_jax.fast.plan import CUTTING, Plan
+from dydit_jax.fast.plan import Plan
 from dydit_jax.registry import is_built_in
 from dydit_jax.runtime.cache import cache_folder
 from dydit_jax.runtime.processes import from_main
@@ -41,19 +41,21 @@ class JobPlan:
       plan: as it is now.
     """
 
-    def __init__(self, run: SamplingRun, checksum: str, *, segments: int | None = None):
-        """Find the plan of an earlier job, or make it.
+    def __init__(self, run: SamplingRun, checksum: str, *, images: int, segments: int | None = None):
+        """Make the plan, or find that of an earlier job with as many segments, which may know more of the tokens.
 
         Args:
           run: what is sampled.
           checksum: of the weights.
-          segments: into how many programs the schedule is cut; None decides by itself.
+          images: of the whole job.
+          segments: into how many programs the schedule is cut; None takes as many as the job is worth.
 
         Raises:
           InputError: a number of segments that the schedule does not have.
         """
-        self._run, self._path = run, _plan_path(run, checksum, segments)
-        self.plan = self._load() or run.plan(segments)
+        self.plan = run.plan(segments, images=images)
+        self._run, self._path = run, _plan_path(run, checksum, self.plan)
+        self.plan = self._load() or self.plan
         logger.info("Plan: %s.\n%s", self.plan.summary(), self.plan.table(run.table.timestep))
 
     def tune(self, labels, indices: np.ndarray, *, seed: int, batch: int) -> None:
@@ -65,8 +67,8 @@ class JobPlan:
           seed: of the job.
           batch: images drawn at once.
         """
-        routed = self._run.model.config.routers != "none"
-        if not routed or self.plan.usage is not None or -(-len(indices) // batch) < CALIBRATED_FROM_BATCHES:
+        packs = self._run.model.config.routers != "none" and not self.plan.whole
+        if not packs or self.plan.usage is not None or -(-len(indices) // batch) < CALIBRATED_FROM_BATCHES:
             return
         most = max(LEAST_CALIBRATED, min(MOST_CALIBRATED, batch))
         count = np.clip(int(len(indices) * CALIBRATED_PART), LEAST_CALIBRATED, most)
@@ -123,11 +125,11 @@ class JobPlan:
             return None
 
 
-def _plan_path(run: SamplingRun, checksum: str, segments: int | None) -> epath.Path | None:
-    """Return where the plan of a job is kept; None where that does not say all that it depends on."""
-    if not all(map(is_built_in, run.model.routers.classes)):
+def _plan_path(run: SamplingRun, checksum: str, plan: Plan) -> epath.Path | None:
+    """Return where a plan is kept; None where that does not say all that it depends on, or for a whole plan."""
+    if plan.whole or not all(map(is_built_in, run.model.routers.classes)):
         return None
     device = jax.devices()[0].device_kind
     settings = map(str, (run.model.config, run.sampling, run.process))
-    described = json.dumps([checksum, device, segments or CUTTING, run.table.timestep.tolist(), *settings])
+    described = json.dumps([checksum, device, len(plan.segments), run.table.timestep.tolist(), *settings])
     return epath.Path(cache_folder() / "plans" / f"{hashlib.sha256(described.encode()).hexdigest()}.npz")
