@@ -227,26 +227,9 @@ def test_report_names_every_guess(dense, tmp_path):
     report = convert(Conversion(str(dense), str(tmp_path / "out"), heads=4))
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     fields = [doubt.split()[0] for doubt in report.doubts]
-    assert sorted(fields) == ["autoencoder", "null_row", "prediction", "space"]
+    assert sorted(fields) == ["autoencoder", "null_row", "process", "space"]
     assert written["doubts"] == report.doubts and written["sources"]["heads"] == "--heads"
     assert all(doubt in report.in_words() for doubt in report.doubts)
-
-
-@pytest.mark.parametrize(
-    "name, options, message",
-    [
-        ("w.pt", dict(path_type="Linear", prediction="velocity"), "path_type says 'Linear'"),
-        ("w.pt", dict(prediction="velocity"), "prediction says 'velocity'"),
-        ("w.pt", dict(model="SiT-XL/2"), "model says 'SiT-XL/2'"),
-        ("w.pt", dict(model="DySiT-S/2"), "model says 'DySiT-S/2'"),
-        ("SiT-XL-2-256x256.pt", {}, "SiT-XL-2-256x256.pt is named like a SiT"),
-        ("sit_plain.pt", {}, "is named like a SiT"),
-    ],
-)
-def test_networks_of_flow_matching_are_refused(tmp_path, name, options, message):
-    with pytest.raises(InputError, match=f"{message}: a network of flow matching"):
-        convert(Conversion(training_file(tmp_path, name, **options), str(tmp_path / "out"), heads=4))
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name, prediction", [("visit.pt", None), ("transit2.pt", "noise")])

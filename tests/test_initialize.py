@@ -13,8 +13,8 @@ from PIL import Image
 from stand_ins import mean_for_autoencoder
 
 from dydit_jax.checkpoints import Weights, load_weights, save_weights
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.diffusion.schedules import DiffusionConfig
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.sample import Request, _labels, sample
 from dydit_jax.jobs.train import train_and_evaluate
@@ -48,7 +48,7 @@ def save(tmp_path_factory):
         if positions is not None:
             params["patch_embed"]["positions"] = positions
         config = dataclasses.replace(CONFIG, classes=classes)
-        weights = Weights(config, DiffusionConfig(), SamplingConfig(), params, dict(class_names=names))
+        weights = Weights(config, Diffusion(), SamplingConfig(), params, dict(class_names=names))
         save_weights(folder / f"{name}.safetensors", weights)
         return str(folder / f"{name}.safetensors")
 
@@ -82,6 +82,16 @@ def test_kept_classes_give_the_outputs_of_the_source_bit_by_bit(save):
     ours, theirs = run(model.config, params, [0, 2, 3]), run(source.model, source.params, [4, 1, 5])
     np.testing.assert_array_equal(ours, theirs)
     assert np.abs(theirs).max() > 0.1
+
+
+def test_start_from_another_process_is_said(save, caplog):
+    flow = dict(process=dict(name="flow"), loss=dict(terms=("mse", "budget")), sampling=dict(sampler="heun", steps="4"))
+    for sections, said in ((flow, True), ({}, False)):
+        model = dict(positions="stored", classes=5)
+        experiment = read_experiment(changed(ONE, model=model, train=dict(init_from=save()), **sections))
+        caplog.clear()
+        starting_weights(Model(experiment.model), experiment)
+        assert ("has another prediction to learn" in caplog.text) == said
 
 
 def test_new_classes_stay_random_or_start_from_the_mean(save):

@@ -229,6 +229,18 @@ def test_damaged_download_is_refused_and_removed(tmp_path):
     assert not path.exists()
 
 
+def test_query_of_an_address_follows_the_name_of_the_file(monkeypatch):
+    def receive(address, partial):
+        asked.append(address)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(b"it")
+
+    asked = []
+    monkeypatch.setattr("dydit_jax.convert.published.fetch_address", receive)
+    assert fetch("sit-xl2-256").name == "SiT-XL-2-256.pt"
+    assert [address.partition("SiT")[2] for address in asked] == ["-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"]
+
+
 def test_named_model_is_converted_once(monkeypatch, cache):
     monkeypatch.setitem(PUBLISHED, "tiny", Published("free", "dydit_v2_train.pt", address="http://127.0.0.1:9"))
     downloaded = published.downloaded_file("tiny")
@@ -249,6 +261,7 @@ def test_every_published_model_states_its_licence():
         "dydit-xl2-256-0.7",
         "dydit-xl2-256-0.7-v1",
         "dydit-xl2-256-0.5",
+        "sit-xl2-256",
         "sd-vae-ft-ema",
         "sd-vae-ft-mse",
         "inception-2015",

@@ -34,7 +34,7 @@ from dydit_jax.convert.ordering import order_by_magnitude
 from dydit_jax.convert.tables import convert_state_dict, export_state_dict, require_complete
 from dydit_jax.convert.torch_files import read_torch_file, release_pages, write_tensors
 from dydit_jax.convert.torch_network import run_torch
-from dydit_jax.diffusion.process import Diffusion
+from dydit_jax.diffusion.process import PROCESSES, Flow
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, require_known, some_of
 from dydit_jax.models.autoencoder import LATENT_SCALE
@@ -55,7 +55,8 @@ AUTOENCODER_FORMAT = "dydit-jax autoencoder 1"
 DEFAULT_AUTOENCODER = "sd-vae-ft-ema"
 REPORT_FILE = "report.json"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-SAID_OF_DITS = ("heads", "classes", "image_size", "space", "routers")
+SAID_OF_DITS = ("heads", "classes", "image_size", "space", "routers", "process")
+SAMPLING = {"flow": dict(sampler="euler_maruyama", steps="250")}  # as published; that of diffusion is the default
 MAX_IMAGE_SIZE, MAX_HEADS, MAX_CLASSES = 16384, 4096, 10**7
 
 
@@ -72,6 +73,7 @@ class Conversion:
       image_size: side of the images in pixels, also of a model in latents.
       space: what the model draws: latent or pixels.
       routers: layout of the routers, where the tensors leave it open: first_on or free.
+      process: what the model was trained as: diffusion, whose networks predict noise, or flow (SiT), velocities.
       latent_scale: of an autoencoder: the factor of its latents.
       add_routers: give a static DiT fresh routers, the start of fine-tuning: first_on or free.
       order: put heads and MLP channels of a static DiT in order of magnitude.
@@ -89,6 +91,7 @@ class Conversion:
     image_size: int | None = None
     space: str | None = None
     routers: str | None = None
+    process: str | None = None
     latent_scale: float | None = None
     add_routers: str = ""
     order: bool = False
@@ -105,6 +108,8 @@ class Conversion:
                 require_known(name, getattr(self, name), LAYOUTS[1:])
         if self.space is not None:
             require_known("space", self.space, SPACES)
+        if self.process is not None:
+            PROCESSES.require("process", self.process)
         for name, high in (("heads", MAX_HEADS), ("classes", MAX_CLASSES), ("image_size", MAX_IMAGE_SIZE)):
             if getattr(self, name) is not None:
                 require_range(f"--{name}", getattr(self, name), 1, high)
@@ -129,6 +134,7 @@ class Report:
       dtypes: of the source.
       checksum: SHA-256 of the converted weights.
       config: of a DiT, as a dict; None for an autoencoder.
+      process: of a DiT, by name; None for an autoencoder.
       sources: where the value of each field comes from that the tensors leave open.
       doubts: what is guessed, a sentence each: look at them.
       macs: of one image and pass with every gate open; None for an autoencoder.
@@ -144,6 +150,7 @@ class Report:
     dtypes: list
     checksum: str
     config: dict | None
+    process: str | None
     sources: dict
     doubts: list
     macs: int | None
@@ -152,7 +159,7 @@ class Report:
 
     def in_words(self) -> str:
         """Return the report as a sentence or two."""
-        what = "autoencoder" if self.config is None else _in_words(self.config)
+        what = "autoencoder" if self.config is None else _in_words(self.config, self.process)
         cost = "" if self.macs is None else f" {format_count(self.macs)} MACs per image and pass with every gate open."
         difference = (
             ""
@@ -167,11 +174,13 @@ class Report:
         )
 
 
-def _in_words(config: dict) -> str:
-    kind = "static DiT" if config["routers"] == "none" else f"DyDiT with routers {config['routers']!r}"
+def _in_words(config: dict, process: str) -> str:
+    kind = "SiT" if process == Flow.name else "DiT"
+    kind = f"static {kind}" if config["routers"] == "none" else f"Dy{kind} with routers {config['routers']!r}"
+    side, channels = config["side"], config["channels"]
     return (
-        f"{kind}, depth {config['depth']}, width {config['width']}, {config['heads']} heads, patch {config['patch']}, "
-        f"input {config['side']} x {config['side']} x {config['channels']}, {config['classes']} classes"
+        f"{kind}, process {process}, depth {config['depth']}, width {config['width']}, {config['heads']} heads, patch "
+        f"{config['patch']}, input {side} x {side} x {channels}, {config['classes']} classes"
     )
 
 
@@ -211,6 +220,7 @@ def convert(request: Conversion) -> Report:
         dtypes=sorted({str(tensor.dtype) for tensor in file.tensors.values()}),
         checksum=checksum(params),
         config=config and dataclasses.asdict(config),
+        process=config and evidence.value("process"),
         sources=evidence.sources,
         doubts=evidence.doubts,
         macs=config and config.macs.complete,
@@ -240,8 +250,7 @@ def _converted_dit(tensors: dict, evidence: Evidence, request: Conversion) -> tu
     if request.latent_scale is not None:
         raise InputError("--latent_scale is for autoencoders; these are the weights of a DiT.")
     config = detect_config(tensors, evidence)
-    evidence.guess("prediction", "noise", "the same tensors could predict velocities, as a SiT's do")
-    complete = _with_null_row(tensors, evidence)
+    complete = _with_second_half(_with_null_row(tensors, evidence), config)
     require_complete(complete, config)
     require_finite(tensors)
     params = convert_state_dict(complete, config)
@@ -253,8 +262,9 @@ def _converted_dit(tensors: dict, evidence: Evidence, request: Conversion) -> tu
         autoencoder = evidence.value("autoencoder")
     if not evidence.value("null_row"):
         guidance, about = 1.0, dict(config=dict(loss=dict(label_dropout=0.0)))  # sampling refuses guidance then
-    sampling = SamplingConfig(guidance=guidance, autoencoder=autoencoder)
-    return Weights(config, Diffusion(), sampling, params, about), difference
+    process = PROCESSES[evidence.value("process")]()
+    sampling = SamplingConfig(guidance=guidance, autoencoder=autoencoder, **SAMPLING.get(process.name, {}))
+    return Weights(config, process, sampling, params, about), difference
 
 
 def _with_null_row(tensors: dict, evidence: Evidence) -> dict:
@@ -263,6 +273,19 @@ def _with_null_row(tensors: dict, evidence: Evidence) -> dict:
         return tensors
     table = np.asarray(tensors[LABEL_TABLE], np.float32)
     return tensors | {LABEL_TABLE: np.concatenate([table, np.zeros_like(table[:1])])}
+
+
+def _with_second_half(tensors: dict, config: DiTConfig) -> dict:
+    """Give the output of a flow that has only C channels another C of zeros, which are ignored."""
+    grid, channels = (config.patch, config.patch), config.channels
+
+    def widened(array):
+        half = np.asarray(array, np.float32).reshape(*grid, channels, *array.shape[1:])
+        return np.concatenate([half, np.zeros_like(half)], axis=2).reshape(2 * len(array), *array.shape[1:])
+
+    names = ("final_layer.linear.weight", "final_layer.linear.bias")
+    narrow = [name for name in names if name in tensors and tensors[name].shape[:1] == (channels * config.patch**2,)]
+    return tensors | {name: widened(tensors[name]) for name in narrow}
 
 
 def output_file(out) -> epath.Path:
@@ -316,12 +339,14 @@ def compare_with_torch(tensors: Mapping, params, config: DiTConfig, evidence: Ev
         raise InputError(f"--verify can't know the number of heads, {config.heads} is a guess; give --heads.")
     generator, rows = np.random.default_rng(0), len(tensors[LABEL_TABLE])
     x = generator.standard_normal((2, config.side, config.side, config.channels)).astype(np.float32)
-    t, labels = np.array([17, 803]), np.array([0, rows - 1])
+    low, high = PROCESSES[evidence.value("process")]().time_range()
+    t, labels = (low + (high - low) * np.array([0.017, 0.804])).astype(low.dtype), np.array([0, rows - 1])
     model, differences = Model(config, matmul_precision="highest"), []
     for mode in counted(("gated", "complete"), 2, "mode", "comparing with PyTorch"):
         theirs = run_torch(tensors, evidence.value("heads"), x, t, labels, mode=mode)
         ours, _ = jax.jit(model.apply, static_argnames="mode")(params, x, t, labels, mode=mode)
-        differences.append(float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()))
+        ours = np.asarray(ours)[..., : theirs.shape[-1]]
+        differences.append(float(np.abs(ours - theirs).max() / np.abs(theirs).max()))
     return max(differences)
 
 

@@ -39,11 +39,10 @@ def detect_config(tensors: Mapping[str, np.ndarray], evidence: Evidence | None =
     rows = _shape(tensors, "final_layer.linear.weight", 2)[0]
     if patch != columns or hidden % width:
         raise InputError(f"Patches of {patch} x {columns} and an MLP of {hidden} at width {width} are no DiT's.")
-    if rows != 2 * channels * patch**2:
-        raise InputError(
-            f"final_layer.linear.weight has {rows} rows; a model that learns its variance has "
-            f"{2 * channels * patch**2}, and others are not supported."
-        )
+    evidence.guess(
+        "process", "diffusion", "the same tensors could be a SiT's, which predict velocities; --process decides"
+    )
+    _require_outputs(rows, channels * patch**2, evidence)
     shown = dict(depth=_depth(tensors), width=width, channels=channels, patch=patch, mlp_ratio=hidden // width)
     for field, value in shown.items():
         evidence.say(field, value, TENSORS)
@@ -65,6 +64,17 @@ def _shape(tensors: Mapping, name: str, axes: int) -> tuple[int, ...]:
     if tensors[name].ndim != axes or 0 in tensors[name].shape:
         raise InputError(f"{name} must have {axes} axes, not the shape {tensors[name].shape}.")
     return tensors[name].shape
+
+
+def _require_outputs(rows: int, half: int, evidence: Evidence) -> None:
+    """Raise unless an output has 2C channels, or C, where it is a flow's, whose second half is ignored."""
+    if rows not in (half, 2 * half):
+        raise InputError(f"final_layer.linear.weight has {rows} rows; this model's would be {2 * half}, or {half}.")
+    if rows == half and evidence.value("process") != "flow":
+        raise InputError(
+            f"final_layer.linear.weight has {rows} rows; a diffusion, which learns its variance, has {2 * half}. Only "
+            "flows can do without: --process=flow if it predicts velocities."
+        )
 
 
 def _depth(tensors: Mapping) -> int:

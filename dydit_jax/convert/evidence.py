@@ -32,6 +32,7 @@ FIELDS = {
 }
 AUTOENCODERS = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}  # by the option `vae` of DiT's training
 NOISE = ("noise", "epsilon", "eps")
+FLOW_OPTIONS = {"path_type": "Linear", "prediction": "velocity"}  # of SiT's training, as `Flow` has it
 TENSORS, GUESS = "the file's tensors", "a guess"
 
 
@@ -83,7 +84,7 @@ def gather_evidence(source, options: Mapping, flags: Mapping) -> Evidence:
       flags: values that the user gave, by field; None where not.
 
     Raises:
-      InputError: sources that disagree, a config.json that can't be read, or a model of another kind: flow matching.
+      InputError: sources that disagree, a config.json that can't be read, or a flow of another kind than ours.
     """
     evidence, path = Evidence(), Path(source)
     for field, value in flags.items():
@@ -95,13 +96,13 @@ def gather_evidence(source, options: Mapping, flags: Mapping) -> Evidence:
         _hear(evidence, read_json(beside, remedy="mend it, or move it away"), f"{CONFIG_FILE}'s")
     _hear(evidence, options, "the training's option")
     if _names_flow(path.stem):
-        raise InputError(_is_flow(f"{path.name} is named like a SiT"))
+        evidence.guess("process", "flow", f"{path.name} is named like a SiT; --process decides")
     return evidence
 
 
 def _hear(evidence: Evidence, options: Mapping, who: str) -> None:
     """Note the values whose names are known."""
-    _require_noise(options, who)
+    _hear_process(evidence, options, who)
     for name, field in FIELDS.items():
         value = options.get(name)
         if type(value) in (int, float) and abs(value) < LARGEST_NUMBER:
@@ -112,28 +113,27 @@ def _hear(evidence: Evidence, options: Mapping, who: str) -> None:
     if options.get("_class_name") == "AutoencoderKL" and "scaling_factor" not in options:
         evidence.say("latent_scale", LATENT_SCALE, f"{who} _class_name, by its default,")
     name = str(options.get("model"))
-    if re.fullmatch(r"(Dy)?DiT-\w{1,8}/\d{1,3}", name):
-        evidence.say("prediction", "noise", f"{who} model")
-        evidence.named_size = name.removeprefix("Dy").removeprefix("DiT-")
+    if named := re.fullmatch(r"(?:Dy)?([DS])iT-(\w{1,8}/\d{1,3})", name):
+        evidence.say("process", "diffusion" if named[1] == "D" else "flow", f"{who} model")
+        evidence.named_size = named[2]
 
 
-def _require_noise(options: Mapping, who: str) -> None:
-    """Raise where a training was one of flow matching."""
-    for name in ("model", "_class_name"):
-        if type(options.get(name)) is str and _names_flow(options[name]):
-            raise InputError(_is_flow(f"{who} {name} says {options[name]!r:.80}"))
-    if options.get("path_type") is not None:
-        raise InputError(_is_flow(f"{who} path_type says {options['path_type']!r:.80}"))
-    if options.get("prediction") not in (None, *NOISE):
-        raise InputError(_is_flow(f"{who} prediction says {options['prediction']!r:.80}"))
+def _hear_process(evidence: Evidence, options: Mapping, who: str) -> None:
+    """Note which process a training is of: a flow has a path, or predicts something else than noise."""
+    names = ("model", "_class_name")
+    flow = [name for name in names if type(options.get(name)) is str and _names_flow(options[name])]
+    flow += [name for name in FLOW_OPTIONS if options.get(name) is not None and options[name] not in NOISE]
+    for name in flow:
+        evidence.say("process", "flow", f"{who} {name}")
+    if not flow and options.get("prediction") in NOISE:
+        evidence.say("process", "diffusion", f"{who} prediction")
+    for name, known in FLOW_OPTIONS.items():
+        if flow and options.get(name) not in (None, known):
+            raise InputError(
+                f"{who} {name} says {options[name]!r:.80}; the one flow that can be converted has {name} {known!r}: "
+                "velocities on SiT's straight line from noise at time 0 to the image at time 1."
+            )
 
 
 def _names_flow(name: str) -> bool:
     return re.search(r"(?<![a-z])(dy)?sit(?![a-z])", name.lower()) is not None
-
-
-def _is_flow(reason: str) -> str:
-    return (
-        f"{reason}: a network of flow matching, which predicts velocities. Only networks that predict noise can be "
-        "converted, as DiT and DyDiT do; this one's pictures would be wrong."
-    )

@@ -27,6 +27,7 @@ CHUNK_BYTES = 1 << 20
 DIT_LICENCE = "CC BY-NC 4.0 (facebookresearch/DiT): not for commercial use"
 DYDIT_LICENCE = "none stated by its authors (alibaba-damo-academy/DyDiT); ask them before you redistribute it"
 AUTOENCODER_LICENCE = "MIT (stabilityai)"
+SIT_LICENCE = "MIT (willisma/SiT)"
 INCEPTION_LICENCE = "Apache-2.0 (TensorFlow's Inception, in the port of mseitzer/pytorch-fid)"
 
 
@@ -38,6 +39,7 @@ class Published:
       licence: as text.
       file: its name there.
       address, repository: where it is.
+      query: of the address, behind the file's name.
       sha256: the beginning of its checksum, where it is known.
       holds: "model", "autoencoder" or "judge" (the network that `evaluate.py` looks through).
     """
@@ -45,6 +47,7 @@ class Published:
     licence: str
     file: str
     address: str = ""
+    query: str = ""
     repository: str = ""
     sha256: str = ""
     holds: str = "model"
@@ -60,6 +63,12 @@ PUBLISHED = {
     "dydit-xl2-256-0.7": Published(DYDIT_LICENCE, f"{_DYDIT_FOLDER}/new_dydit0.7.pt", repository=_DYDIT_REPOSITORY),
     "dydit-xl2-256-0.7-v1": Published(DYDIT_LICENCE, "dydit_0.7.pth", repository=_DYDIT_REPOSITORY),
     "dydit-xl2-256-0.5": Published(DYDIT_LICENCE, f"{_DYDIT_FOLDER}/new_dydit0.5.pt", repository=_DYDIT_REPOSITORY),
+    "sit-xl2-256": Published(
+        SIT_LICENCE,
+        "SiT-XL-2-256.pt",
+        address="https://www.dl.dropboxusercontent.com/scl/fi/as9oeomcbub47de5g4be0",
+        query="?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0",
+    ),
     **{
         name: Published(AUTOENCODER_LICENCE, _AUTOENCODER_FILE, repository=f"stabilityai/{name}", holds="autoencoder")
         for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")
@@ -118,7 +127,7 @@ def _fetch(name: str, entry: Published, target: Path) -> None:
         if entry.repository:
             checksum = _fetch_from_hub(entry, partial)
         else:
-            fetch_address(f"{entry.address}/{entry.file}", partial)
+            fetch_address(f"{entry.address}/{entry.file}{entry.query}", partial)
             checksum = entry.sha256
         found = require_checksum(partial, checksum)
         with write_atomically(_record_of(target)) as record:

@@ -25,7 +25,7 @@ def run_torch(source: Mapping[str, np.ndarray], heads: int, x, t, labels, *, mod
       mode: "complete" or "gated".
 
     Returns:
-      [B,side,side,2C].
+      [B,side,side,2C], or C channels where the source has no more.
 
     Raises:
       InputError: PyTorch is not installed.
@@ -44,7 +44,8 @@ class _TorchNetwork:
     def __init__(self, torch, source: Mapping[str, np.ndarray], heads: int, mode: str):
         self.torch, self.functional = torch, torch.nn.functional
         self.source, self.heads = source, heads
-        self.width, self.channels, self.patch, _ = source["x_embedder.proj.weight"].shape
+        self.width, _, self.patch, _ = source["x_embedder.proj.weight"].shape
+        self.outputs = len(source["final_layer.linear.bias"]) // self.patch**2
         self.gated = mode == "gated" and "blocks.0.attn_rate.router.weight" in source
 
     def run(self, x, t, labels) -> np.ndarray:
@@ -61,8 +62,8 @@ class _TorchNetwork:
             layer += 1
         shift, scale = self.modulation(condition, "final_layer.adaLN_modulation.1", 2)
         patches = self.linear(self.normalised(tokens, shift, scale), "final_layer.linear")
-        patches = patches.view(-1, grid, grid, patch, patch, 2 * self.channels).permute(0, 1, 3, 2, 4, 5)
-        return patches.reshape(-1, side, side, 2 * self.channels).numpy()
+        patches = patches.view(-1, grid, grid, patch, patch, self.outputs).permute(0, 1, 3, 2, 4, 5)
+        return patches.reshape(-1, side, side, self.outputs).numpy()
 
     def block(self, x, name, condition, time):
         vectors = self.modulation(condition, f"{name}.adaLN_modulation.1", 6)

@@ -58,6 +58,9 @@ def starting_weights(model: Model, experiment: Experiment) -> Weights | None:
     wrong += [f"{name} missing" for name in own if name not in found and not fresh(name)]
     if wrong:
         raise InputError(f"train.init_from {experiment.train.init_from} is another model: {'; '.join(wrong[:6])}.")
+    if source.process != experiment.process:
+        message = "train.init_from %s is of %s, this training of %s: the network has another prediction to learn."
+        logger.warning(message, experiment.train.init_from, source.process, experiment.process)
     return source
 
 
