@@ -9,8 +9,7 @@ import numpy as np
 from etils import epath
 from profiles import SWINGS, profiled_params
 
-from dydit_jax.checkpoints import WEIGHTS_FILE, Weights, save_weights, write_arrays
-from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
+from dydit_jax.checkpoints import WEIGHTS_FILE, Weights, save_autoencoder, save_weights
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.fast.execution.registry import available_executions
@@ -27,7 +26,6 @@ from dydit_jax.sampling.table import make_table
 from dydit_jax.training.experiment import build_update, read_experiment
 from dydit_jax.training.optimizer import build_optimizer
 from dydit_jax.training.update import batch_shapes, compile_update, init_state
-from dydit_jax.trees import flatten
 
 __all__ = ["DiTConfig", "Drawn", "Job", "Subject", "Training", "published_config", "write_checkpoint"]
 
@@ -209,8 +207,7 @@ def write_checkpoint(folder, job: Job, *, decoder: str | None) -> None:
     settings, folder = job.settings, epath.Path(folder)
     if decoder:
         path = folder / "autoencoder.safetensors"
-        leaves = flatten(jax.jit(autoencoder.init)(jax.random.key(0)))
-        write_arrays(path, jax.device_get(leaves), dict(format=AUTOENCODER_FORMAT))
+        save_autoencoder(path, jax.jit(autoencoder.init)(jax.random.key(0)), {})
         settings |= dict(sampling=dataclasses.replace(settings["sampling"], autoencoder=str(path)))
     timesteps = make_table(**settings).timestep
     params = jax.device_get(profiled_params(Model(job.config), timesteps, PROFILE, swings=job.swings))

@@ -20,17 +20,19 @@ from dydit_jax.checkpoints import (
     load_adapter,
     load_run_params,
     load_weights,
-    read_arrays,
+    read_autoencoder,
+    read_autoencoder_config,
     read_run_config,
     save_weights,
     split_step,
 )
-from dydit_jax.convert.conversion import AUTOENCODER_FORMAT, Conversion, convert, output_file
+from dydit_jax.convert.conversion import Conversion, convert, output_file
 from dydit_jax.convert.published import SHIPPED, converted_file, fetch, known_names
 from dydit_jax.diffusion.process import read_process
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.latents import decode_latents
+from dydit_jax.latents import decode_latents, require_channels
+from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dydit_jax.models.config import read_model
 from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import LoRAConfig
@@ -39,7 +41,6 @@ from dydit_jax.records import read_record
 from dydit_jax.runtime.files import hold_lock
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import replicated
-from dydit_jax.trees import unflatten
 
 logger = logging.getLogger(__name__)
 
@@ -138,28 +139,47 @@ def warn_of_start(about: dict) -> None:
     )
 
 
-def load_autoencoder(autoencoder) -> dict:
-    """Load the parameters of an autoencoder from a `.safetensors` file of ours, a folder with one, or by name.
+def load_autoencoder(autoencoder) -> Autoencoder:
+    """Load an autoencoder from a `.safetensors` file of ours, a folder with one, or by name.
 
     Raises:
       InputError: neither.
     """
     path = _resolved(autoencoder, "autoencoder")
-    leaves, _ = read_arrays(output_file(path) if path.is_dir() else path, AUTOENCODER_FORMAT)
-    return unflatten(leaves)
+    return read_autoencoder(output_file(path) if path.is_dir() else path)
 
 
-def load_decoder(autoencoder: str, mesh: Mesh) -> Callable:
+def find_autoencoder_config(autoencoder: str) -> AutoencoderConfig | None:
+    """Return the record of an autoencoder without its arrays, fetching nothing; None where there is no such file.
+
+    Args:
+      autoencoder: as for `load_autoencoder`. Those published by name are all Stable Diffusion's.
+
+    Raises:
+      InputError: a file of something else.
+    """
+    path = epath.Path(autoencoder)
+    if autoencoder and path.exists():
+        return read_autoencoder_config(output_file(path) if path.is_dir() else path)
+    return AutoencoderConfig() if autoencoder in known_names("autoencoder") else None
+
+
+def load_decoder(autoencoder: str, channels: int, mesh: Mesh) -> Callable:
     """Return the function from samples [B,side,side,C] to images [B,side,side,1 or 3], about [-1, 1].
 
     Args:
       autoencoder: as for `load_autoencoder`; "" for models in pixels, whose samples are images.
+      channels: C of the model.
       mesh: whose devices share the work.
+
+    Raises:
+      InputError: no autoencoder, or one of other channels.
     """
     if not autoencoder:
         return np.asarray
-    params = jax.device_put(load_autoencoder(autoencoder), replicated(mesh))
-    return functools.partial(decode_latents, params, mesh=mesh)
+    loaded = load_autoencoder(autoencoder)
+    require_channels(loaded.config, channels, autoencoder)
+    return functools.partial(decode_latents, jax.device_put(loaded, replicated(mesh)), mesh=mesh)
 
 
 def _resolved(checkpoint, holds: str) -> epath.Path:

@@ -25,8 +25,9 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.drawing.pictures import draw_grid, image_of, label_texts, to_uint8
 from dydit_jax.fast.plan import Plan
 from dydit_jax.labels import read_labels
-from dydit_jax.latents import decode_latents, encode_images
+from dydit_jax.latents import decode_latents, encode_images, require_channels
 from dydit_jax.loading import load_autoencoder, load_checkpoint
+from dydit_jax.models.autoencoder import Autoencoder
 from dydit_jax.models.cost import ModelMacs
 from dydit_jax.models.layers import unconstrained
 from dydit_jax.models.precision import build_model
@@ -285,7 +286,7 @@ class Pipeline:
         """Return what all batches with these settings share; made once, the decoder too.
 
         Raises:
-          InputError: steps that the schedule does not have, or an autoencoder that can't be read.
+          InputError: steps that the schedule does not have, or an autoencoder that can't be read or has other channels.
         """
         if sampling not in self._runs:
             if sampling.autoencoder:
@@ -305,6 +306,15 @@ class Pipeline:
     @functools.cached_property
     def _params(self) -> dict:
         return jax.device_put(self.weights.params, replicated(self.mesh))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the pictures."""
+        model, name = self.weights.model, self.weights.sampling.autoencoder
+        if not name:
+            return model.side, model.side, model.channels
+        side = model.side * self._autoencoder(name).config.factor
+        return side, side, 3
 
     def decode(self, samples, sampling: SamplingConfig | None = None) -> np.ndarray:
         """Turn samples [B,side,side,C] into images [B,side,side,1 or 3], about [-1, 1]."""
@@ -340,8 +350,13 @@ class Pipeline:
         return jax.device_get(routing)
 
     @functools.cached_property
-    def _autoencoder(self) -> Callable[[str], dict]:
-        return functools.cache(lambda name: jax.device_put(load_autoencoder(name), replicated(self.mesh)))
+    def _autoencoder(self) -> Callable[[str], Autoencoder]:
+        return functools.cache(self._load_autoencoder)
+
+    def _load_autoencoder(self, name: str) -> Autoencoder:
+        loaded = load_autoencoder(name)
+        require_channels(loaded.config, self.weights.model.channels, name)
+        return jax.device_put(loaded, replicated(self.mesh))
 
 
 @functools.cache

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from dydit_jax import latents
 from dydit_jax.jobs import prepare_latents as preparation
 from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.jobs.train import train_and_evaluate
-from dydit_jax.models import autoencoder
+from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig, Moments
 
 CONFIG = dict(
     model=dict(depth=1, width=32, heads=2, patch=4, side=8, channels=1, classes=10, routers="first_on"),
@@ -25,6 +26,7 @@ CONFIG = dict(
     tracking=dict(every_steps=1, samples_every_steps=1, sample_labels=(1, 2, 3)),
 )
 PICTURES = 6
+MEAN = Autoencoder(AutoencoderConfig(), {"weight": np.ones(3)})
 
 
 def do_every_job(folder) -> None:
@@ -47,20 +49,20 @@ def prepare(folder: pathlib.Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(file.getvalue())
     with (
-        mock.patch.object(autoencoder, "encode", encode_by_mean),
-        mock.patch.object(preparation, "load_autoencoder", lambda name: {"weight": np.ones(3)}),
+        mock.patch.object(latents, "encode", encode_by_mean),
+        mock.patch.object(preparation, "load_autoencoder", lambda name: MEAN),
     ):
         out, pictures = str(folder / "latents"), str(folder / "pictures")
         request = preparation.LatentsRequest(out, pictures, side=16, chunk=4, autoencoder="mean")
         preparation.prepare_latents(request)
 
 
-def encode_by_mean(params, images) -> autoencoder.Moments:
+def encode_by_mean(_, images) -> Moments:
     """Return [n,side/8,side/8,4], as `autoencoder.encode` does."""
     count, side = len(images), images.shape[1] // 8
     mean = images.reshape(count, side, 8, side, 8, 3).mean((2, 4))
     mean = jnp.concatenate([mean, mean[..., :1]], axis=-1)
-    return autoencoder.Moments(mean, jnp.zeros_like(mean))
+    return Moments(mean, jnp.zeros_like(mean))
 
 
 if __name__ == "__main__":

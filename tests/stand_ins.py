@@ -4,9 +4,13 @@ import contextlib
 import types
 from unittest import mock
 
+import jax
 import numpy as np
 
 from dydit_jax.jobs import prepare_latents as preparation
+from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_params
+
+MEAN = Autoencoder(AutoencoderConfig(), {"weight": np.ones(3)})
 
 
 @contextlib.contextmanager
@@ -24,6 +28,13 @@ def mean_for_autoencoder():
 
     with (
         mock.patch.object(preparation, "encode_moments", encode),
-        mock.patch.object(preparation, "load_autoencoder", lambda name: {"weight": np.ones(3)}),
+        mock.patch.object(preparation, "load_autoencoder", lambda name: MEAN),
     ):
         yield given
+
+
+def small_autoencoder(**record) -> Autoencoder:
+    """Return an autoencoder of few channels with random weights; `record` replaces parts of its shape."""
+    config = AutoencoderConfig(**dict(dict(widths=(32, 32, 32, 32), resnets=1), **record))
+    draw = np.random.default_rng(0).standard_normal
+    return Autoencoder(config, jax.tree.map(lambda leaf: 0.1 * draw(leaf.shape, np.float32), abstract_params(config)))

@@ -40,8 +40,8 @@ FILLED = [
     (Conversion, ["--source=s", "--out=o"], dict(source="s", out="o")),
     (
         Conversion,
-        ["--source=s", "--out=o", "--latent_scale=0.5", "--heads=2", "--order"],
-        dict(source="s", out="o", latent_scale=0.5, heads=2, order=True),
+        ["--source=s", "--out=o", "--latent_scale=0.5", "--latent_shift=-1,0,2e-1,3", "--heads=2", "--order"],
+        dict(source="s", out="o", latent_scale=(0.5,), latent_shift=(-1.0, 0.0, 0.2, 3.0), heads=2, order=True),
     ),
     (LatentsRequest, ["--out=o", "--path=p"], dict(out="o", path="p")),
     (SearchRequest, ["--checkpoint=c", "--out=o"], dict(checkpoint="c", out="o")),

@@ -18,17 +18,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from stand_ins import small_autoencoder
 
 from dydit_jax import Pipeline, to_uint8
-from dydit_jax.checkpoints import Weights, write_arrays
-from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
+from dydit_jax.checkpoints import Weights, save_autoencoder
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.models import autoencoder
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime import console
-from dydit_jax.trees import flatten
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "tools").glob("*.py")]
@@ -269,14 +267,10 @@ def test_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def latent_pipeline(tmp_path, monkeypatch) -> Pipeline:
+def latent_pipeline(tmp_path) -> Pipeline:
     """A tiny model of latents with a tiny autoencoder, both with random weights."""
-    monkeypatch.setattr(autoencoder, "WIDTHS", (32, 32, 32, 32))
-    monkeypatch.setattr(autoencoder, "RESNETS_PER_STAGE", 1)
     path = tmp_path / "autoencoder.safetensors"
-    write_arrays(
-        path, flatten(random_like(jax.eval_shape(autoencoder.init, jax.random.key(0)))), dict(format=AUTOENCODER_FORMAT)
-    )
+    save_autoencoder(path, small_autoencoder(), {})
     config = DiTConfig(depth=1, width=32, heads=2, patch=2, side=4, classes=10, routers="first_on")
     sampling = SamplingConfig(sampler="ddim", steps="2", autoencoder=str(path))
     params = random_like(Model(config).abstract_params())

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS, GOLDEN, read_torch
 
-from dydit_jax.convert.autoencoders import rescale_latents
 from dydit_jax.convert.conversion import Conversion, compare_with_torch, convert
 from dydit_jax.convert.detect import detect_config
 from dydit_jax.convert.evidence import Evidence, gather_evidence
@@ -17,11 +16,9 @@ from dydit_jax.convert.tables import convert_state_dict, source_shapes
 from dydit_jax.convert.torch_files import write_tensors
 from dydit_jax.errors import InputError
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.models.autoencoder import LATENT_SCALE
 from dydit_jax.models.config import DiTConfig, published_config
 from dydit_jax.models.layers import position_table
 from dydit_jax.sampling.guidance import require_no_class
-from dydit_jax.trees import flatten
 
 torch = pytest.importorskip("torch")
 
@@ -270,84 +267,10 @@ def test_the_other_network_is_what_the_file_says_not_what_was_converted():
         (dict(heads=10**9), "--heads must be from 1 to 4096"),
         (dict(classes=-1), "--classes must be from 1"),
         (dict(image_size=10**9), "--image_size must be from 1 to 16384"),
-        (dict(latent_scale=float("nan")), "--latent_scale must be from"),
+        (dict(latent_scale=(0.2, float("nan"))), "--latent_scale must be from"),
         (dict(space="wavelets"), "Unknown space 'wavelets'; known: latent, pixels"),
     ],
 )
 def test_absurd_numbers_are_refused_at_once(wrong, message):
     with pytest.raises(InputError, match=message):
         Conversion("a.pt", "out", **wrong)
-
-
-# --- Autoencoders --------------------------------------------------------------------------------
-
-
-def test_latents_of_another_scale_are_brought_to_ours():
-    """Checked on the two convolutions that change, with the same hidden features on both sides."""
-    random, scale = np.random.default_rng(0), 0.13025
-    array = lambda *shape: random.standard_normal(shape, np.float32)
-    params = {
-        "quant_conv": dict(kernel=array(1, 1, 8, 8), bias=array(8)),
-        "post_quant_conv": dict(kernel=array(1, 1, 4, 4), bias=array(4)),
-        "decoder": dict(bias=array(3)),
-    }
-    theirs = flatten(params)
-    ours = flatten(rescale_latents(params, scale))
-    hidden, noise, latents = array(5, 8), array(5, 4), array(5, 4)
-    assert {name for name in theirs if not np.array_equal(theirs[name], ours[name])} == {
-        "quant_conv/kernel",
-        "quant_conv/bias",
-        "post_quant_conv/kernel",
-    }
-
-    def drawn(leaves, factor):
-        mean, log_variance = np.split(hidden @ leaves["quant_conv/kernel"][0, 0] + leaves["quant_conv/bias"], 2, axis=1)
-        return factor * (mean + np.exp(log_variance / 2) * noise)
-
-    def decoded(leaves, factor):
-        return latents / factor @ leaves["post_quant_conv/kernel"][0, 0] + leaves["post_quant_conv/bias"]
-
-    np.testing.assert_allclose(drawn(ours, LATENT_SCALE), drawn(theirs, scale), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(decoded(ours, LATENT_SCALE), decoded(theirs, scale), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "config, flags, message",
-    [
-        ({"_class_name": "AutoencoderKL", "scaling_factor": 0.13025}, dict(latent_scale=0.18215), "says latent_scale"),
-        ({"shift_factor": 0.1159, "scaling_factor": 0.3611}, {}, "shift_factor says that latents are shifted"),
-        ({}, dict(heads=4), "--heads is for DiTs"),
-        ({}, dict(verify=True), "--verify is for DiTs"),
-    ],
-)
-def test_autoencoders_that_are_something_else_are_refused(tmp_path, config, flags, message):
-    write_tensors(tmp_path / "w.safetensors", {"decoder.conv_in.bias": np.zeros(512, np.float32)})
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=message):
-        convert(Conversion(str(tmp_path / "w.safetensors"), str(tmp_path / "out"), **flags))
-
-
-@pytest.mark.parametrize(
-    "config, scale, guessed",
-    [
-        ({"scaling_factor": 0.13025}, 0.13025, False),
-        ({"_class_name": "AutoencoderKL"}, LATENT_SCALE, False),  # diffusers' default
-        (None, LATENT_SCALE, True),
-    ],
-)
-def test_latent_scale_of_an_autoencoder_is_said_or_a_guess(tmp_path, monkeypatch, config, scale, guessed):
-    seen = []
-    monkeypatch.setattr("dydit_jax.convert.conversion.convert_autoencoder", lambda tensors: {"x": np.zeros(1)})
-    monkeypatch.setattr(
-        "dydit_jax.convert.conversion.rescale_latents", lambda params, scale: seen.append(scale) or params
-    )
-    write_tensors(tmp_path / "w.safetensors", {"decoder.conv_in.bias": np.zeros(512, np.float32)})
-    if config is not None:
-        (tmp_path / "config.json").write_text(json.dumps(config))
-    report = convert(Conversion(str(tmp_path / "w.safetensors"), str(tmp_path / "out")))
-    assert seen == [scale] and any("latent_scale" in doubt for doubt in report.doubts) == guessed
-
-
-def test_latent_scale_is_not_for_dits(dense, tmp_path):
-    with pytest.raises(InputError, match="--latent_scale is for autoencoders"):
-        convert(Conversion(str(dense), str(tmp_path / "out"), heads=4, latent_scale=0.2))

@@ -6,14 +6,12 @@ import pytest
 from conftest import diffusers_dit, relative_error
 from test_scripts import call
 
-from dydit_jax.checkpoints import Weights, save_weights, write_arrays
-from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
+from dydit_jax.checkpoints import Weights, save_autoencoder, save_weights
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.models import autoencoder
 from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
-from dydit_jax.trees import flatten
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +20,7 @@ def test_dydit_xl2_at_256_pixels_is_sampled_and_decoded(tmp_path):
     config = published_config("XL/2", side=32, routers="first_on")
     params = jax.jit(Model(config).init)(jax.random.key(0))
     vae = jax.jit(autoencoder.init)(jax.random.key(1))
-    write_arrays(tmp_path / "vae.safetensors", flatten(vae), dict(format=AUTOENCODER_FORMAT))
+    save_autoencoder(tmp_path / "vae.safetensors", vae, {})
     sampling = SamplingConfig(steps="2", guidance=4.0, autoencoder=str(tmp_path / "vae.safetensors"))
     save_weights(tmp_path / "xl2.safetensors", Weights(config, Diffusion(), sampling, params, {}))
     del params, vae

@@ -1,13 +1,15 @@
 """Pictures are packed once: exactly, again after a kill, and verifiably."""
 
 import io
+import json
 import os
 
 import numpy as np
 import pytest
 from PIL import Image
-from stand_ins import mean_for_autoencoder
+from stand_ins import mean_for_autoencoder, small_autoencoder
 
+from dydit_jax.checkpoints import read_autoencoder_config, save_autoencoder
 from dydit_jax.data.batches import batches, examples
 from dydit_jax.data.latent_files import LatentFiles
 from dydit_jax.data.sources import DataConfig, open_source
@@ -15,7 +17,11 @@ from dydit_jax.errors import InputError
 from dydit_jax.jobs import prepare_latents as preparation
 from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents, verify_latents
 from dydit_jax.jobs.train import train_and_evaluate
+from dydit_jax.jobs.training_data import open_training_data
+from dydit_jax.models.autoencoder import AutoencoderConfig
 from dydit_jax.models.config import DiTConfig
+from dydit_jax.runtime.files import write_json
+from dydit_jax.training.experiment import read_experiment
 
 COUNT = 10
 
@@ -166,6 +172,77 @@ def test_full_disk_is_one_line_and_the_job_goes_on_after_it(half, folder, encode
     encoded.clear()
     prepare_latents(request(folder, out))
     assert sum(encoded) == 2 * 2 and contents(out) == whole
+
+
+def info_of(out) -> dict:
+    return json.loads((out / "info.json").read_text())
+
+
+def test_mean_and_deviation_are_those_of_the_latents_for_any_chunks(folder, encoded, tmp_path):
+    out = prepare_latents(request(folder, tmp_path / "out"))
+    mean, log_variance = np.split(np.load(out / "moments.npy").astype(np.float64).reshape(-1, 8), 2, axis=-1)
+    info = info_of(out)
+    np.testing.assert_allclose(info["mean"], mean.mean(0), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(info["std"], np.sqrt(mean.var(0) + np.exp(log_variance).mean(0)), rtol=1e-12)
+    assert (info["scale"], info["shift"]) == ([0.18215], [0.0])
+    other = info_of(prepare_latents(request(folder, tmp_path / "other", chunk=3)))
+    np.testing.assert_allclose((other["mean"], other["std"]), (info["mean"], info["std"]), rtol=1e-12)
+
+
+def test_statistics_of_chunks_from_before_are_read_from_the_latents(folder, half):
+    out, whole = half
+    journal = out / "progress-0.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines[0].pop("sums")
+    lines[1]["sums"] = [[1.0]]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prepare_latents(request(folder, out))
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("keys", [(), ("mean", "std", "scale", "shift", "autoencoder_record")], ids=["new", "old"])
+def test_normalised_latents_have_an_autoencoder_of_their_own(folder, encoded, tmp_path, keys):
+    out = prepare_latents(request(folder, tmp_path / "out"))
+    info = info_of(out)
+    write_json(out / "info.json", {key: value for key, value in info.items() if key not in keys})
+    assert opened(out).record == AutoencoderConfig()
+    before = opened(out).fingerprint
+    prepare_latents(request(folder, out, normalize=True))  # it was finished: nothing is encoded again
+    assert sum(encoded) == 2 * COUNT
+    source, own = opened(out), str(out / "autoencoder.safetensors")
+    record = read_autoencoder_config(own)
+    assert source.autoencoder == own and source.record == record and source.fingerprint != before
+    assert record.scale == tuple(1 / value for value in info["std"]) and record.shift == tuple(info["mean"])
+    # The stand-in's latents have next to no variance of their own.
+    drawn = np.concatenate([record.to_model(source[index]["moments"][..., :4].astype(float)) for index in range(COUNT)])
+    np.testing.assert_allclose(drawn.mean((0, 1, 2)), 0, atol=1e-6)
+    np.testing.assert_allclose(drawn.std((0, 1, 2)), 1, rtol=1e-5)
+    normalised = contents(out)
+    prepare_latents(request(folder, out))
+    assert contents(out) == normalised
+
+
+def test_training_refuses_latents_of_another_record(folder, encoded, tmp_path):
+    path = str(tmp_path / "vae.safetensors")
+    out = prepare_latents(request(folder, tmp_path / "out", autoencoder=path))
+    config = dict(
+        model=dict(depth=1, width=32, heads=2, patch=1, side=2, channels=4, classes=2),
+        data=dict(name="latents", path=str(out), batch_size=8),
+        optimizer=dict(learning_rate=1e-3),
+        train=dict(steps=1),
+        sampling=dict(autoencoder=path),
+    )
+    open_training_data(read_experiment(config))  # the file is not here, so nothing contradicts
+    save_autoencoder(path, small_autoencoder(), {})
+    assert open_training_data(read_experiment(config)).record == AutoencoderConfig()
+    save_autoencoder(path, small_autoencoder(scale=(0.5,), shift=(1.0, 2.0, 3.0, 4.0)), {})
+    with pytest.raises(
+        InputError, match="used with scale 0.18215 and shift 0.0; .* has 0.5 and 1.0, 2.0, 3.0, 4.0. Name"
+    ):
+        open_training_data(read_experiment(config))
+    save_autoencoder(path, small_autoencoder(channels=16), {})
+    with pytest.raises(InputError, match="The model draws 4 channels, but the latents of the autoencoder .* have 16"):
+        open_training_data(read_experiment(config))
 
 
 LATENTS_MODEL = DiTConfig(depth=1, width=32, heads=2, patch=1, side=2, channels=4, classes=2)

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from stand_ins import small_autoencoder
 
-from dydit_jax.checkpoints import Weights, save_weights, write_arrays
-from dydit_jax.convert.conversion import AUTOENCODER_FORMAT
+from dydit_jax.checkpoints import Weights, save_autoencoder, save_weights
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, StopError
@@ -22,10 +22,8 @@ from dydit_jax.fast.segmentation import PLATFORMS
 from dydit_jax.jobs.sample import Request, _read_words, sample
 from dydit_jax.jobs.sample_folder import prepare_folder
 from dydit_jax.loading import load_checkpoint
-from dydit_jax.models import autoencoder
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
-from dydit_jax.trees import flatten
 
 
 @pytest.fixture(scope="module")
@@ -213,15 +211,14 @@ def test_labels_come_from_a_file(checkpoint, tmp_path):
 
 
 def test_latents_are_decoded_into_colour_images(tmp_path):
-    params = jax.jit(autoencoder.init)(jax.random.key(0))
-    metadata = dict(format=AUTOENCODER_FORMAT)
-    write_arrays(tmp_path / "vae.safetensors", flatten(params), metadata)
-    config = DiTConfig(depth=1, width=32, heads=2, patch=2, side=4, classes=10, routers="first_on")
+    autoencoder = small_autoencoder(channels=16, widths=(32,) * 5, scale=(0.36,), shift=(0.12,))
+    save_autoencoder(tmp_path / "vae.safetensors", autoencoder, {})
+    config = DiTConfig(depth=1, width=32, heads=2, patch=2, side=4, channels=16, classes=10, routers="first_on")
     sampling = SamplingConfig(sampler="ddim", steps="2", guidance=2.0, autoencoder=str(tmp_path / "vae.safetensors"))
     params = jax.jit(Model(config).init)(jax.random.key(0))
     save_weights(tmp_path / "dit.safetensors", Weights(config, Diffusion(), sampling, params, {}))
     sample(Request(str(tmp_path / "dit.safetensors"), str(tmp_path / "out"), num_images=3, batch_size=2))
-    assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (3, 32, 32, 3)
+    assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (3, 64, 64, 3)
 
 
 def test_settings_given_win_over_the_checkpoints(checkpoint, tmp_path):

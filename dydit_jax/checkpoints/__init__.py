@@ -8,6 +8,12 @@ from dydit_jax.checkpoints.adapters import (
     save_adapter,
 )
 from dydit_jax.checkpoints.arrays import format_of, read_arrays, write_arrays
+from dydit_jax.checkpoints.autoencoders import (
+    is_autoencoder_format,
+    read_autoencoder,
+    read_autoencoder_config,
+    save_autoencoder,
+)
 from dydit_jax.checkpoints.runs import (
     CONFIG_FILE,
     CheckpointConfig,
@@ -41,14 +47,18 @@ __all__ = [
     "describe_base",
     "format_of",
     "has_checkpoint",
+    "is_autoencoder_format",
     "is_run",
     "load_adapter",
     "load_run_params",
     "load_weights",
     "package_versions",
     "read_arrays",
+    "read_autoencoder",
+    "read_autoencoder_config",
     "read_run_config",
     "save_adapter",
+    "save_autoencoder",
     "save_weights",
     "split_step",
     "write_arrays",

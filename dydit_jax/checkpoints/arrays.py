@@ -84,8 +84,17 @@ def format_of(path) -> str | None:
     Raises:
       InputError: no such file, or a broken one.
     """
+    return read_metadata(path).get("format")
+
+
+def read_metadata(path) -> dict[str, str]:
+    """Read the metadata of a `.safetensors` file, {} where it has none.
+
+    Raises:
+      InputError: no such file, or a broken one.
+    """
     with _opened(path) as file:
-        return (file.metadata() or {}).get("format")
+        return file.metadata() or {}
 
 
 def _header(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:

@@ -54,7 +54,8 @@ def read_flags(cls, values: flags.FlagValues, **others):
     """
     hints = typing.get_type_hints(cls)
     given = {field.name: values[field.name].value for field, _ in _fields(cls)}
-    tuples = {name: tuple(value) for name, value in given.items() if value is not None and _kind(hints[name]) is tuple}
+    listed = [name for name, value in given.items() if value is not None and _kind(hints[name]) is tuple]
+    tuples = {name: _numbers(given[name], hints[name], name) for name in listed}
     return cls(**given | tuples, **others)
 
 
@@ -107,8 +108,8 @@ def _is_nested(hint) -> bool:
 
 
 def _numbers(words: list[str], hint, name: str) -> tuple:
-    """Return the words of a list of numbers as the numbers that its type wants."""
-    kind = typing.get_args(_without_none(hint))[0]
+    """Return the words of a list as the numbers, or words, that its type wants."""
+    kind = (typing.get_args(_without_none(hint)) or (str,))[0]
     try:
         return tuple(kind(word) for word in words)
     except ValueError as error:

@@ -1,7 +1,6 @@
 """The job behind `convert_torch_weights.py`: a PyTorch file in, our weights and a report out, and the way back."""
 
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,18 +14,20 @@ from dydit_jax.checkpoints import (
     Weights,
     checksum,
     format_of,
+    is_autoencoder_format,
     load_weights,
     package_versions,
-    read_arrays,
+    read_autoencoder,
+    save_autoencoder,
     save_weights,
-    write_arrays,
 )
 from dydit_jax.convert.autoencoders import (
     convert_autoencoder,
     export_autoencoder,
     is_autoencoder,
     only_autoencoder,
-    rescale_latents,
+    require_supported,
+    with_record,
 )
 from dydit_jax.convert.detect import LABEL_TABLE, SPACES, detect_config
 from dydit_jax.convert.evidence import GUESS, Evidence, gather_evidence
@@ -37,7 +38,7 @@ from dydit_jax.convert.torch_network import run_torch
 from dydit_jax.diffusion.process import PROCESSES, Flow
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, require_known, some_of
-from dydit_jax.models.autoencoder import LATENT_SCALE
+from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.cost import format_count
 from dydit_jax.models.dit import Model
@@ -51,12 +52,12 @@ from dydit_jax.trees import flatten, unflatten
 
 logger = logging.getLogger(__name__)
 
-AUTOENCODER_FORMAT = "dydit-jax autoencoder 1"
 DEFAULT_AUTOENCODER = "sd-vae-ft-ema"
 REPORT_FILE = "report.json"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 SAID_OF_DITS = ("heads", "classes", "image_size", "space", "routers", "process")
 SAMPLING = {"flow": dict(sampler="euler_maruyama", steps="250")}  # as published; that of diffusion is the default
+SAID_OF_AUTOENCODERS = ("latent_scale", "latent_shift")
 MAX_IMAGE_SIZE, MAX_HEADS, MAX_CLASSES = 16384, 4096, 10**7
 
 
@@ -74,7 +75,8 @@ class Conversion:
       space: what the model draws: latent or pixels.
       routers: layout of the routers, where the tensors leave it open: first_on or free.
       process: what the model was trained as: diffusion, whose networks predict noise, or flow (SiT), velocities.
-      latent_scale: of an autoencoder: the factor of its latents.
+      latent_scale: of an autoencoder: the factor of its latents, one number or one per channel.
+      latent_shift: of an autoencoder: what is taken from its latents before, one number or one per channel.
       add_routers: give a static DiT fresh routers, the start of fine-tuning: first_on or free.
       order: put heads and MLP channels of a static DiT in order of magnitude.
       seed: seed of fresh routers.
@@ -92,7 +94,8 @@ class Conversion:
     space: str | None = None
     routers: str | None = None
     process: str | None = None
-    latent_scale: float | None = None
+    latent_scale: tuple[float, ...] | None = None
+    latent_shift: tuple[float, ...] | None = None
     add_routers: str = ""
     order: bool = False
     seed: int = 0
@@ -113,13 +116,18 @@ class Conversion:
         for name, high in (("heads", MAX_HEADS), ("classes", MAX_CLASSES), ("image_size", MAX_IMAGE_SIZE)):
             if getattr(self, name) is not None:
                 require_range(f"--{name}", getattr(self, name), 1, high)
-        if self.latent_scale is not None:
-            require_range("--latent_scale", self.latent_scale, 1e-3, 1e3)
+        for value in self.latent_scale or ():
+            require_range("--latent_scale", value, 1e-3, 1e3)
+        for value in self.latent_shift or ():
+            require_range("--latent_shift", value, -1e3, 1e3)
 
     @property
     def said(self) -> dict:
         """The user's values of the model's fields; None where none was given."""
-        return {name: getattr(self, name) for name in (*SAID_OF_DITS, "latent_scale")}
+        latents = {name: getattr(self, name) for name in SAID_OF_AUTOENCODERS}
+        # One number is a number, as in diffusers' config.json.
+        latents = {name: value[0] if value and len(value) == 1 else value for name, value in latents.items()}
+        return {name: getattr(self, name) for name in SAID_OF_DITS} | latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +213,9 @@ def convert(request: Conversion) -> Report:
     about = dict(source=epath.Path(request.source).name, weights=request.weights, versions=package_versions())
     difference = config = None
     if is_autoencoder(file.tensors):
-        params = _converted_autoencoder(file.tensors, evidence, request)
-        write_arrays(target, flatten(params), dict(format=AUTOENCODER_FORMAT, about=json.dumps(about)))
+        autoencoder = _converted_autoencoder(file.tensors, evidence, request)
+        params = autoencoder.params
+        save_autoencoder(target, autoencoder, about)
     else:
         weights, difference = _converted_dit(file.tensors, evidence, request)
         config, params = weights.model, weights.params
@@ -233,22 +242,23 @@ def convert(request: Conversion) -> Report:
     return report
 
 
-def _converted_autoencoder(tensors: Mapping, evidence: Evidence, request: Conversion) -> dict:
-    """Return the parameters of an autoencoder, its latents brought to our scale."""
+def _converted_autoencoder(tensors: Mapping, evidence: Evidence, request: Conversion) -> Autoencoder:
+    """Return an autoencoder with its record."""
     asked = [name for name in (*SAID_OF_DITS, "add_routers", "order", "verify") if getattr(request, name)]
     if asked:
         raise InputError(f"--{asked[0]} is for DiTs; these are the weights of an autoencoder.")
-    if evidence.value("latent_shift"):
-        raise InputError(f"{evidence.sources['latent_shift']} says that latents are shifted, which is not supported.")
-    evidence.guess("latent_scale", LATENT_SCALE, "that of Stable Diffusion, SDXL's is 0.13025; --latent_scale decides")
+    require_supported(evidence)
+    config, params = convert_autoencoder(tensors)
+    config = with_record(config, evidence)
     require_finite(tensors)
-    return rescale_latents(convert_autoencoder(tensors), evidence.value("latent_scale"))
+    return Autoencoder(config, params)
 
 
 def _converted_dit(tensors: dict, evidence: Evidence, request: Conversion) -> tuple[Weights, float | None]:
     """Return the weights of a DiT, with what its missing parts mean for sampling, and how far PyTorch is from them."""
-    if request.latent_scale is not None:
-        raise InputError("--latent_scale is for autoencoders; these are the weights of a DiT.")
+    asked = [name for name in SAID_OF_AUTOENCODERS if getattr(request, name) is not None]
+    if asked:
+        raise InputError(f"--{asked[0]} is for autoencoders; these are the weights of a DiT.")
     config = detect_config(tensors, evidence)
     complete = _with_second_half(_with_null_row(tensors, evidence), config)
     require_complete(complete, config)
@@ -258,7 +268,8 @@ def _converted_dit(tensors: dict, evidence: Evidence, request: Conversion) -> tu
     config, params = _prepared(params, config, request)
     autoencoder, guidance, about = "", 1.5, {}
     if evidence.value("space") == "latent":
-        evidence.guess("autoencoder", DEFAULT_AUTOENCODER, "the published models'; --sampling.autoencoder decides")
+        known = DEFAULT_AUTOENCODER if config.channels == AutoencoderConfig.channels else ""
+        evidence.guess("autoencoder", known, "the published models'; --sampling.autoencoder decides")
         autoencoder = evidence.value("autoencoder")
     if not evidence.value("null_row"):
         guidance, about = 1.0, dict(config=dict(loss=dict(label_dropout=0.0)))  # sampling refuses guidance then
@@ -384,9 +395,8 @@ def export(source, out, *, overwrite: bool, load: Callable = load_weights) -> ep
     out, source = epath.Path(out), output_file(source)
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; give --overwrite to replace it.")
-    if format_of(source) == AUTOENCODER_FORMAT:
-        leaves, _ = read_arrays(source, AUTOENCODER_FORMAT)
-        tensors = export_autoencoder(unflatten(leaves))
+    if is_autoencoder_format(format_of(source)):
+        tensors = export_autoencoder(read_autoencoder(source).params)
     else:
         weights = load(source)
         if weights.lora is not None:

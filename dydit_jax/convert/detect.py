@@ -9,14 +9,15 @@ import numpy as np
 from dydit_jax.convert.evidence import TENSORS, Evidence
 from dydit_jax.convert.tables import POSITION_NAME
 from dydit_jax.errors import InputError, some_of
-from dydit_jax.models.autoencoder import DOWNSAMPLING, LATENT_CHANNELS
 from dydit_jax.models.config import SIZES, DiTConfig
 from dydit_jax.models.layers import position_table
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
 HEADS_OF_SIZE = {(depth, width): heads for depth, width, heads in SIZES.values()}
 SPACES = ("latent", "pixels")
-IMAGE_CHANNELS = (1, 3)
+IMAGE_CHANNELS, LATENT_CHANNELS = (1, 3), 4
+# Pixels along an image's side for each of its latent's: of Stable Diffusion's autoencoder, and of others.
+LATENT_FACTOR, OTHER_FACTOR = 8, 16
 
 
 def detect_config(tensors: Mapping[str, np.ndarray], evidence: Evidence | None = None) -> DiTConfig:
@@ -111,11 +112,13 @@ def _side(tensors: Mapping, evidence: Evidence, patch: int, channels: int) -> in
         evidence.say("side", math.isqrt(tokens) * patch, TENSORS)
     side, image_size = evidence.value("side"), evidence.value("image_size")
     if side and image_size:
-        spaces = {DOWNSAMPLING * side: "latent", side: "pixels"}
+        factors = (LATENT_FACTOR,) if channels == LATENT_CHANNELS else (LATENT_FACTOR, OTHER_FACTOR)
+        spaces = {side: "pixels"} | {factor * side: "latent" for factor in factors}
         if image_size not in spaces:
+            behind = " or ".join(str(factor * side) for factor in factors)
             raise InputError(
                 f"{evidence.sources['image_size']} says image_size {image_size}, {evidence.sources['side']} says an "
-                f"input of side {side}: images of {side} pixels, or of {DOWNSAMPLING * side} behind an autoencoder."
+                f"input of side {side}: images of {side} pixels, or of {behind} behind an autoencoder."
             )
         evidence.say("space", spaces[image_size], f"{evidence.sources['image_size']} beside an input of side {side}")
     if evidence.value("autoencoder"):
@@ -132,7 +135,7 @@ def _side(tensors: Mapping, evidence: Evidence, patch: int, channels: int) -> in
 
 def _input_side(image_size: int, evidence: Evidence) -> int:
     """Return the side of a network's input for images of a size."""
-    factor = DOWNSAMPLING if evidence.value("space") == "latent" else 1
+    factor = LATENT_FACTOR if evidence.value("space") == "latent" else 1
     if image_size % factor:
         raise InputError(f"The image_size of a model in latents must be a multiple of {factor}, not {image_size}.")
     evidence.say("side", image_size // factor, f"{evidence.sources['image_size']} by the space")

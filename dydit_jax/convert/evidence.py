@@ -29,7 +29,10 @@ FIELDS = {
     "mlp_ratio": "mlp_ratio",
     "scaling_factor": "latent_scale",
     "shift_factor": "latent_shift",
+    "latent_channels": "latent_channels",
+    "norm_num_groups": "norm_groups",
 }
+PER_CHANNEL = ("latents_mean", "latents_std")  # of an autoencoder of diffusers
 AUTOENCODERS = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}  # by the option `vae` of DiT's training
 NOISE = ("noise", "epsilon", "eps")
 FLOW_OPTIONS = {"path_type": "Linear", "prediction": "velocity"}  # of SiT's training, as `Flow` has it
@@ -110,6 +113,12 @@ def _hear(evidence: Evidence, options: Mapping, who: str) -> None:
     if type(dropout := options.get("class_dropout_prob")) in (int, float):
         evidence.say("null_row", dropout > 0, f"{who} class_dropout_prob")
     evidence.say("autoencoder", AUTOENCODERS.get(str(options.get("vae"))), f"{who} vae")
+    for name in PER_CHANNEL:
+        values = options.get(name)
+        if isinstance(values, list | tuple) and values and all(type(value) in (int, float) for value in values):
+            evidence.say(name, tuple(map(float, values)), f"{who} {name}")
+    if type(options.get("_class_name")) is str:
+        evidence.say("class_name", options["_class_name"], f"{who} _class_name")
     if options.get("_class_name") == "AutoencoderKL" and "scaling_factor" not in options:
         evidence.say("latent_scale", LATENT_SCALE, f"{who} _class_name, by its default,")
     name = str(options.get("model"))

@@ -1,11 +1,12 @@
 """The files of prepared latents: `tools/prepare_latents.py` writes them, `data.name=latents` reads them.
 
-    <folder>/moments.npy    [n,2,side,side,8], of an image and of its mirror image: mean, then log-variance
+    <folder>/moments.npy    [n,2,side,side,2C], of an image and of its mirror image: mean, then log-variance
     <folder>/labels.npy     integers [n]
     <folder>/checksums.npy  uint32 [n]: the CRC-32 of an example's moments and label, compared whenever it is read
-    <folder>/info.json      what made them
+    <folder>/info.json      what made them, scale and shift with which a model sees them, mean and deviation per channel
 
 The first two are enough: latents that were made in another way have no checksums, and damage to them goes unnoticed.
+Without a scale and a shift in `info.json` they are those of Stable Diffusion.
 """
 
 import logging
@@ -16,10 +17,13 @@ import zlib
 import numpy as np
 
 from dydit_jax.errors import InputError
+from dydit_jax.models.autoencoder import AutoencoderConfig
+from dydit_jax.records import read_record
 from dydit_jax.runtime.files import read_json
 
 LATENTS_FILE, LABELS_FILE, CHECKSUMS_FILE, INFO_FILE = "moments.npy", "labels.npy", "checksums.npy", "info.json"
 CLASSES_KEY = "classes"  # of info.json: names of the classes by label
+AUTOENCODER_FILE = "autoencoder.safetensors"  # the latents' own, where they were normalised
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +36,10 @@ class LatentFiles:
 
     Attributes:
       labels: [n], as stored.
-      shape: of the moments, [n,2,side,side,8].
+      shape: of the moments, [n,2,side,side,2C].
       info: what made them, {} if that is not known.
+      autoencoder: which one decodes them, "" if that is not known.
+      record: its channels, and the scale and shift with which a model sees these latents.
     """
 
     def __init__(self, folder):
@@ -49,7 +55,7 @@ class LatentFiles:
         if len(self.shape) != 5 or self.shape[1] != 2 or self.labels.shape != self.shape[:1]:
             raise InputError(
                 f"{folder} holds moments {self.shape} and {self.labels.size} labels; it must be "
-                "[n,2,side,side,8] and n."
+                "[n,2,side,side,2C] and n."
             )
         if not moments.flags.c_contiguous:
             raise InputError(f"{self._path} is in Fortran's order; save it again from np.ascontiguousarray(moments).")
@@ -63,12 +69,17 @@ class LatentFiles:
         else:
             logger.info("%s has no %s: damage to its latents goes unnoticed.", folder, CHECKSUMS_FILE)
         self.info = read_json(folder / INFO_FILE) if (folder / INFO_FILE).exists() else {}
+        own = folder / AUTOENCODER_FILE if self.info.get("normalized") else ""
+        self.autoencoder = str(own or self.info.get("autoencoder", ""))
+        known = {name: self.info[name] for name in ("scale", "shift") if name in self.info}
+        record = dict(known, channels=self.shape[-1] // 2)
+        self.record = read_record(AutoencoderConfig, record, str(folder / INFO_FILE))
 
     def __len__(self):
         return len(self.labels)
 
     def read(self, index: int) -> np.ndarray:
-        """Return the moments [2,side,side,8] of one example.
+        """Return the moments [2,side,side,2C] of one example.
 
         Raises:
           InputError: they can't be read, or are not what was written.
@@ -105,7 +116,7 @@ def load_array(path, mmap_mode: str | None = None) -> np.ndarray:
 
 
 def checksums_of(moments: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the checksums uint32 [n] of examples: moments [n,2,side,side,8], labels [n]."""
+    """Return the checksums uint32 [n] of examples: moments [n,2,side,side,2C], labels [n]."""
     return np.array([_checksum(row, label) for row, label in zip(moments, labels)], np.uint32)
 
 

@@ -22,7 +22,7 @@ from dydit_jax.data.images import center_crop, decode_image, read_picture
 from dydit_jax.data.latent_files import CLASSES_KEY, LABELS_FILE, LATENTS_FILE, LatentFiles
 from dydit_jax.data.prepared import open_prepared, read_example
 from dydit_jax.errors import InputError
-from dydit_jax.models.autoencoder import LATENT_SCALE
+from dydit_jax.models.autoencoder import AutoencoderConfig
 from dydit_jax.records import require_range
 from dydit_jax.registry import Registry, is_built_in, require_array
 from dydit_jax.runtime.seeds import require_seed
@@ -95,7 +95,7 @@ class DataSource(typing.Protocol):
     def __getitem__(self, index: int) -> dict:
         """Return {"image": float32 [side,side,C], "label": a whole number}, or what `draw` makes it of.
 
-        Images lie in [-1, 1]; latents are scaled by `LATENT_SCALE`. Called from several threads.
+        Images lie in [-1, 1]; latents are shifted and scaled as their autoencoder says. Called from several threads.
         """
 
 
@@ -173,9 +173,10 @@ class Latents:
         self.classes = len(self.class_names) or model.classes or int(self.files.labels.max()) + 1
         require_shape("latents", (*side, channels // 2), self.classes, model, self.class_names)
         self.labels = self.files.labels.astype(np.int32)
-        self.autoencoder = self.files.info.get("autoencoder", "")
+        self.autoencoder, self.record = self.files.autoencoder, self.files.record
         checksum = self.files.info.get("checksum") or _digest(self.labels.tobytes())
-        self.fingerprint = f"latents {len(self.labels)} {checksum}"
+        record = "" if self.record == AutoencoderConfig() else f" {_digest(repr(self.record).encode())}"
+        self.fingerprint = f"latents {len(self.labels)} {checksum}{record}"
 
     def __len__(self):
         return len(self.labels)
@@ -189,7 +190,8 @@ class Latents:
         moments = np.asarray(example["moments"][view], np.float32)
         mean, log_variance = np.split(moments, 2, axis=-1)
         noise = generator.standard_normal(mean.shape, np.float32)
-        return {"image": LATENT_SCALE * (mean + np.exp(0.5 * log_variance) * noise), "label": example["label"]}
+        latents = mean + np.exp(0.5 * log_variance) * noise
+        return {"image": self.record.to_model(latents), "label": example["label"]}
 
 
 class _Pictures:

@@ -1,9 +1,11 @@
 """The job behind `tools/prepare_latents.py`: pictures through the autoencoder once, packed for training.
 
-    <out>/moments.npy    float16 [n,2,side/8,side/8,8]: mean and log-variance of each picture and of its mirror image
+    <out>/moments.npy    float16 [n,2,side/f,side/f,2C]: mean and log-variance of each picture and of its mirror image
     <out>/labels.npy     int32 [n]
     <out>/checksums.npy  uint32 [n]: of each picture's moments and label, for those who read them
-    <out>/info.json      what made them, and a checksum per chunk
+    <out>/info.json      what made them, scale and shift with which a model sees them, mean and standard deviation of
+                         each channel, and a checksum per chunk
+    <out>/autoencoder.safetensors  with --normalize: the autoencoder with the latents' own scale and shift
 
 Training draws new flips and latents in every epoch, as with pictures; `data.flip=False` takes the pictures alone.
 Several processes share the chunks, each with the devices of its own machine and a journal of its own,
@@ -28,8 +30,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from dydit_jax.checkpoints import checksum
+from dydit_jax.checkpoints import checksum, package_versions, save_autoencoder
 from dydit_jax.data.latent_files import (
+    AUTOENCODER_FILE,
     CHECKSUMS_FILE,
     CLASSES_KEY,
     INFO_FILE,
@@ -41,9 +44,10 @@ from dydit_jax.data.latent_files import (
 )
 from dydit_jax.data.sources import MOST_THREADS, DataConfig, open_source
 from dydit_jax.errors import InputError
-from dydit_jax.latents import encode_moments
+from dydit_jax.latents import encode_moments, mean_and_deviation, sum_latents
 from dydit_jax.loading import load_autoencoder
-from dydit_jax.records import require_range
+from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from dydit_jax.records import read_record, require_range
 from dydit_jax.runtime.files import is_free, read_json, write_atomically, write_json
 from dydit_jax.runtime.processes import is_main, on_all_processes, require_same
 from dydit_jax.runtime.progress import Progress
@@ -67,6 +71,8 @@ class LatentsRequest:
       data: "images" (a folder per class) or "tfds" (a prepared dataset).
       autoencoder: a file or a published name.
       side: side of the cropped pictures, in pixels.
+      normalize: give a model latents of mean 0 and deviation 1 in each channel: writes the autoencoder with that scale
+        and shift beside them, for sampling.autoencoder to name. A folder that is finished may be normalised later.
       chunk: pictures that a process makes at once, between two points to go on from.
       threads: threads that read pictures.
       max_bad: unreadable pictures that are replaced by their neighbours before the job stops.
@@ -79,6 +85,7 @@ class LatentsRequest:
     data: str = "images"
     autoencoder: str = "sd-vae-ft-ema"
     side: int = 256
+    normalize: bool = False
     chunk: int = 1024
     threads: int = 4
     max_bad: int = 100
@@ -115,13 +122,20 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
     settings = dict(max_bad=request.max_bad, image_key=request.image_key, label_key=request.label_key)
     config = DataConfig(name=request.data, path=request.path, batch_size=1, **settings)
     pictures = types.SimpleNamespace(side=request.side, channels=3, classes=None)
-    source, params = on_all_processes(lambda: (open_source(config, pictures), load_autoencoder(request.autoencoder)))
+    load = lambda: load_autoencoder(request.autoencoder)
+    source, autoencoder = on_all_processes(lambda: (open_source(config, pictures), load()))
+    if request.side % autoencoder.config.factor:
+        raise InputError(
+            f"--side must be a multiple of {autoencoder.config.factor}, the factor of {request.autoencoder}, not "
+            f"{request.side}."
+        )
     job = dict(
         source=source.fingerprint,
         count=len(source),
         side=request.side,
         autoencoder=request.autoencoder,
-        autoencoder_checksum=checksum(params),
+        autoencoder_checksum=checksum(autoencoder.params),
+        autoencoder_record=_as_json(autoencoder.config),
         chunk=request.chunk,
     )
     require_same("source or autoencoder", json.dumps(job))
@@ -130,17 +144,20 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
     on_all_processes(lambda: _require_shared(out))
     if (out / INFO_FILE).is_file():
         logger.info("%s is complete.", out)
-        return out
-    done = on_all_processes(lambda: _read_journals(out))
-    left = [first for first in range(0, len(source), request.chunk) if first not in done]
-    mine = left[jax.process_index() :: jax.process_count()]
-    on_all_processes(lambda: _make_chunks(mine, source, params, request, out))  # too many bad pictures in one end all
-    on_all_processes(lambda: _finish(out, job, source.class_names) if is_main() else None)
-    logger.info("Wrote %s: use data.name=latents, data.path=%s", out, out)
+    else:
+        done = on_all_processes(lambda: _read_journals(out))
+        left = [first for first in range(0, len(source), request.chunk) if first not in done]
+        mine = left[jax.process_index() :: jax.process_count()]
+        # Too many bad pictures in one end all.
+        on_all_processes(lambda: _make_chunks(mine, source, autoencoder, request, out))
+        on_all_processes(lambda: _finish(out, job, source.class_names) if is_main() else None)
+        logger.info("Wrote %s: use data.name=latents, data.path=%s", out, out)
+    if request.normalize:
+        on_all_processes(lambda: _normalize(out, autoencoder) if is_main() else None)
     return out
 
 
-def _make_chunks(starts: list[int], source, params, request: LatentsRequest, out) -> None:
+def _make_chunks(starts: list[int], source, autoencoder: Autoencoder, request: LatentsRequest, out) -> None:
     """Make the chunks that begin at these pictures, each kept before the next."""
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     chunk_at = lambda first: range(first, min(first + request.chunk, len(source)))
@@ -155,7 +172,7 @@ def _make_chunks(starts: list[int], source, params, request: LatentsRequest, out
             examples = [future.result() for future in ahead]
             ahead = [] if following is None else read(following)  # while the devices work
             pixels = np.stack([example["pixels"] for example in examples])
-            moments = _encode(params, pixels, mesh, progress)
+            moments = _encode(autoencoder, pixels, mesh, progress)
             arrays.write(first, moments, np.array([example["label"] for example in examples], np.int32))
 
 
@@ -197,7 +214,8 @@ def _prepare_out(out, job: dict) -> None:
             raise InputError(f"{out} is not empty and holds no latents; name another --out.")
         write_json(out / JOB_FILE, job)
     else:
-        found = read_json(known, remedy=f"remove {out} and start again")
+        before_records = dict(autoencoder_record=_as_json(AutoencoderConfig()))
+        found = before_records | read_json(known, remedy=f"remove {out} and start again")
         changed = [key for key in job if found.get(key) != job[key]]
         if changed:
             raise InputError(f"{out} holds latents made otherwise ({', '.join(changed)} differ); name another --out.")
@@ -208,8 +226,9 @@ def _prepare_out(out, job: dict) -> None:
 
 def _make_arrays(out, job: dict) -> None:
     """Make what is not there of the arrays, of zeros that take no room yet."""
-    count, side = job["count"], job["side"] // 8
-    moments = ((count, 2, side, side, 8), np.float16)
+    config = read_record(AutoencoderConfig, job["autoencoder_record"], JOB_FILE)
+    count, side = job["count"], job["side"] // config.factor
+    moments = ((count, 2, side, side, 2 * config.channels), np.float16)
     shapes = dict(zip(ARRAYS, (moments, ((count,), np.int32), ((count,), np.uint32))))
     missing = {name: shape for name, shape in shapes.items() if not _current(out, name).is_file()}
     if missing and any(out.glob(JOURNALS)):
@@ -238,9 +257,9 @@ def _require_shared(out) -> None:
         raise InputError(f"{out} is not what process 0 sees there; name a folder that all machines share.")
 
 
-def _read_journals(out) -> dict[int, str]:
-    """Return the checksum of every chunk that is done, by its first picture."""
-    return {line["first"]: line["sha256"] for path in out.glob(JOURNALS) for line in _read_journal(path)}
+def _read_journals(out) -> dict[int, dict]:
+    """Return the line of every chunk that is done, by its first picture."""
+    return {line["first"]: line for path in out.glob(JOURNALS) for line in _read_journal(path)}
 
 
 def _read_journal(path) -> list[dict]:
@@ -286,7 +305,8 @@ class _Arrays:
                 file.write(np.ascontiguousarray(rows).tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-            self._journal.write(json.dumps(dict(first=first, sha256=_digest(moments, labels))) + "\n")
+            line = dict(first=first, sha256=_digest(moments, labels), sums=sum_latents(moments).tolist())
+            self._journal.write(json.dumps(line) + "\n")
             self._journal.flush()
         except OSError as error:
             raise InputError(
@@ -300,14 +320,52 @@ def _finish(out, job: dict, class_names: Sequence[str]) -> None:
     missing = [first for first in starts if first not in done]
     if missing:
         raise InputError(f"{out} lacks the pictures from {missing[0]} on; repeat the command.")
+    statistics = _statistics(out, job["chunk"], {first: line.get("sums") for first, line in done.items()})
     for name in ARRAYS:
         _current(out, name).replace(out / name)
-    chunks = [done[first] for first in starts]
+    chunks = [done[first]["sha256"] for first in starts]
     checksum_of_all = hashlib.sha256("".join(chunks).encode()).hexdigest()
-    described = dict(job, checksum=checksum_of_all, chunks=chunks) | {CLASSES_KEY: list(class_names)}
-    write_json(out / INFO_FILE, described)
+    used = {name: job["autoencoder_record"][name] for name in ("scale", "shift")}
+    described = job | used | statistics | {CLASSES_KEY: list(class_names)}
+    write_json(out / INFO_FILE, described | dict(checksum=checksum_of_all, chunks=chunks))
     for path in (*out.glob(JOURNALS), *out.glob("*.partial")):  # the latter of jobs that were killed
         path.unlink()
+
+
+def _statistics(out, chunk: int, sums: dict[int, list]) -> dict:
+    """Return mean and standard deviation of each channel; chunks of which no sums are known are read for them."""
+    moments = load_array(_current(out, LATENTS_FILE), mmap_mode="r")
+    count, views, height, width, channels = moments.shape
+    starts = range(0, count, chunk)
+    is_known = lambda first: np.shape(sums.get(first)) == (3, channels // 2)
+    known = [sums[first] if is_known(first) else sum_latents(moments[first : first + chunk]) for first in starts]
+    mean, std = mean_and_deviation(known, count * views * height * width)
+    return dict(mean=mean, std=std)
+
+
+def _normalize(out, autoencoder: Autoencoder) -> None:
+    """Write the autoencoder whose scale and shift give these latents mean 0 and deviation 1 in each channel.
+
+    Raises:
+      InputError: a channel in which all latents are equal.
+    """
+    info = read_json(out / INFO_FILE)
+    statistics = info if "std" in info else _statistics(out, info["chunk"], {})  # folders of earlier versions have none
+    mean, std = statistics["mean"], statistics["std"]
+    if not all(value > 0 for value in std):
+        raise InputError(
+            f"Channel {std.index(min(std))} of the latents in {out} is constant; --normalize can't scale it."
+        )
+    config = dataclasses.replace(autoencoder.config, scale=tuple(1 / value for value in std), shift=tuple(mean))
+    about = dict(autoencoder=info["autoencoder"], latents=info["checksum"], versions=package_versions())
+    save_autoencoder(out / AUTOENCODER_FILE, Autoencoder(config, autoencoder.params), about)
+    record = dict(scale=list(config.scale), shift=list(config.shift), mean=mean, std=std)
+    write_json(out / INFO_FILE, info | record | dict(normalized=True))
+    logger.info("Wrote %s: use sampling.autoencoder=%s", out / AUTOENCODER_FILE, out / AUTOENCODER_FILE)
+
+
+def _as_json(config: AutoencoderConfig) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _current(out, name: str):
@@ -318,11 +376,11 @@ def _current(out, name: str):
 # --- One chunk -----------------------------------------------------------------------------------
 
 
-def _encode(params, pixels: np.ndarray, mesh, progress: Progress) -> np.ndarray:
-    """Return the moments float16 [n,2,side/8,side/8,8] of pictures uint8 [n,side,side,3] and their mirror images."""
+def _encode(autoencoder: Autoencoder, pixels: np.ndarray, mesh, progress: Progress) -> np.ndarray:
+    """Return the moments float16 [n,2,side/f,side/f,2C] of pictures uint8 [n,side,side,3] and their mirror images."""
     report = lambda pictures: progress.advance(pictures / 2)
     views = (pixels, pixels[:, :, ::-1])
-    both = [encode_moments(params, view.astype(np.float32) / 127.5 - 1, mesh, report) for view in views]
+    both = [encode_moments(autoencoder, view.astype(np.float32) / 127.5 - 1, mesh, report) for view in views]
     packed = [np.concatenate([moments.mean, moments.log_variance], axis=-1) for moments in both]
     return np.stack(packed, axis=1).astype(np.float16)
 

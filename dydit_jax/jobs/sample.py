@@ -44,7 +44,6 @@ from dydit_jax.jobs.sample_folder import (
     write_set,
 )
 from dydit_jax.labels import read_labels
-from dydit_jax.latents import LATENT_FACTOR
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.cost import format_count
 from dydit_jax.models.precision import resolve_precision
@@ -157,7 +156,7 @@ def sample(request: Request) -> Samples:
     run = pipeline.prepare(weights.sampling)
     segments = _segments_given(request, run, len(labels))
     manifest = _manifest(request, pipeline, labels) | dict(segments=segments)
-    shape = _image_shape(weights)
+    shape = pipeline.image_shape
     size = 0 if request.labels is not None else len(labels) * math.prod(shape)
     set_labels = labels if request.labels is None else None
     prepare = functools.partial(prepare_folder, request.out, manifest, sample_bytes=size, labels=set_labels)
@@ -325,14 +324,6 @@ def _read_words(path) -> list[str]:
     if len(content) > most or len(words) > MOST_IMAGES:
         raise InputError(f"{path} is too long for labels; at most {MOST_IMAGES} images are drawn at once.")
     return words
-
-
-def _image_shape(weights: Weights) -> tuple[int, int, int]:
-    """Return height, width and channels of the pictures."""
-    model = weights.model
-    if not weights.sampling.autoencoder:
-        return model.side, model.side, model.channels
-    return model.side * LATENT_FACTOR, model.side * LATENT_FACTOR, 3
 
 
 def _manifest(request: Request, pipeline: Pipeline, labels: np.ndarray) -> dict:

@@ -263,7 +263,7 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     shown, decode = None, None
     if tracking.samples_every_steps:  # an autoencoder that is not there must not end the run days later
         shown = place_examples(data, experiment, mesh)
-        decode = load_decoder(experiment.sampling.autoencoder, mesh)
+        decode = load_decoder(experiment.sampling.autoencoder, model.config.channels, mesh)
     finite = jax.jit(all_finite, out_shardings=replicated(mesh))
     if step < last:
         require_finite(finite, step, state, workdir)

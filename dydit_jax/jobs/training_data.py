@@ -9,9 +9,11 @@ import types
 from collections.abc import Mapping
 
 from dydit_jax.data.sources import DataConfig, DataSource, open_source
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, some_of
 from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents
-from dydit_jax.latents import LATENT_FACTOR
+from dydit_jax.latents import require_channels
+from dydit_jax.loading import find_autoencoder_config
+from dydit_jax.models.autoencoder import AutoencoderConfig
 from dydit_jax.records import read_record
 from dydit_jax.training.experiment import Experiment
 
@@ -56,12 +58,13 @@ def with_latents(experiment: Experiment, workdir) -> Experiment:
     data, autoencoder = experiment.data, experiment.sampling.autoencoder
     if data.name not in PICTURES or not autoencoder:
         return experiment
+    config = find_autoencoder_config(autoencoder) or AutoencoderConfig()
     request = LatentsRequest(
         out=f"{str(workdir).rstrip('/')}{LATENTS_SUFFIX}",
         path=data.path,
         data=data.name,
         autoencoder=autoencoder,
-        side=experiment.model.side * LATENT_FACTOR,
+        side=experiment.model.side * config.factor,
         threads=max(data.threads, 1),
         max_bad=data.max_bad,
         image_key=data.image_key,
@@ -75,7 +78,8 @@ def open_training_data(experiment: Experiment) -> DataSource:
     """Open the training data.
 
     Raises:
-      InputError: data that do not fit the model, or latents of another autoencoder than samples are decoded with.
+      InputError: data that do not fit the model, or latents of another autoencoder than samples are decoded with, or
+        of another scale and shift.
     """
     source = open_source(experiment.data, experiment.model)
     made_by, wanted = getattr(source, "autoencoder", ""), experiment.sampling.autoencoder
@@ -83,6 +87,16 @@ def open_training_data(experiment: Experiment) -> DataSource:
         raise InputError(
             f"The latents in {experiment.data.path} are of {made_by}, but sampling.autoencoder is {wanted}."
         )
+    config = find_autoencoder_config(wanted)
+    if config is not None:
+        require_channels(config, experiment.model.channels, wanted)
+        record = getattr(source, "record", config)
+        if (record.scale, record.shift) != (config.scale, config.shift):
+            raise InputError(
+                f"The latents in {experiment.data.path} are to be used with scale {some_of(record.scale)} and shift "
+                f"{some_of(record.shift)}; sampling.autoencoder, {wanted}, has {some_of(config.scale)} and "
+                f"{some_of(config.shift)}. Name the autoencoder that they were made with, or prepare them again."
+            )
     return source
 
 
