@@ -84,16 +84,14 @@ def test_outside_the_interval_of_guidance_the_network_runs_once(tiny, process, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "process, sampler",
-    [(Diffusion(), "sde_dpmpp_2m"), (Diffusion(), "unipc"), (Diffusion(), "heun"), (Flow(), "euler_maruyama")],
-)
+@pytest.mark.parametrize("process, sampler", RUNS, ids=str)
 def test_fast_equals_gated_on_a_mesh_with_an_interval_of_guidance(tiny, process, sampler):
     interval = (300, 700) if process.name == "diffusion" else (0.2, 0.6)
-    sampling = SamplingConfig(sampler=sampler, steps="4", guidance=2.0, guidance_interval=interval, clip=1.0)
+    clip = None if (process.name, sampler) == ("flow", "heun") else 1.0
+    sampling = SamplingConfig(sampler=sampler, steps="4", guidance=2.0, guidance_interval=interval, clip=clip)
     settings = dict(sampling=sampling, process=process)
     gated = draw(*tiny, [1, 2, 3, 4], mode="gated", **settings)
-    fast = draw(*tiny, [1, 2, 3, 4], segments=None, usage=gated.usage, mesh=make_mesh(MeshConfig()), **settings)
+    fast = draw(*tiny, [1, 2, 3, 4], segments=3, usage=gated.usage, mesh=make_mesh(MeshConfig()), **settings)
     for name in ("heads", "groups"):
         np.testing.assert_array_equal(getattr(fast.routing, name), getattr(gated.routing, name))
     np.testing.assert_allclose(fast.routing.tokens, gated.routing.tokens, atol=1e-6)  # means of means

@@ -42,13 +42,15 @@ def test_grid_has_a_column_per_label(checkpoint, tmp_path):
     assert Image.open(out / "routing.png").size[0] > 500
     cost = json.loads((out / "cost.json").read_text())
     assert 0 < cost["macs"] < cost["macs_complete"] and cost["images"] == 6 and 0 < cost["tokens"] < 1
-    assert (out / "report.html").read_text().count("<img") == 3  # grid, routing, plan
+    assert (out / "report.html").read_text().count("<img") == 4  # grid, steps, routing, plan
     assert len((out / "routing.csv").read_text().splitlines()) == 1 + 2 * 2  # steps and layers
     header, *steps = (line.split(",") for line in (out / "steps.csv").read_text().splitlines())
     assert header[:4] == ["step", "timestep", "guidance", "passes"] and header[-1] == "segment"
     assert [step[:4] for step in steps] == [["0", "999", "1.0", "1"], ["1", "0", "1.0", "1"]]
     assert cost["passes_per_image"] == 2
+    assert cost["steps"]["segment"] == ["none", "none"] and len(cost["steps"]["executed_macs_per_pass"]) == 2
     manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["steps"] == dict(timestep=[999, 0], guidance=[1.0, 1.0], passes=[1, 1])
     assert manifest["sampling"]["steps"] == "2" and manifest["labels"] == ["1", "2", "3"]
     assert len(manifest["checksum"]) == 64 and manifest["precision"] == "float32"
 

@@ -128,31 +128,6 @@ def draw_plan(plan, timesteps):
     return figure
 
 
-def step_table(samples, guidance, plan=None) -> list[dict]:
-    """Return one row per step of a `generate.Samples`: what the network got, how often it ran, and what it cost.
-
-    Args:
-      samples: the record.
-      guidance: scale at each step [S].
-      plan: of `fast`, or None.
-    """
-    rows = [
-        dict(
-            step=step,
-            timestep=format_time(samples.timesteps[step]),
-            guidance=float(guidance[step]),
-            passes=int(samples.evaluations[step]),
-            macs_per_pass=float(samples.macs[step]),
-            executed_macs_per_pass=float(samples.executed_macs[step]),
-        )
-        for step in range(len(samples.timesteps))
-    ]
-    for number, segment in enumerate(plan.segments if plan is not None else ()):
-        for row in rows[segment.start : segment.stop]:
-            row["segment"] = number
-    return rows
-
-
 def plan_table(plan, timesteps) -> list[dict]:
     """Return one row per segment and layer of a plan."""
     return [

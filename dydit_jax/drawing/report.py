@@ -40,6 +40,10 @@ PICTURES = {
         "Strongly coloured patches are hard. Each map is divided by its mean, which stands below it.",
     ),
     "macs": ("Cost over timesteps", "Multiply-adds of one image's forward pass."),
+    "steps": (
+        "Steps",
+        "One point for each evaluation of the network. A band, shaded or white, is a segment: one compiled program.",
+    ),
     "routing": (
         "Open gates",
         "Heads, MLP groups and tokens over the timesteps, by layer, and what a pass costs.",
@@ -101,7 +105,8 @@ def write_report(folder) -> epath.Path:
     contents = ((MANIFEST_FILE, manifest), (ANALYSIS_FILE, analysis), (EVALUATION_FILE, evaluations))
     for name, content in contents:
         if content:
-            text = html.escape(json.dumps(content, indent=2))
+            shown = content if name != MANIFEST_FILE else {key: content[key] for key in content if key != "steps"}
+            text = html.escape(json.dumps(shown, indent=2))
             parts.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
     title = f"dydit-jax: {folder.name}"
     page = (

@@ -1,13 +1,13 @@
 """The job behind `sample.py`: checkpoint -> images in a folder, resumable, with a manifest beside them.
 
-    <out>/manifest.json      all that made the images: weights' checksum, sampler, guidance, seed, precision, versions
+    <out>/manifest.json      all that made the images: weights' checksum, sampler, every step, seed, precision, versions
     <out>/grid.png           for --labels
     <out>/images/000000.png  each image, written whole or not at all
     <out>/samples.npz        for a set: arr_0 uint8 [n,side,side,channels] and labels int32 [n]
     <out>/routing.png        what was on over the timesteps
     <out>/plan.png           the segments of `fast`
-    <out>/steps.csv          timestep, guidance, passes, MACs and segment of every step
-    <out>/cost.json          MACs, shares on and seconds of the last job that drew something
+    <out>/steps.png          timestep, guidance, passes, MACs and segment of every step, and steps.csv
+    <out>/cost.json          MACs, also of every step, shares on and seconds of the last job that drew something
     <out>/report.html        all of it on one page
 
 An image is a function of the weights, the settings, the seed and its index. A job that was killed therefore makes just
@@ -31,6 +31,7 @@ from dydit_jax.diffusion.process import process_sections
 from dydit_jax.drawing import figures
 from dydit_jax.drawing.pictures import draw_grid, label_texts, read_image, save_image
 from dydit_jax.drawing.report import COST_FILE, MANIFEST_FILE, write_report
+from dydit_jax.drawing.steps import draw_steps, step_columns, step_lines, step_table
 from dydit_jax.drawing.style import save_figure, save_table
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.plan import require_segments
@@ -90,7 +91,8 @@ class Request:
       token_capacity: share of each image's tokens that pass an MLP at most: one number, or one per block; the
         checkpoint's own by default.
       precision: auto, bfloat16, float32 or highest.
-      routing: also draw what was on over the timesteps: routing.png and plan.png, with their numbers as .csv.
+      routing: also draw what was on over the timesteps, and say what the steps were: routing.png, steps.png and
+        plan.png, with their numbers as .csv.
       report: also write one page about the job, report.html; it shows the routing too.
       overrides: sampling settings that win over the checkpoint's, and `preset`, see `choose_sampling`.
       from_step: step of a work directory's checkpoint; the newest by default.
@@ -223,7 +225,8 @@ def _finish(request: Request, weights: Weights, labels, out, drawn: DrawResult) 
     """Write everything but the single images."""
     samples, plan = drawn.samples, drawn.plan
     if samples is not None:  # else all images had been there
-        write_json(out / COST_FILE, _cost(drawn, weights))
+        steps = step_table(samples, make_table(weights.sampling, weights.process).guidance, plan)
+        write_json(out / COST_FILE, _cost(drawn, weights) | dict(steps=step_columns(steps)))
     if request.labels is not None:
         pixels = np.stack([read_image(image_path(out, index)) for index in range(len(labels))])
         save_image(out / "grid.png", draw_grid(pixels, len(request.labels), label_texts(labels, weights.model.classes)))
@@ -232,8 +235,9 @@ def _finish(request: Request, weights: Weights, labels, out, drawn: DrawResult) 
     if (request.routing or request.report) and samples is not None:
         save_figure(out / "routing.png", figures.draw_routing(samples, weights.model.macs))
         save_table(out / "routing.csv", figures.routing_table(samples))
-        guidance = make_table(weights.sampling, weights.process).guidance
-        save_table(out / "steps.csv", figures.step_table(samples, guidance, plan))
+        save_table(out / "steps.csv", steps)
+        save_figure(out / "steps.png", draw_steps(steps, weights.model.macs.complete))
+        logger.info("Steps of the run:\n%s", step_lines(steps))
         if plan is not None:
             save_figure(out / "plan.png", figures.draw_plan(plan, samples.timesteps))
             save_table(out / "plan.csv", figures.plan_table(plan, samples.timesteps))
@@ -328,7 +332,7 @@ def _read_words(path) -> list[str]:
 
 def _manifest(request: Request, pipeline: Pipeline, labels: np.ndarray) -> dict:
     """Describe all that makes the images."""
-    weights = pipeline.weights
+    weights, run = pipeline.weights, pipeline.prepare(pipeline.weights.sampling)
     return dict(
         labels=labels_digest(labels) if request.labels is None else request.labels,
         num_images=len(labels),
@@ -337,6 +341,11 @@ def _manifest(request: Request, pipeline: Pipeline, labels: np.ndarray) -> dict:
         model=dataclasses.asdict(weights.model),
         **process_sections(weights.process),
         sampling=dataclasses.asdict(weights.sampling),
+        steps=dict(
+            timestep=run.table.timestep.tolist(),
+            guidance=run.table.guidance.tolist(),
+            passes=run.evaluations.tolist(),
+        ),
         seed=request.seed,
         mode=request.mode,
         precision=resolve_precision(request.precision)[0].name,

@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 READERS = 8
 SET_FILE = "samples.npz"
 MANIFEST_REMEDY = "name another --out, or remove the folder and start again"
-# Of a manifest: the path of weights whose checksum is known, and what changes the images by rounding alone.
-IRRELEVANT = ("checkpoint", "segments")
+# Of a manifest: the path of weights whose checksum is known, what changes the images by rounding alone, and what
+# follows from the rest.
+IRRELEVANT = ("checkpoint", "segments", "steps")
 
 
 def prepare_folder(out, manifest: dict, *, sample_bytes: int, labels: np.ndarray | None = None) -> epath.Path:
