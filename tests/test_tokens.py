@@ -13,8 +13,8 @@ from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
-from dydit_jax.models.dit import Model, execution_runs
-from dydit_jax.models.execution import Masked, TopK, run_on_rows, token_ranks
+from dydit_jax.models.dit import Model
+from dydit_jax.models.execution import Masked, TopK, execution_runs, run_on_rows, token_ranks
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_constrain_fn, make_mesh, replicated
 from dydit_jax.sampling.generate import generate
 

@@ -27,6 +27,7 @@ def get_config():
     config.model.token_capacity = ()  # (0.5,): at most half of each image's tokens pass an MLP; or one share per block
     config.model.time_router = "linear"  # opens heads and groups by the timestep
     config.model.token_router = "mlp"  # opens tokens by their content
+    config.model.guidance_free = False  # guidance in one pass, trained by loss.guidance_free
     config.model.label_init_std = 0.02
     config.model.time_init_std = 0.02
 
@@ -59,6 +60,7 @@ def get_config():
     config.loss.times = "uniform"  # how times of a flow are drawn; or logit_normal
     config.loss.logit_normal = (0.0, 1.0)
     config.loss.label_dropout = 0.1
+    config.loss.guidance_free = False  # docs/guidance.md
     config.loss.complete_steps = -1  # -1: the complete pass is trained throughout
     config.loss.budget = 0.5
     config.loss.budget_weight = 2.0

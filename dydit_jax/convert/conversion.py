@@ -401,6 +401,8 @@ def export(source, out, *, overwrite: bool, load: Callable = load_weights) -> ep
         weights = load(source)
         if weights.lora is not None:
             raise InputError(f"{source} has low-rank updates that depend on the timestep; the original has none.")
+        if weights.model.guidance_free:
+            raise InputError(f"{source} is told the scale of guidance; the original has no place for that.")
         tensors = export_state_dict(weights.params, weights.model)
     write_tensors(out, tensors)
     logger.info("Wrote %s in the original's layout.", out)

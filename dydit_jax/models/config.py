@@ -43,6 +43,8 @@ class DiTConfig:
       token_capacity: share of an image's tokens that pass the MLP at most, one number for all blocks or one per block;
         empty leaves the choice to the routers alone. See `execution`.
       time_router, token_router: keys of `TIME_ROUTERS` and `TOKEN_ROUTERS`; published models have "linear" and "mlp".
+      guidance_free: whether the network is told beta = 1 / scale of the guidance, and makes the guided prediction in
+        one pass; see `loss.guidance_free`.
       label_init_std, time_init_std: standard deviation of the initial label table and timestep layers.
     """
 
@@ -61,6 +63,7 @@ class DiTConfig:
     token_capacity: tuple[float, ...] = ()
     time_router: str = "linear"
     token_router: str = "mlp"
+    guidance_free: bool = False
     label_init_std: float = 0.02
     time_init_std: float = 0.02
 

@@ -66,6 +66,8 @@ def model_macs(config) -> ModelMacs:
     width, tokens = config.width, config.tokens
     patch_values = config.patch**2
     embeddings = tokens * patch_values * config.channels * width + (2 * TIME_FREQUENCIES + width) * width
+    if config.guidance_free:
+        embeddings += (2 * TIME_FREQUENCIES) ** 2
     modulations = config.depth * 6 * width**2 + 2 * width**2
     output = tokens * width * patch_values * 2 * config.channels
     of_token, of_timestep = 0, 0

@@ -19,7 +19,6 @@ Sources: DiT, https://arxiv.org/abs/2212.09748; DyDiT, https://arxiv.org/abs/241
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 
 import jax
@@ -29,15 +28,17 @@ from flax import nnx
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.attention import PLATFORMS
 from dydit_jax.models.config import DiTConfig
-from dydit_jax.models.execution import Dense, Masked, MLPStep, TokenExecution, TopK
+from dydit_jax.models.execution import Dense, Masked, MLPStep, TokenExecution, TopK, execution_runs
 from dydit_jax.models.layers import (
     MLP,
     Attention,
+    GuidanceEmbed,
     LabelEmbed,
     Modulation,
     Output,
     PatchEmbed,
     TimeEmbed,
+    guided_embedding,
     unconstrained,
 )
 from dydit_jax.models.lora import MIXTURE, LoRAConfig, Mixture
@@ -100,6 +101,8 @@ class DiT(nnx.Module):
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.time_embed = TimeEmbed(width=width, deviation=config.time_init_std, rngs=rngs)
         self.label_embed = LabelEmbed(classes=config.classes, width=width, deviation=config.label_init_std, rngs=rngs)
+        if config.guidance_free:
+            self.guidance_embed = GuidanceEmbed()
         settings = dict(token_router=routers.token, dtype=dtype, platform=platform, lora=lora)
         make_block = lambda rngs: Block(config, **settings, rngs=rngs)
         self.blocks = nnx.vmap(make_block)(rngs.split(config.depth))  # every parameter [L,...]
@@ -121,11 +124,13 @@ class DiT(nnx.Module):
             require_array(gates, (len(t), *self.gates_shape), "float32", method=method, returns="gates [B,L,units]")
         return heads, groups
 
-    def __call__(self, x, t, labels, *, model: "Model", gated: bool, noise: Routing | None = None, force_open=None):
+    def __call__(
+        self, x, t, labels, *, model: "Model", gated: bool, noise: Routing | None = None, force_open=None, beta=None
+    ):
         """Predict noise and variance; see `Model.apply`.
 
         Args:
-          x, t, labels, noise: as for `Model.apply`.
+          x, t, labels, noise, beta: as for `Model.apply`.
           model: whose settings the pass is run with.
           gated: whether the routers are asked; else all gates are open, and the routing returned is None.
           force_open: of each image, whether all its gates are open [B]; None leaves it to the routers.
@@ -134,7 +139,8 @@ class DiT(nnx.Module):
         tokens = constrain(self.patch_embed(x))  # [B,N,D]
         # Pinned, here and in the blocks: for a gradient of split weights, the compiler would gather the batch instead.
         embedding = self.time_embed(t)
-        condition = constrain(embedding + self.label_embed(labels))  # [B,D]
+        guided = guided_embedding(self.time_embed, getattr(self, "guidance_embed", None), t, labels, beta, model.config)
+        condition = constrain(guided + self.label_embed(labels))  # [B,D]
         heads, groups = self.time_gates(t, noise) if gated else (None, None)
         if force_open is not None:
             heads, groups = (jnp.where(force_open[:, None, None], 1.0, gates) for gates in (heads, groups))
@@ -157,16 +163,6 @@ class DiT(nnx.Module):
             kept.append(gates)
         routing = Routing(heads, groups, by_layer(jnp.concatenate(kept))) if gated else None
         return self.output(tokens, self.output.modulation(condition), constrain), routing
-
-
-def execution_runs(executions: tuple[TokenExecution, ...]) -> list[tuple[int, int, TokenExecution]]:
-    """Return (first, last + 1, execution) of consecutive layers that run alike: each run is one scan."""
-    runs, first = [], 0
-    for execution, layers in itertools.groupby(executions):
-        last = first + len(list(layers))
-        runs.append((first, last, execution))
-        first = last
-    return runs
 
 
 def _rematerialised(function, remat: str):
@@ -236,7 +232,7 @@ class Model:
         """Return the parameter tree as shapes, without computing anything."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def apply(self, params, x, t, labels, *, mode: str, noise: Routing | None = None):
+    def apply(self, params, x, t, labels, *, mode: str, noise: Routing | None = None, beta=None):
         """Run the network.
 
         Args:
@@ -246,6 +242,7 @@ class Model:
           labels: [B], 0 .. classes, where `classes` stands for "no class".
           mode: "complete" or "gated". Without routers both are the same.
           noise: logistic noise for the gates in training; None decides without noise.
+          beta: of a model with guidance in one pass, 1 / scale of the guidance [B]; None is 1, without guidance.
 
         Returns:
           The prediction, float32 [B,side,side,2C] (noise first, then variance), and the `Routing`.
@@ -256,14 +253,15 @@ class Model:
         require_known("mode", mode, MODES)
         gated = mode == "gated" and self.config.routers != "none"
         with jax.default_matmul_precision(self.matmul_precision):
-            prediction, routing = self._network(params)(x, t, labels, model=self, gated=gated, noise=noise)
+            network = self._network(params)
+            prediction, routing = network(x, t, labels, model=self, gated=gated, noise=noise, beta=beta)
         return prediction, routing or self.open_routing(x.shape[0])
 
-    def apply_both(self, params, x, t, labels, *, noise: Routing | None = None):
+    def apply_both(self, params, x, t, labels, *, noise: Routing | None = None, beta=None):
         """Run the gated and the complete pass on the same input as one: weights are read, and gathered, once.
 
         Args:
-          params, x, t, labels, noise: as for `apply`.
+          params, x, t, labels, noise, beta: as for `apply`.
 
         Returns:
           The gated and the complete prediction, and the `Routing` of the gated one.
@@ -276,7 +274,8 @@ class Model:
         # Neighbours, so that each device keeps its own pairs.
         pair = lambda leaf: jnp.repeat(leaf, 2, axis=0)
         force_open = jnp.tile(jnp.asarray([False, True]), len(x))
-        settings = dict(model=self, gated=True, noise=jax.tree.map(pair, noise), force_open=force_open)
+        noise, beta = jax.tree.map(pair, (noise, beta))
+        settings = dict(model=self, gated=True, noise=noise, force_open=force_open, beta=beta)
         with jax.default_matmul_precision(self.matmul_precision):
             predictions, routing = self._network(params)(pair(x), pair(t), pair(labels), **settings)
         both = lambda leaf: leaf.reshape(-1, 2, *leaf.shape[1:])  # [B,2,...]
@@ -292,20 +291,20 @@ class Model:
             for capacity in self.config.capacities
         )
 
-    def apply_layers(self, params, layers: "list[Layer]", x, t, labels, modulations=None):
+    def apply_layers(self, params, layers: "list[Layer]", x, t, labels, modulations=None, beta=None):
         """Run the network with blocks of their own, one after the other: narrowed ones have different widths.
 
         Args:
           params: the parameter tree; its blocks are not used.
           layers: the blocks.
-          x, t, labels: as for `apply`.
+          x, t, labels, beta: as for `apply`; beta may be a scalar.
           modulations: from `modulations`, where they are known already.
 
         Returns:
           The prediction [B,side,side,2C] and the token gates [B,L,N].
         """
         part, block = self._parts(params)
-        *of_blocks, of_output = modulations or self.modulations(params, layers, t, labels)
+        *of_blocks, of_output = modulations or self.modulations(params, layers, t, labels, beta)
         kept = []
         with jax.default_matmul_precision(self.matmul_precision):
             stream = layers[0].execution.enter(part("patch_embed")(x))  # of tokens [B,N,D]
@@ -316,16 +315,18 @@ class Model:
             prediction = part("output")(layers[-1].execution.leave(stream), of_output)
         return prediction, self.open_routing(x.shape[0]).tokens if kept[0] is None else jnp.stack(kept, 1)
 
-    def modulations(self, params, layers, t, labels) -> tuple:
+    def modulations(self, params, layers, t, labels, beta=None) -> tuple:
         """Return what the condition makes of each block, [6,B,D], and of the output, [2,B,D].
 
         Args:
-          params, layers: as for `apply_layers`.
+          params, layers, beta: as for `apply_layers`.
           t, labels: timesteps and labels, [B].
         """
         part, block = self._parts(params)
         with jax.default_matmul_precision(self.matmul_precision):
-            condition = part("time_embed")(t) + part("label_embed")(labels)  # [B,D]
+            of_guidance = part("guidance_embed") if self.config.guidance_free else None
+            guided = guided_embedding(part("time_embed"), of_guidance, t, labels, beta, self.config)
+            condition = guided + part("label_embed")(labels)  # [B,D]
             of_blocks = [block(layer.params).modulation(condition) for layer in layers]
             return *of_blocks, part("output").modulation(condition)
 
@@ -385,9 +386,8 @@ def _part_graphs(config: DiTConfig, routers: Routers, dtype, platform: str) -> d
     settings = dict(dtype=dtype, platform=platform)
     network = nnx.eval_shape(lambda: DiT(config, routers=routers, **settings, rngs=nnx.Rngs(0)))
     block = nnx.eval_shape(lambda: Block(config, token_router=routers.token, **settings, rngs=nnx.Rngs(0)))
-    graphs = {
-        name: nnx.graphdef(getattr(network, name)) for name in ("patch_embed", "time_embed", "label_embed", "output")
-    }
+    parts = ("patch_embed", "time_embed", "label_embed", "output", *["guidance_embed"] * config.guidance_free)
+    graphs = {name: nnx.graphdef(getattr(network, name)) for name in parts}
     return graphs | {"block": nnx.graphdef(block)}
 
 

@@ -22,6 +22,7 @@ saves what is left out too. The executions that only save work are in `fast/exec
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -227,6 +228,16 @@ class TopK(TokenExecution):
     def rows_run(self, needed, *, images: int, tokens: int) -> np.ndarray:
         """Return the rows of all images, whatever is needed."""
         return np.full(np.shape(needed), images * self.capacity[0])
+
+
+def execution_runs(executions: tuple[TokenExecution, ...]) -> list[tuple[int, int, TokenExecution]]:
+    """Return (first, last + 1, execution) of consecutive layers that run alike: each run is one scan."""
+    runs, first = [], 0
+    for execution, layers in itertools.groupby(executions):
+        last = first + len(list(layers))
+        runs.append((first, last, execution))
+        first = last
+    return runs
 
 
 def token_ranks(scores):

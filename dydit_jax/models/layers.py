@@ -27,6 +27,7 @@ from dydit_jax.models.lora import add_updates, expand, has_update, reducing_kern
 
 TIME_FREQUENCIES = 128  # cosines and as many sines: 256 features
 MAX_PERIOD = 10_000.0
+MAX_BETA = 1000  # what beta = 1 is to the features
 NORM_EPSILON = 1e-6
 
 
@@ -186,10 +187,24 @@ class TimeEmbed(nnx.Module):
         self.kernel_out = nnx.Param(init(rngs.params(), (width, width)))
         self.bias_out = nnx.Param(jnp.zeros(width))
 
-    def __call__(self, t):
-        """Return the embedding of timesteps t [B] as float32 [B,D]."""
-        hidden = jnp.dot(time_features(t), self.kernel_in[...], precision="highest") + self.bias_in[...]
+    def __call__(self, t, added=0.0):
+        """Return the embedding of timesteps t [B] as float32 [B,D]; `added` to their features [B,256]."""
+        hidden = jnp.dot(time_features(t) + added, self.kernel_in[...], precision="highest") + self.bias_in[...]
         return jnp.dot(jax.nn.silu(hidden), self.kernel_out[...], precision="highest") + self.bias_out[...]
+
+
+class GuidanceEmbed(nnx.Module):
+    """A Linear without bias on the features of beta = 1 / scale, added to those of the timestep; zero at the start.
+
+    Source: guidance-free training, https://arxiv.org/abs/2501.15420.
+    """
+
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.zeros((2 * TIME_FREQUENCIES, 2 * TIME_FREQUENCIES)))
+
+    def __call__(self, beta):
+        """Return what beta [B], 0 .. 1, adds to the features of the timestep, float32 [B,256]."""
+        return jnp.dot(time_features(MAX_BETA * beta), self.kernel[...], precision="highest")
 
 
 class LabelEmbed(nnx.Module):
@@ -201,6 +216,21 @@ class LabelEmbed(nnx.Module):
     def __call__(self, labels):
         """Return the rows of labels [B] as float32 [B,D]."""
         return jnp.asarray(self.table[...])[labels]
+
+
+def guided_embedding(time_embed, guidance_embed, t, labels, beta, config):
+    """Return the embedding of timesteps [B,D], with what the network is told of guidance.
+
+    Args:
+      time_embed, guidance_embed: the modules; None for a model without guidance in one pass.
+      t, labels: [B].
+      beta: [B], a scalar or None, which is 1. Images without a class have nothing to be guided to: theirs is 1.
+      config: of the model.
+    """
+    if guidance_embed is None:
+        return time_embed(t)
+    beta = jnp.where(labels == config.null_label, 1.0, 1.0 if beta is None else beta)
+    return time_embed(t, guidance_embed(beta))
 
 
 # --- Parts of a block ----------------------------------------------------------------------------

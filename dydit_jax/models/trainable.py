@@ -13,7 +13,7 @@ from dydit_jax.trees import flatten, unflatten
 EVERYTHING = ("everything",)
 PARTS = {
     "routers": lambda path: "_router/" in path,
-    "labels": lambda path: path.startswith("label_embed/"),
+    "labels": lambda path: path.startswith(("label_embed/", "guidance_embed/")),
     "lora": is_low_rank,
 }
 

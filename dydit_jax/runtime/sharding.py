@@ -44,7 +44,7 @@ RULES = (
     (r"lora_mixture/(kernel|bias)$", ()),
     # Small too, or read by an index.
     (r"(attention/out_bias|mlp/down_bias|modulation/bias)$", ()),
-    (r"(patch_embed|label_embed|output|time_embed)/(kernel|bias|table|positions)(_in|_out)?$", ()),
+    (r"(patch_embed|label_embed|output|time_embed|guidance_embed)/(kernel|bias|table|positions)(_in|_out)?$", ()),
     (r"(^|/)(step|count|skipped|skipped_in_a_row)$", ()),
 )
 

@@ -45,7 +45,7 @@ from dydit_jax.runtime.processes import to_host
 from dydit_jax.runtime.seeds import seed_words
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import batch_sharding, replicated, require_divisible
-from dydit_jax.sampling.guidance import evaluations_per_step, require_label_table
+from dydit_jax.sampling.guidance import evaluations_of, require_label_table
 from dydit_jax.sampling.noise import first_noise, image_keys
 from dydit_jax.sampling.runner import Committed, SegmentRunner
 from dydit_jax.sampling.segment import SegmentProgram, SegmentSettings, microbatch_size
@@ -137,7 +137,7 @@ class SamplingRun:
             model, params = dataclasses.replace(model, lora=None), _fold_constant(params, lora=model.lora)
         require_label_table(params, model.config)
         self.table = make_table(sampling, process)
-        self.evaluations = evaluations_per_step(self.table.guidance)
+        self.evaluations = evaluations_of(model.config, self.table.guidance)
         self.model = dataclasses.replace(model, constrain=unconstrained)  # each device computes its own images
         self.sampling, self.process, self.mesh = sampling, process, mesh
         params = params if mesh is None else jax.device_put(params, replicated(mesh))

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: two passes of the network in one, mixed.
+"""Classifier-free guidance: two passes of the network in one, mixed; or one pass of a network that is told the scale.
 
 Source: https://arxiv.org/abs/2207.12598; that only the first three channels are guided is how the published DiT models
 are sampled.
@@ -49,8 +49,26 @@ def guidance_scales(sampling: SamplingConfig, timesteps: np.ndarray, time_range:
 
 
 def evaluations_per_step(scales) -> np.ndarray:
-    """Return how often the network runs on an image at each of the scales [S]: twice with guidance, int [S]."""
+    """Return how often a network runs on an image at each of the scales [S]: twice with guidance, int [S]."""
     return np.where(np.asarray(scales) == 1.0, 1, 2)
+
+
+def evaluations_of(config: DiTConfig, scales: np.ndarray) -> np.ndarray:
+    """Return how often a model runs on an image at each of the scales [S], int [S].
+
+    Once where the model is told the scale and predicts the guided result itself, else as `evaluations_per_step` says.
+
+    Raises:
+      InputError: a scale below 1 of such a model, which has not seen it.
+    """
+    if not config.guidance_free:
+        return evaluations_per_step(scales)
+    if (scales < 1.0).any():
+        raise InputError(
+            f"This model has guidance in one pass, for scales from 1 on; sampling.guidance is {scales.min():g}. Two "
+            "passes of it are not mixed."
+        )
+    return np.ones(scales.shape, int)
 
 
 def condition_labels(labels, *, evaluations: int, config: DiTConfig):

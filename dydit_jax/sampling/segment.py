@@ -118,12 +118,14 @@ def _run_on_a_device(inputs: SegmentInputs, *, settings: SegmentSettings):
     def run_pass(images):
         state, labels, keys = images
         conditions = condition_labels(labels, evaluations=evaluations, config=model.config)
-        ahead = modulations_ahead(model, inputs.params, layers, inputs.rows.timestep, conditions)
+        betas = 1 / inputs.rows.guidance if model.config.guidance_free else None
+        ahead = modulations_ahead(model, inputs.params, layers, inputs.rows.timestep, conditions, betas)
 
         def predict(x, row, extra):
             heads, groups, modulations = extra
             folded = fold_updates(model, inputs.params, updated, row.timestep)
-            network = bind_network(model, inputs.params, folded, heads, groups, modulations)
+            beta = 1 / row.guidance if model.config.guidance_free else None
+            network = bind_network(model, inputs.params, folded, heads, groups, modulations, beta)
             guidance = dict(scale=row.guidance if evaluations == 2 else None, guided_channels=settings.guided_channels)
             output, tokens = guide(network, x, row.timestep, labels, **guidance, config=model.config)
             return output, record_step(settings.executions, tokens)
@@ -153,11 +155,11 @@ def fold_updates(model: Model, params, layers: list[Layer], t) -> list[Layer]:
     return folded
 
 
-def bind_network(model: Model, params, layers: list[Layer], heads, groups, modulations=None):
+def bind_network(model: Model, params, layers: list[Layer], heads, groups, modulations=None, beta=None):
     """Return (x, t, labels) -> the prediction and the token gates, on narrowed layers.
 
     Args:
-      model, params, layers, modulations: as for `Model.apply_layers`; gates of the layers are ignored.
+      model, params, layers, modulations, beta: as for `Model.apply_layers`; gates of the layers are ignored.
       heads, groups: per layer, gates [1,kept] of the kept units, or None where all are open.
     """
     if model.platform == "gpu":
@@ -166,7 +168,7 @@ def bind_network(model: Model, params, layers: list[Layer], heads, groups, modul
     else:
         with_gates = zip(layers, heads, groups)
         layers = [dataclasses.replace(layer, heads=h, groups=g) for layer, h, g in with_gates]
-    return functools.partial(model.apply_layers, params, layers, modulations=modulations)
+    return functools.partial(model.apply_layers, params, layers, modulations=modulations, beta=beta)
 
 
 def record_step(executions: tuple[TokenExecution, ...], tokens) -> StepRecord:
@@ -196,17 +198,19 @@ def microbatch_size(model: Model, evaluations: int, images: int) -> int:
     return largest if 2 * largest > most else images
 
 
-def modulations_ahead(model: Model, params, layers: list[Layer], timesteps, labels):
+def modulations_ahead(model: Model, params, layers: list[Layer], timesteps, labels, betas=None):
     """Return `Model.modulations` of all steps of a segment, [S,...], or None where they are too large to keep.
 
     A third of a DiT's weights only multiply one vector per image. Made for all steps at once, the modulations read them
-    once per segment and not at every step, which on few images is most of what they cost.
+    once per segment and not at every step, which on few images is most of what they cost. `betas`, of guidance in one
+    pass, are those of the steps [S], or None.
     """
     steps, images = len(timesteps), len(labels)
     parts = jax.eval_shape(lambda: model.modulations(params, layers, timesteps[:1], labels[:1]))
     if sum(part.size for part in parts) * steps * images * BYTES_PER_NUMBER > MOST_MODULATION_BYTES:
         return None
-    modulations = model.modulations(params, layers, jnp.repeat(timesteps, images), jnp.tile(labels, steps))
+    times, betas = jax.tree.map(lambda of_steps: jnp.repeat(of_steps, images), (timesteps, betas))
+    modulations = model.modulations(params, layers, times, jnp.tile(labels, steps), betas)
     if model.platform == "cpu":  # an array per part: loops that read a slice of all parts twice are not vectorised
         by_step = lambda parts: tuple(part.reshape(steps, images, -1) for part in parts)  # [S,B,D]
     else:

@@ -80,6 +80,13 @@ def read_experiment(config: Mapping) -> Experiment:
     _require_meaning(experiment.loss, experiment.process)
     make_table(experiment.sampling, experiment.process)
     require_no_class(config, experiment.sampling)
+    if experiment.loss.guidance_free and not experiment.model.guidance_free:
+        raise InputError("loss.guidance_free needs model.guidance_free=True: a network that is told the guidance.")
+    if experiment.loss.guidance_free and not 0 < experiment.loss.label_dropout < 1:
+        raise InputError(
+            "loss.guidance_free needs a loss.label_dropout between 0 and 1, about 0.1: its target is made with the "
+            f"prediction without a class. It is {experiment.loss.label_dropout}."
+        )
     if "routers" in experiment.train.trainable and experiment.model.routers == "none":
         raise InputError("train.trainable has 'routers', but model.routers is 'none'.")
     parts, size = experiment.train.accumulate, experiment.data.batch_size

@@ -54,7 +54,7 @@ def starting_weights(model: Model, experiment: Experiment) -> Weights | None:
     kept = lambda name, shape: shape[1:] if name in (LABEL_TABLE, POSITIONS) else shape
     fits = lambda name, leaf: name in own and kept(name, leaf.shape) == kept(name, own[name])
     wrong = [f"{name} {leaf.shape}" for name, leaf in found.items() if not fits(name, leaf)]
-    fresh = lambda name: "_router/" in name or is_low_rank(name)
+    fresh = lambda name: "_router/" in name or is_low_rank(name) or name.startswith("guidance_embed/")
     wrong += [f"{name} missing" for name in own if name not in found and not fresh(name)]
     if wrong:
         raise InputError(f"train.init_from {experiment.train.init_from} is another model: {'; '.join(wrong[:6])}.")
