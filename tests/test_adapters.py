@@ -12,7 +12,7 @@ from conftest import DYNAMIC, changed
 
 from dydit_jax import Pipeline
 from dydit_jax.checkpoints import ADAPTER_FORMAT, Weights, checksum, format_of, save_weights
-from dydit_jax.convert.conversion import export
+from dydit_jax.convert.exporting import Export, export
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
@@ -97,7 +97,7 @@ def test_adapter_is_merged_on_load_and_on_request(base, trained, tmp_path):
     assert checksum(merged.params) == checksum(from_run.params) and merged.lora is None
     with pytest.raises(InputError, match="exists; give --overwrite"):
         merge(workdir, tmp_path / "merged.safetensors")
-    export(file, tmp_path / "there.safetensors", overwrite=False, load=load_checkpoint)
+    export(Export(file, tmp_path / "there.safetensors"), load_checkpoint)
     assert (tmp_path / "there.safetensors").stat().st_size > file.stat().st_size
 
 
@@ -129,8 +129,8 @@ def test_updates_of_the_timestep_are_kept_apart_and_sampled(base, tmp_path):
     assert drawn.pixels.shape == (2, 8, 8, 1)
     merged = load_checkpoint(merge(tmp_path / "run", tmp_path / "merged.safetensors"))
     np.testing.assert_array_equal(Pipeline(merged)([1, 2]).pixels, drawn.pixels)
-    with pytest.raises(InputError, match="updates that depend on the timestep; the original has none"):
-        export(tmp_path / "merged.safetensors", tmp_path / "out.pt", overwrite=False)
+    with pytest.raises(InputError, match="updates that depend on the timestep; no other layout has them"):
+        export(Export(tmp_path / "merged.safetensors", tmp_path / "out.pt"))
     with pytest.raises(InputError, match="updates that depend on the timestep; take its base"):
         train_and_evaluate(changed(DYNAMIC, train=dict(init_from=str(tmp_path / "run"))), tmp_path / "next")
 

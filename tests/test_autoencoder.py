@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from dydit_jax.convert.autoencoders import convert_autoencoder, export_autoencoder, only_autoencoder
-from dydit_jax.convert.conversion import Conversion, convert, export
+from dydit_jax.convert.conversion import Conversion, convert
+from dydit_jax.convert.exporting import Export, export
 from dydit_jax.convert.torch_files import read_tensors, write_tensors
 from dydit_jax.errors import InputError
 from dydit_jax.latents import decode_latents, encode_images
@@ -159,7 +160,7 @@ def test_conversion_of_a_file_is_loaded_again(theirs, params, tmp_path):
     report = convert(Conversion(str(tmp_path / "vae.safetensors"), str(tmp_path / "out")))
     assert report.kind == "autoencoder" and report.parameters == 83_653_863
     jax.tree.map(np.testing.assert_array_equal, load_autoencoder(tmp_path / "out").params, params)
-    export(tmp_path / "out", tmp_path / "back.bin", overwrite=False)
+    export(Export(tmp_path / "out", tmp_path / "back.bin"))
     back = read_tensors(tmp_path / "back.bin")
     for name, tensor in theirs.state_dict().items():
         np.testing.assert_array_equal(back[name], tensor.numpy(), err_msg=name)

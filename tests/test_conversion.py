@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS, GOLDEN, channels_last, read_torch, relative_error
 
-from dydit_jax.convert.conversion import Conversion, convert, export
+from dydit_jax.convert.conversion import Conversion, convert
 from dydit_jax.convert.detect import detect_config
+from dydit_jax.convert.exporting import Export, export
 from dydit_jax.convert.ordering import order_by_magnitude
 from dydit_jax.convert.tables import source_shapes
 from dydit_jax.convert.torch_files import read_tensors, write_tensors
@@ -53,7 +54,7 @@ def test_converted_model_equals_the_original(golden, tmp_path):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_there_and_back_is_bitwise_equal(golden, tmp_path, suffix):
     convert(Conversion(source_of(golden), str(tmp_path / "ours.safetensors"), heads=4))
-    export(tmp_path / "ours.safetensors", tmp_path / f"back{suffix}", overwrite=False)
+    export(Export(tmp_path / "ours.safetensors", tmp_path / f"back{suffix}"))
     back = read_tensors(tmp_path / f"back{suffix}")
     assert back.keys() == golden.state_dict.keys()
     for name, tensor in golden.state_dict.items():
@@ -74,7 +75,7 @@ def test_position_table_of_its_own_is_kept(tmp_path):
     source = str(GOLDEN / CHECKPOINTS["v2"])
     report = convert(Conversion(source, str(tmp_path / "ours"), weights="model", verify=True))
     assert report.config["positions"] == "stored" and report.largest_difference < 1e-5
-    export(tmp_path / "ours", tmp_path / "back.pt", overwrite=False)
+    export(Export(tmp_path / "ours", tmp_path / "back.pt"))
     back, theirs = read_tensors(tmp_path / "back.pt"), read_tensors(source, weights="model")
     assert back.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -183,7 +184,7 @@ def test_output_that_exists_is_kept_unless_told_otherwise(tmp_path):
     with pytest.raises(InputError, match="exists; give --overwrite"):
         convert(request)
     with pytest.raises(InputError, match="exists; give --overwrite"):
-        export(tmp_path / "w.safetensors", tmp_path / "w.safetensors", overwrite=False)
+        export(Export(tmp_path / "w.safetensors", tmp_path / "w.safetensors"))
     assert (tmp_path / "w.safetensors").stat().st_mtime_ns == before
     convert(dataclasses.replace(request, overwrite=True))
     assert (tmp_path / "w.safetensors").stat().st_mtime_ns != before

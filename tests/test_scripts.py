@@ -48,7 +48,7 @@ def test_convert_check_and_export(tmp_path):
     inputs = (channels_last(golden["x"]), golden["t"], golden["y"])
     prediction, _ = Model(weights.model).apply(weights.params, *inputs, mode="gated")
     assert relative_error(prediction, channels_last(golden["out"])) < 1e-5
-    call("convert_torch_weights.py", f"--source={ours}", f"--out={back}", "--export")
+    call("convert_torch_weights.py", f"--source={ours}", f"--out={back}", "--export=original")
     assert back.exists()
 
 

@@ -2,7 +2,8 @@
 
     dydit-convert --source dydit_0.7.pth --out checkpoints/dydit-xl2-0.7
     dydit-convert --source DiT-XL-2-256x256.pt --out start.safetensors --add_routers first_on --order
-    dydit-convert --source checkpoints/dydit-xl2-0.7 --out back.pt --export
+    dydit-convert --source checkpoints/dydit-xl2-0.7 --out back.pt --export original
+    dydit-convert --source runs/flowers --out flowers-diffusers --export diffusers
     dydit-convert --source runs/digits_lora --out merged.safetensors --merge
 
 What the model is shows in the tensors, in the training's options that a file may hold, and in a config.json beside it;
@@ -14,7 +15,8 @@ import functools
 from absl import flags
 
 from dydit_jax.cli.flags import define_flags, read_flags
-from dydit_jax.convert.conversion import Conversion, convert, export
+from dydit_jax.convert.conversion import Conversion, convert
+from dydit_jax.convert.exporting import EXPORT_LAYOUTS, Export, export
 from dydit_jax.loading import load_checkpoint, merge
 from dydit_jax.runtime.console import run
 
@@ -23,9 +25,11 @@ def main():
     """Run the command."""
     values = flags.FlagValues()
     required = define_flags(Conversion, values)
-    back = flags.DEFINE_bool(
-        "export", False, "The way back: write our weights in the original's layout.", flag_values=values
-    )
+    layouts = list(EXPORT_LAYOUTS)
+    meaning = "The way back: write our weights in the original's layout, or as the folder of diffusers' DiTPipeline."
+    layout = flags.DEFINE_enum("export", None, layouts, meaning, flag_values=values)
+    meaning = "With --export diffusers: an autoencoder of ours that goes into the folder."
+    autoencoder = flags.DEFINE_string("autoencoder", "", meaning, flag_values=values)
     join = flags.DEFINE_bool(
         "merge", False, "Write an adapter of ours and its base as complete weights of ours.", flag_values=values
     )
@@ -34,10 +38,11 @@ def main():
         request = read_flags(Conversion, values)
         if join.value:
             merge(request.source, request.out, base=request.base, overwrite=request.overwrite)
-        elif back.value:
-            load = functools.partial(load_checkpoint, base=request.base)
-            export(request.source, request.out, overwrite=request.overwrite, load=load)
-        else:
+        elif layout.value is None:
             convert(request)
+        else:
+            settings = dict(layout=layout.value, autoencoder=autoencoder.value, overwrite=request.overwrite)
+            load = functools.partial(load_checkpoint, base=request.base)
+            export(Export(request.source, request.out, **settings), load)
 
     run(convert_or_export, values, about=__doc__, required=required)

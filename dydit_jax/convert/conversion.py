@@ -1,9 +1,9 @@
-"""The job behind `convert_torch_weights.py`: a PyTorch file in, our weights and a report out, and the way back."""
+"""The job behind `convert_torch_weights.py`: a PyTorch file in, our weights and a report out."""
 
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -13,27 +13,23 @@ from dydit_jax.checkpoints import (
     WEIGHTS_FILE,
     Weights,
     checksum,
-    format_of,
-    is_autoencoder_format,
-    load_weights,
     package_versions,
-    read_autoencoder,
     save_autoencoder,
     save_weights,
 )
 from dydit_jax.convert.autoencoders import (
     convert_autoencoder,
-    export_autoencoder,
     is_autoencoder,
     only_autoencoder,
     require_supported,
     with_record,
 )
 from dydit_jax.convert.detect import LABEL_TABLE, SPACES, detect_config
+from dydit_jax.convert.diffusers_layout import is_diffusers, read_class_names, weights_file, with_original_names
 from dydit_jax.convert.evidence import GUESS, Evidence, gather_evidence
 from dydit_jax.convert.ordering import order_by_magnitude
-from dydit_jax.convert.tables import convert_state_dict, export_state_dict, require_complete
-from dydit_jax.convert.torch_files import read_torch_file, release_pages, write_tensors
+from dydit_jax.convert.tables import convert_state_dict, require_complete
+from dydit_jax.convert.torch_files import read_torch_file, release_pages
 from dydit_jax.convert.torch_network import run_torch
 from dydit_jax.diffusion.process import PROCESSES, Flow
 from dydit_jax.diffusion.samplers import SamplingConfig
@@ -66,7 +62,8 @@ class Conversion:
     """What a user asks of `convert_torch_weights.py`.
 
     Attributes:
-      source: file of PyTorch weights (.pt, .pth, .bin, .safetensors); with --export, of ours.
+      source: file of PyTorch weights (.pt, .pth, .bin, .safetensors), or folder of diffusers' DiTPipeline or one of its
+        models; with --export, weights of ours.
       out: a .safetensors file, or a folder for one and its report.
       weights: which weights of a training file: ema or model.
       heads: number of heads, which the tensors of a static DiT do not show.
@@ -206,10 +203,11 @@ def convert(request: Conversion) -> Report:
     target = output_file(request.out)
     if target.exists() and not request.overwrite:
         raise InputError(f"{target} exists; give --overwrite to replace it.")
-    file = read_torch_file(request.source, weights=request.weights)
-    file = dataclasses.replace(file, tensors=only_autoencoder(file.tensors))
+    path = weights_file(request.source)
+    file = read_torch_file(path, weights=request.weights)
+    file = dataclasses.replace(file, tensors=_arranged(file.tensors))
     require_floats(file.tensors)
-    evidence = gather_evidence(request.source, file.options, request.said)
+    evidence = gather_evidence(path, file.options, request.said)
     about = dict(source=epath.Path(request.source).name, weights=request.weights, versions=package_versions())
     difference = config = None
     if is_autoencoder(file.tensors):
@@ -219,7 +217,8 @@ def convert(request: Conversion) -> Report:
     else:
         weights, difference = _converted_dit(file.tensors, evidence, request)
         config, params = weights.model, weights.params
-        save_weights(target, dataclasses.replace(weights, about=about | weights.about))
+        about |= dict(class_names=_class_names(request.source, config.classes)) | weights.about
+        save_weights(target, dataclasses.replace(weights, about=about))
     report = Report(
         source=str(request.source),
         out=str(target),
@@ -240,6 +239,17 @@ def convert(request: Conversion) -> Report:
     write_json(report_path, dataclasses.asdict(report))
     logger.info("%s", report.in_words())
     return report
+
+
+def _arranged(tensors: dict) -> dict:
+    """Return the tensors of a model in the layout that is converted, without what lies beside them."""
+    return with_original_names(tensors) if is_diffusers(tensors) else only_autoencoder(tensors)
+
+
+def _class_names(source, classes: int) -> list[str]:
+    """Return the names of the classes, where the source is a folder that lists as many."""
+    names = read_class_names(source)
+    return names if len(names) == classes else []
 
 
 def _converted_autoencoder(tensors: Mapping, evidence: Evidence, request: Conversion) -> Autoencoder:
@@ -377,33 +387,3 @@ def fresh_routers(config: DiTConfig, seed: int) -> dict:
     """Return newly initialised routers by path; what else the model has is never computed."""
     routers = lambda key: {n: leaf for n, leaf in flatten(Model(config).init(key)).items() if "_router/" in n}
     return {name: np.asarray(leaf) for name, leaf in jax.jit(routers)(make_key(seed)).items()}
-
-
-def export(source, out, *, overwrite: bool, load: Callable = load_weights) -> epath.Path:
-    """Write weights of ours in the layout of the PyTorch original.
-
-    Args:
-      source: a `.safetensors` file of ours, of a DiT or an autoencoder, or a folder with one.
-      out: file to write; its ending decides the format.
-      overwrite: whether an output that exists is replaced.
-      load: reads the weights of a DiT; by default complete ones alone.
-
-    Raises:
-      InputError: unreadable weights, an output that exists, an unknown ending, or updates of the timestep, which the
-        original has no place for.
-    """
-    out, source = epath.Path(out), output_file(source)
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists; give --overwrite to replace it.")
-    if is_autoencoder_format(format_of(source)):
-        tensors = export_autoencoder(read_autoencoder(source).params)
-    else:
-        weights = load(source)
-        if weights.lora is not None:
-            raise InputError(f"{source} has low-rank updates that depend on the timestep; the original has none.")
-        if weights.model.guidance_free:
-            raise InputError(f"{source} is told the scale of guidance; the original has no place for that.")
-        tensors = export_state_dict(weights.params, weights.model)
-    write_tensors(out, tensors)
-    logger.info("Wrote %s in the original's layout.", out)
-    return out

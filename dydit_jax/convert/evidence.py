@@ -27,6 +27,10 @@ FIELDS = {
     "in_channels": "channels",
     "num_classes": "classes",
     "mlp_ratio": "mlp_ratio",
+    "num_layers": "depth",  # and the next ones, of diffusers' classes
+    "num_attention_heads": "heads",
+    "sample_size": "side",
+    "num_embeds_ada_norm": "classes",
     "scaling_factor": "latent_scale",
     "shift_factor": "latent_shift",
     "latent_channels": "latent_channels",
@@ -34,6 +38,7 @@ FIELDS = {
 }
 PER_CHANNEL = ("latents_mean", "latents_std")  # of an autoencoder of diffusers
 AUTOENCODERS = {"ema": "sd-vae-ft-ema", "mse": "sd-vae-ft-mse"}  # by the option `vae` of DiT's training
+NORM_EPS = 1e-6  # of every normalisation of a DiT
 NOISE = ("noise", "epsilon", "eps")
 FLOW_OPTIONS = {"path_type": "Linear", "prediction": "velocity"}  # of SiT's training, as `Flow` has it
 TENSORS, GUESS = "the file's tensors", "a guess"
@@ -121,6 +126,9 @@ def _hear(evidence: Evidence, options: Mapping, who: str) -> None:
         evidence.say("class_name", options["_class_name"], f"{who} _class_name")
     if options.get("_class_name") == "AutoencoderKL" and "scaling_factor" not in options:
         evidence.say("latent_scale", LATENT_SCALE, f"{who} _class_name, by its default,")
+    norm_eps = options.get("norm_eps")
+    if type(norm_eps) is float and norm_eps != NORM_EPS:
+        evidence.doubts.append(f"{who} norm_eps is {norm_eps:g}; here it is {NORM_EPS:g}, as in DiT")
     name = str(options.get("model"))
     if named := re.fullmatch(r"(?:Dy)?([DS])iT-(\w{1,8}/\d{1,3})", name):
         evidence.say("process", "diffusion" if named[1] == "D" else "flow", f"{who} model")

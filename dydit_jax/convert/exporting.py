@@ -1,0 +1,140 @@
+"""The way back: weights of ours in the layout of the original, or as a folder that diffusers' `DiTPipeline` loads."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+from etils import epath
+
+from dydit_jax.checkpoints import Weights, format_of, is_autoencoder_format, load_weights, read_autoencoder
+from dydit_jax.convert import diffusers_layout
+from dydit_jax.convert.autoencoders import export_autoencoder
+from dydit_jax.convert.conversion import output_file
+from dydit_jax.convert.tables import export_state_dict
+from dydit_jax.convert.torch_files import write_tensors
+from dydit_jax.errors import InputError, require_known
+from dydit_jax.runtime.files import is_free, write_json
+
+logger = logging.getLogger(__name__)
+
+EXPORT_LAYOUTS = ("original", "diffusers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What a user asks of `convert_torch_weights.py --export`.
+
+    Attributes:
+      source: a `.safetensors` file of ours, of a DiT or an autoencoder, or a folder with one.
+      out: file to write, whose ending decides the format; for diffusers a folder, new or empty.
+      layout: "original" or "diffusers".
+      autoencoder: for diffusers: a file of ours that goes into the folder; "" leaves it to the user.
+      overwrite: whether an output that exists is replaced.
+    """
+
+    source: str
+    out: str
+    layout: str = "original"
+    autoencoder: str = ""
+    overwrite: bool = False
+
+    def __post_init__(self):
+        require_known("--export", self.layout, EXPORT_LAYOUTS)
+        if not str(self.out):
+            raise InputError("--out is empty; name a file, or for diffusers a folder.")
+        if self.autoencoder and self.layout != "diffusers":
+            raise InputError("--autoencoder is for --export diffusers, whose folder holds one.")
+
+
+def export(request: Export, load: Callable[..., Weights] = load_weights) -> epath.Path:
+    """Write weights of ours in another layout.
+
+    Args:
+      request: what to write, and where.
+      load: reads the weights of a DiT; by default complete ones alone.
+
+    Returns:
+      What was written.
+
+    Raises:
+      InputError: unreadable weights, an output that exists, an unknown ending, or a model that the layout can't hold:
+        no other has updates that depend on the timestep, or is told the scale of guidance.
+    """
+    out, source = epath.Path(request.out), output_file(request.source)
+    if request.layout == "diffusers":
+        _require_free(out, request)
+        weights = _load(load, source)
+        diffusers_layout.require_exportable(weights.model, weights.process)
+        _write_pipeline(out, weights, request.autoencoder)
+    else:
+        if out.exists() and not request.overwrite:
+            raise InputError(f"{out} exists; give --overwrite to replace it.")
+        write_tensors(out, _tensors_of(source, load))
+    logger.info("Wrote %s in the layout of %s.", out, request.layout)
+    return out
+
+
+def _require_free(out, request: Export) -> None:
+    """Raise unless a folder is new or empty, or holds what may be replaced: an export."""
+    if is_free(out) or request.overwrite and (out / diffusers_layout.INDEX_FILE).is_file():
+        return
+    raise InputError(f"{out} is not empty; name a new folder, or give --overwrite where it is an export already.")
+
+
+def _load(load: Callable[..., Weights], source) -> Weights:
+    weights = load(source)
+    if weights.lora is not None:
+        raise InputError(f"{source} has low-rank updates that depend on the timestep; no other layout has them.")
+    if weights.model.guidance_free:
+        raise InputError(f"{source} is told the scale of guidance; no other layout has a place for that.")
+    return weights
+
+
+def _tensors_of(source, load: Callable[..., Weights]) -> dict:
+    if is_autoencoder_format(format_of(source)):
+        return export_autoencoder(read_autoencoder(source).params)
+    weights = _load(load, source)
+    return export_state_dict(weights.params, weights.model)
+
+
+def _write_pipeline(out, weights: Weights, autoencoder: str) -> None:
+    """Write the folder of a `DiTPipeline`, its index last: a folder without one is not finished."""
+    layout, config = diffusers_layout, weights.model
+    parts = [(layout.TRANSFORMER, layout.transformer_config(config))]
+    tensors = {layout.TRANSFORMER: layout.with_diffusers_names(weights.params, config)}
+    if autoencoder:
+        decoder = read_autoencoder(output_file(autoencoder))
+        parts.append((layout.AUTOENCODER, layout.autoencoder_config(decoder.config, config.side)))
+        tensors[layout.AUTOENCODER] = export_autoencoder(decoder.params)
+    (out / layout.INDEX_FILE).unlink(missing_ok=True)
+    for name, arguments in parts:
+        (out / name).mkdir(parents=True, exist_ok=True)
+        write_json(out / name / layout.CONFIG_FILE, arguments)
+        write_tensors(out / name / layout.WEIGHTS_FILES[0], tensors.pop(name))
+    (out / layout.SCHEDULER).mkdir(exist_ok=True)
+    write_json(out / layout.SCHEDULER / "scheduler_config.json", layout.scheduler_config(weights.process))
+    index = layout.model_index(class_names=weights.class_names, with_autoencoder=bool(autoencoder))
+    write_json(out / layout.INDEX_FILE, index)
+    _warn(weights, autoencoder)
+
+
+def _warn(weights: Weights, autoencoder: str) -> None:
+    """Say what the images of diffusers' pipeline will not be."""
+    config, null_class = weights.model, diffusers_layout.NULL_CLASS
+    if config.routers != "none":
+        logger.warning("The model is exported complete: its routing does not exist in diffusers, nor what it saves.")
+    if config.classes != null_class:
+        logger.warning(
+            "DiTPipeline takes class %d for no class, whatever the model; with %d classes, sample it with "
+            "guidance_scale=1.",
+            *(null_class, config.classes),
+        )
+    if not autoencoder:
+        logger.warning(
+            "The folder holds no autoencoder: give DiTPipeline.from_pretrained one as vae=..., or export with "
+            "--autoencoder."
+        )
+    logger.warning(
+        "diffusers computes other features of the timestep than DiT. For the same images set "
+        "block.norm1.emb.time_proj.downscale_freq_shift = 0 in every block of pipe.transformer.transformer_blocks."
+    )
