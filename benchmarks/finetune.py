@@ -1,0 +1,108 @@
+"""Digits that a model has not seen: the steps that training takes from its weights, and from nothing.
+
+    python benchmarks/finetune.py --runs runs/finetune --out docs/finetune.json
+
+A static DiT is trained on folders of the digits 0 to 4. Then the same model is trained on folders of 5 to 9, once from
+these weights with new rows for its classes, once from nothing, at the same constant learning rate. Every so many steps
+images are drawn from the EMA, 100 of each class, and judged as in benchmarks/digits.py, until the accuracy is reached.
+"""
+
+import json
+import platform
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from judge import Judge
+from PIL import Image
+
+from dydit_jax.configs import digits_dit
+from dydit_jax.data.sources import digits
+from dydit_jax.drawing.pictures import to_uint8
+from dydit_jax.jobs.train import train_and_evaluate
+from dydit_jax.pipeline import Pipeline
+from dydit_jax.runtime.console import run
+
+RUNS = flags.DEFINE_string("runs", "runs/finetune", "Folder of the pictures and the work directories.")
+OUT = flags.DEFINE_string("out", "docs/finetune.json", "File for the results.")
+SOURCE_STEPS = flags.DEFINE_integer("source_steps", 1000, "Steps of training on the digits 0 to 4.")
+MOST_STEPS = flags.DEFINE_integer("most_steps", 2000, "Steps after which a training on 5 to 9 is given up.")
+EVERY_STEPS = flags.DEFINE_integer("every_steps", 200, "Steps between two looks.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 500, "Images at every look.")
+SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of the trainings.")
+
+ACCURACY = 0.95
+SEEN, UNSEEN = range(0, 5), range(5, 10)
+
+
+def write_folders(name: str, wanted: range) -> str:
+    """Write the training digits of some classes as a folder of class folders; returns it."""
+    folder = epath.Path(RUNS.value) / name
+    images, labels = digits("train")
+    for index, (pixels, label) in enumerate(zip(to_uint8(images), labels)):
+        if label in wanted:
+            place = folder / str(label)
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[..., 0]).save(place / f"{index:04d}.png")
+    return str(folder)
+
+
+def config_of(pictures: str, *, steps: int, seed: int, init_from: str = "") -> dict:
+    """Return the config of a training on a folder of class folders."""
+    config = digits_dit.get_config()
+    config.model.classes = -1
+    config.data.update(name="images", path=pictures, flip=False, seed=seed, batch_size=32)
+    config.optimizer.decay = "constant"
+    config.train.update(steps=steps, seed=seed, ema_decay=0.99, init_from=init_from)
+    return config.to_dict()
+
+
+def accuracy_of(workdir: str, judge: Judge) -> float:
+    """Draw digits 5 to 9 from a run's EMA and return the share that the judge takes for what they should be."""
+    pipe = Pipeline.load(workdir)
+    labels = np.arange(NUM_IMAGES.value) % len(UNSEEN)
+    seen = pipe(labels, steps="25", mode="complete").pixels.astype(np.float32) / 127.5 - 1
+    return judge.measure(seen, labels + UNSEEN[0])["accuracy"]
+
+
+def look_at_training(name: str, pictures: str, judge: Judge, *, seed: int, init_from: str) -> list[dict]:
+    """Train until the accuracy is reached or the steps are used up; returns step and accuracy of every look."""
+    workdir, looks = f"{RUNS.value}/{name.replace(' ', '_')}_{seed}", []
+    for step in range(EVERY_STEPS.value, MOST_STEPS.value + 1, EVERY_STEPS.value):
+        train_and_evaluate(config_of(pictures, steps=step, seed=seed, init_from=init_from), workdir)
+        looks.append(dict(step=step, accuracy=accuracy_of(workdir, judge)))
+        sys.stderr.write(f"{name}, seed {seed}: {looks[-1]}\n")
+        if looks[-1]["accuracy"] >= ACCURACY:
+            break
+    return looks
+
+
+def main():
+    judge, began, results = Judge(), time.monotonic(), []
+    seen, unseen = write_folders("seen", SEEN), write_folders("unseen", UNSEEN)
+    for seed in map(int, SEEDS.value):
+        source = f"{RUNS.value}/source_{seed}"
+        train_and_evaluate(config_of(seen, steps=SOURCE_STEPS.value, seed=seed), source)
+        for name, init_from in (("fine-tuned", source), ("from nothing", "")):
+            looks = look_at_training(name, unseen, judge, seed=seed, init_from=init_from)
+            results.append(dict(training=name, seed=seed, looks=looks))
+    about = dict(
+        command="python " + " ".join(sys.argv),
+        machine=f"{platform.machine()}, {jax.devices()[0].device_kind}, {jax.device_count()} device",
+        date=time.strftime("%Y-%m-%d"),
+        images=NUM_IMAGES.value,
+        seconds=round(time.monotonic() - began),
+    )
+    epath.Path(OUT.value).write_text(json.dumps(dict(about, results=results), indent=1) + "\n")
+    for row in results:
+        last = row["looks"][-1]
+        sys.stdout.write(
+            f"{row['training']}, seed {row['seed']}: accuracy {last['accuracy']:.3f} at step {last['step']}\n"
+        )
+
+
+if __name__ == "__main__":
+    run(main)
