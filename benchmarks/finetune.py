@@ -28,7 +28,7 @@ from dydit_jax.runtime.console import run
 
 RUNS = flags.DEFINE_string("runs", "runs/finetune", "Folder of the pictures and the work directories.")
 OUT = flags.DEFINE_string("out", "docs/finetune.json", "File for the results.")
-SOURCE_STEPS = flags.DEFINE_integer("source_steps", 1000, "Steps of training on the digits 0 to 4.")
+SOURCE_STEPS = flags.DEFINE_integer("source_steps", 2000, "Steps of training on the digits 0 to 4.")
 MOST_STEPS = flags.DEFINE_integer("most_steps", 2000, "Steps after which a training on 5 to 9 is given up.")
 EVERY_STEPS = flags.DEFINE_integer("every_steps", 200, "Steps between two looks.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 500, "Images at every look.")
@@ -69,14 +69,20 @@ def accuracy_of(workdir: str, judge: Judge) -> float:
 
 
 def look_at_training(name: str, pictures: str, judge: Judge, *, seed: int, init_from: str) -> list[dict]:
-    """Train until the accuracy is reached or the steps are used up; returns step and accuracy of every look."""
-    workdir, looks = f"{RUNS.value}/{name.replace(' ', '_')}_{seed}", []
-    for step in range(EVERY_STEPS.value, MOST_STEPS.value + 1, EVERY_STEPS.value):
+    """Train until the accuracy is reached or the steps are used up; returns step and accuracy of every look.
+
+    Looks are kept beside the work directory: a study that was stopped goes on.
+    """
+    workdir = f"{RUNS.value}/{name.replace(' ', '_')}_{seed}"
+    kept = epath.Path(f"{workdir}.looks.json")
+    looks = json.loads(kept.read_text()) if kept.exists() else []
+    for step in range(EVERY_STEPS.value * (len(looks) + 1), MOST_STEPS.value + 1, EVERY_STEPS.value):
+        if looks and looks[-1]["accuracy"] >= ACCURACY:
+            break
         train_and_evaluate(config_of(pictures, steps=step, seed=seed, init_from=init_from), workdir)
         looks.append(dict(step=step, accuracy=accuracy_of(workdir, judge)))
+        kept.write_text(json.dumps(looks))
         sys.stderr.write(f"{name}, seed {seed}: {looks[-1]}\n")
-        if looks[-1]["accuracy"] >= ACCURACY:
-            break
     return looks
 
 
