@@ -21,11 +21,11 @@ from dydit_jax.jobs.evaluate import (
     MOMENTS,
     Evaluation,
     Statistics,
-    _reference_statistics,
     compare,
     evaluate,
     image_statistics,
     load_inception,
+    load_reference,
     save_statistics,
 )
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
@@ -103,7 +103,7 @@ def test_damaged_batches_and_statistics_are_named(tmp_path, size):
     with pytest.raises(InputError, match=r"set\.npz is damaged, at image \d or before"):
         list(open_images(tmp_path / "set.npz").batches(2))
     with pytest.raises(InputError, match=r"kept\.npz .*damaged.*Bad CRC-32 for file .pool"):
-        _reference_statistics(str(tmp_path / "kept.npz"), "network", None, None)
+        load_reference(str(tmp_path / "kept.npz"), "network", None, None)
 
 
 def test_images_of_another_length_than_the_header_says_are_refused(tmp_path):
@@ -190,7 +190,7 @@ def test_class_folders_are_a_set(tmp_path):
 def test_statistics_of_mu_and_sigma_alone_give_the_fid_and_reasons_for_the_rest(tmp_path):
     """The distance of two Gaussians with unit covariances is that of their means, squared."""
     np.savez(tmp_path / "known.npz", mu=np.full(2048, 0.5), sigma=np.eye(2048))
-    reference = _reference_statistics(str(tmp_path / "known.npz"), "network", None, None)
+    reference = load_reference(str(tmp_path / "known.npz"), "network", None, None)
     moments = dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
     scores = compare(dataclasses.replace(statistics_of(5), moments=moments), reference)
     assert scores["fid"] == pytest.approx(2048 / 4)
@@ -252,7 +252,7 @@ def test_damaged_statistics_are_refused(files, tmp_path, damage):
     content[len(content) // 2] ^= damage == "flipped"
     path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
     with pytest.raises(InputError, match="statistics.npz (is not an .npz|holds)") as caught:
-        _reference_statistics(str(path), "network", None, None)
+        load_reference(str(path), "network", None, None)
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -3,6 +3,7 @@
     <workdir>/config.json          the configuration that the run was started with
     <workdir>/lock.json            who trains here now (`runtime/locks.py`)
     <workdir>/checkpoints/<step>/  params, ema, rest (step, moments, counters), about (versions, data, digests)
+    <workdir>/best.json            which checkpoint has the best FID, where that is measured; it is kept beyond `keep`
     <workdir>/set_aside/           checkpoints that the run did not go on from, damaged or later than `--from_step`, by
                                    step, and the lines of `metrics.jsonl` after the step that it went on from
     <workdir>/weights.safetensors  the EMA after the last step
@@ -76,6 +77,18 @@ def _make_barrier_fn() -> Callable:
     return wait_unless_failed
 
 
+class _Kept:
+    """Orbax's policy of what is kept: the newest checkpoints, and the best one."""
+
+    def __init__(self, newest: int):
+        self.newest, self.best = newest, None
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Return for each checkpoint, oldest first, whether it stays."""
+        old = len(checkpoints) - self.newest
+        return [index >= old or info.step == self.best for index, info in enumerate(checkpoints)]
+
+
 class Run:
     """The checkpoints of one work directory, written and read; use as a context, leaving waits for writes under way.
 
@@ -91,8 +104,9 @@ class Run:
     ):
         import orbax.checkpoint as ocp
 
+        self._kept = _Kept(config.keep)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(config.keep),
+            preservation_policy=self._kept,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(barrier_sync_fn=_make_barrier_fn()),
@@ -138,6 +152,10 @@ class Run:
         arguments = ocp.args.Composite(**trees, about=ocp.args.JsonSave(describe(items, about)))
         with self._named_failure():
             return self._manager.save(step, args=arguments, force=True)
+
+    def keep_best(self, step: int | None) -> None:
+        """Keep the checkpoint of a step, however many are saved after it, until another is the best."""
+        self._kept.best = step
 
     def wait(self) -> None:
         """Wait until everything is written.

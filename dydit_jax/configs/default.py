@@ -132,6 +132,12 @@ def get_config():
     config.tracking.wandb_project = ""
     config.tracking.samples_every_steps = 0
     config.tracking.sample_labels = tuple(range(10))
+    config.tracking.metrics_every_steps = 0  # FID of the EMA; the best checkpoint is kept
+    config.tracking.metrics_reference = ""  # statistics, as of evaluate.py --save_statistics
+    config.tracking.metrics_images = 10_000
+    config.tracking.metrics_sampler = ""  # "" for the section sampling's
+    config.tracking.metrics_steps = ""
+    config.tracking.metrics_inception = "inception-2015"
     config.tracking.stall_seconds = 300.0
     config.tracking.profile = ()  # (10, 15): trace these steps
 

@@ -111,7 +111,7 @@ def evaluate(request: Evaluation) -> list[dict]:
     measure = functools.partial(image_statistics, params=params, mesh=mesh, batch_size=request.batch_size)
     reference = None
     if request.reference:
-        reference = _reference_statistics(request.reference, network, measure, open_set)
+        reference = load_reference(request.reference, network, measure, open_set)
         if request.save_statistics:
             save_statistics(request.save_statistics, reference, network)
     records = []
@@ -211,8 +211,18 @@ def compare(samples: Statistics, reference: Statistics | None) -> dict:
     return scores | dict(missing=missing)
 
 
-def _reference_statistics(path: str, network: str, measure, open_set) -> Statistics:
-    """Read or compute the reference: statistics, an ADM batch with moments, or plain images."""
+def load_reference(path: str, network: str, measure, open_set) -> Statistics:
+    """Read or compute a reference.
+
+    Args:
+      path: statistics, an ADM batch with moments, or plain images.
+      network: checksum of the network that makes the features.
+      measure: images -> their `Statistics`.
+      open_set: path -> `ImageSet`.
+
+    Raises:
+      InputError: nothing of the kind, damaged, or statistics of another network.
+    """
     shapes = npz_shapes(path) if path.endswith(".npz") and epath.Path(path).is_file() else {}
     names = MOMENTS if all(name in shapes for name in MOMENTS) else MOMENTS[:2]
     if not all(name in shapes for name in names):

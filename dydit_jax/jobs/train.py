@@ -30,9 +30,11 @@ from dydit_jax.checkpoints import (
     save_weights,
 )
 from dydit_jax.data.batches import batches
+from dydit_jax.data.sources import DataSource
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.ema import draw_samples, measure_ema, place_examples
 from dydit_jax.jobs.endings import about_newest, checkpoint_named, require_finite, require_progress
+from dydit_jax.jobs.judging import Judge, open_judge
 from dydit_jax.jobs.training_data import class_names_of, open_training_data, with_counted_classes, with_latents
 from dydit_jax.loading import load_decoder
 from dydit_jax.models.cost import format_count
@@ -146,6 +148,7 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
     names = class_names_of(data)
     source = on_all_processes(lambda: starting_leaves(weights, model, experiment, names))
     base = on_all_processes(lambda: frozen_base(weights, source, model, experiment))
+    judge = on_all_processes(lambda: open_judge(experiment, mesh))
     with contextlib.ExitStack() as claim:
         lock = on_all_processes(lambda: claim.enter_context(claimed_workdir(workdir, config)) if is_main() else None)
         on_all_processes(lambda: _require_shared(workdir))
@@ -156,7 +159,8 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
         with jax.set_mesh(mesh), run, one_for_all(lambda: about_newest(workdir)):
             state = _restored_or_first(run, model, experiment, mesh, source, about)
             _describe(state, workdir, model, mesh)
-            state = _run_steps(state, run, workdir, model, experiment, mesh, data, about)
+            parts = Parts(run, workdir, model, experiment, mesh, data, about, judge)
+            state = _run_steps(state, parts)
             ema = to_host(state.ema)
         about = dict(config=config, step=int(state.step), versions=package_versions(), class_names=names)
         if is_main():
@@ -248,8 +252,23 @@ def _items(state: TrainState) -> dict:
     return dict(params=state.params, ema=state.ema, rest=rest)
 
 
-def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: Experiment, mesh: Mesh, data, about):
-    """Step to the end, reporting, drawing and saving on the way; `about` is kept with every checkpoint."""
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run works with; `about` is kept with every checkpoint, and without metrics there is no judge."""
+
+    run: Run
+    workdir: epath.Path
+    model: Model
+    experiment: Experiment
+    mesh: Mesh
+    data: DataSource
+    about: dict
+    judge: Judge | None
+
+
+def _run_steps(state: TrainState, parts: Parts) -> TrainState:
+    """Step to the end, reporting, drawing, measuring and saving on the way."""
+    run, workdir, model, experiment, mesh, data, about, judge = vars(parts).values()
     step, last, tracking = int(state.step), experiment.train.steps, experiment.tracking
     size = experiment.data.batch_size
     shapes = jax.eval_shape(lambda state: state, state), batch_shapes(model.config, size)
@@ -273,6 +292,10 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
     clock = Clock(step, last)
     profile, watch = Profile(tracking.profile, workdir), StallWatchdog(tracking.stall_seconds)
     with writers, profile, watch, PreemptionNotice() as notice:
+        if judge is not None:
+            with checkpoint_named(run, workdir):
+                judge.open(workdir, run, step)
+                _judge(judge, step, state, writers, watch)  # where the run was stopped before it had
         while step < last:
             profile.at(step)
             watch.now(f"the batch of step {step + 1}")
@@ -289,7 +312,8 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
                 profile.look(step)
             leaving = notice.at(step)
             watch.now(f"the checkpoint of step {step}")
-            if step % experiment.checkpoint.every_steps == 0 or step == last or leaving:
+            judged = judge is not None and judge.is_due(step)
+            if step % experiment.checkpoint.every_steps == 0 or step == last or leaving or judged:
                 require_finite(finite, step, state, workdir)
                 run.save(step, _items(state), about, force=True)
             if leaving:
@@ -301,9 +325,20 @@ def _run_steps(state: TrainState, run: Run, workdir, model: Model, experiment: E
                     grid, seen = draw_samples(step, state, workdir, model, experiment, mesh, decode)
                     writers.draw(step, grid)
                     writers.write(step, seen | measure_ema(state, model, experiment, shown))
+            if judged:
+                run.wait()  # the best checkpoint must be there
+                with checkpoint_named(run, workdir):
+                    _judge(judge, step, state, writers, watch)
         watch.now("the last checkpoint")
         run.wait()
     return state
+
+
+def _judge(judge: Judge, step: int, state: TrainState, writers: Writers, watch: StallWatchdog) -> None:
+    """Measure the EMA of a step if that is due, and write the scores."""
+    if judge.is_due(step):
+        watch.now(f"the metrics of step {step}")
+        writers.write(step, judge.measure(step, state, watch.now))
 
 
 def _step_macs(step: int, model: Model, experiment: Experiment) -> float:

@@ -30,6 +30,13 @@ class TrackingConfig:
       samples_every_steps: steps between two grids of images from the EMA weights, in <workdir>/samples, and measures
         of these weights (ema/...) on fixed examples; 0 for none.
       sample_labels: of these images.
+      metrics_every_steps: steps between two measurements of the EMA's FID and its kin, each with a checkpoint, of which
+        the best is kept for good; 0 for none.
+      metrics_reference: what is compared with, as for `evaluate.py`: statistics, a reference batch, images.
+      metrics_images: how many images are drawn for it.
+      metrics_sampler, metrics_steps: sampler and timesteps of these images, such as ddim and 20; "" for those of the
+        section sampling.
+      metrics_inception: the network, as for `evaluate.py`.
       stall_seconds: after so long without movement the log says what the run is waiting for.
       profile: first and last step of a profile in <workdir>/profile, for TensorBoard or XProf; () for none. At any
         time `touch <workdir>/profile.now` asks for one of 5 steps after the next report.
@@ -40,11 +47,21 @@ class TrackingConfig:
     wandb_project: str = ""
     samples_every_steps: int = 0
     sample_labels: tuple[int, ...] = tuple(range(10))
+    metrics_every_steps: int = 0
+    metrics_reference: str = ""
+    metrics_images: int = 10_000
+    metrics_sampler: str = ""
+    metrics_steps: str = ""
+    metrics_inception: str = "inception-2015"
     stall_seconds: float = 300.0
     profile: tuple[int, ...] = ()
 
     def __post_init__(self):
         require_range("tracking.samples_every_steps", self.samples_every_steps, low=0)
+        require_range("tracking.metrics_every_steps", self.metrics_every_steps, low=0)
+        require_range("tracking.metrics_images", self.metrics_images, low=2, high=1_000_000)
+        if self.metrics_every_steps and not self.metrics_reference:
+            raise InputError("tracking.metrics_every_steps needs tracking.metrics_reference, what to compare with.")
         require_range("tracking.stall_seconds", self.stall_seconds, low=1.0)
         if not self.sample_labels:
             raise InputError("tracking.sample_labels is empty; set tracking.samples_every_steps to 0 for no samples.")

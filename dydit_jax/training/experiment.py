@@ -92,6 +92,8 @@ def read_experiment(config: Mapping) -> Experiment:
     parts, size = experiment.train.accumulate, experiment.data.batch_size
     if size % parts:
         raise InputError(f"data.batch_size must be a multiple of {parts}, train.accumulate, not {size}.")
+    if experiment.tracking.metrics_every_steps:
+        make_table(metrics_sampling(experiment), experiment.process)
     wrong = [label for label in experiment.tracking.sample_labels if not 0 <= label <= experiment.model.classes]
     if wrong and experiment.tracking.samples_every_steps:
         raise InputError(f"tracking.sample_labels must be from 0 to {experiment.model.classes}, not {wrong}.")
@@ -110,6 +112,17 @@ def _require_meaning(loss: LossConfig, process: Process) -> None:
         require_meaning(process, "loss.terms", name, LOSS_TERMS)
     require_meaning(process, "loss.weighting", loss.weighting, WEIGHTINGS)
     require_meaning(process, "loss.times", loss.times, TIMES)
+
+
+def metrics_sampling(experiment: Experiment) -> SamplingConfig:
+    """Return how the images are drawn that `tracking.metrics_every_steps` measures.
+
+    Raises:
+      InputError: an unknown sampler.
+    """
+    tracking = experiment.tracking
+    given = dict(sampler=tracking.metrics_sampler, steps=tracking.metrics_steps)
+    return dataclasses.replace(experiment.sampling, **{name: value for name, value in given.items() if value})
 
 
 def build_update(experiment: Experiment, model: Model, passes: tuple[str, ...]) -> Callable:

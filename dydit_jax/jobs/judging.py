@@ -1,0 +1,148 @@
+"""FID and its kin while a model trains: of images from the EMA, by the numbers that `evaluate.py` gives for them.
+
+    <workdir>/best.json    step and value of the best checkpoint, and all values by step
+
+The images are those that `sample.py --mode=gated` draws from the checkpoint of the same step with the training's seed
+and precision, `--num_images` and the same sampling settings, none of them written. The best checkpoint by the FID is
+kept for good. A run that was stopped before it had measured a checkpoint does so when it goes on.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from dydit_jax.checkpoints import Run, Weights
+from dydit_jax.checkpoints.reading import saved_steps
+from dydit_jax.data.image_sets import ImageSet, open_images
+from dydit_jax.errors import InputError
+from dydit_jax.jobs.evaluate import compare, image_statistics, load_inception, load_reference
+from dydit_jax.loading import load_decoder
+from dydit_jax.pipeline import DrawJob, Pipeline
+from dydit_jax.runtime.files import read_json, write_json
+from dydit_jax.runtime.processes import from_main, is_main
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh
+from dydit_jax.sampling.noise import uniform_labels
+from dydit_jax.training.experiment import Experiment, metrics_sampling
+from dydit_jax.training.update import TrainState
+
+logger = logging.getLogger(__name__)
+
+BEST_FILE = "best.json"
+FEATURES_BATCH = 64  # images at once, as in `evaluate.py`
+SCORES = ("fid", "sfid", "inception_score", "precision", "recall")
+
+
+class Judge:
+    """Measures the EMA's images against a reference, and knows which checkpoint is the best.
+
+    Args:
+      experiment: with `tracking.metrics_...`; the reference and the network are read now.
+      mesh: of the training, whose devices draw.
+
+    Raises:
+      InputError: no such reference or network, or statistics of another network.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh):
+        tracking, model = experiment.tracking, experiment.model
+        if not experiment.sampling.autoencoder and model.channels not in (1, 3):
+            raise InputError(
+                f"tracking.metrics_every_steps measures pictures, not {model.channels} channels; name the decoder as "
+                "sampling.autoencoder."
+            )
+        # One that is not there must not end the run days later.
+        load_decoder(experiment.sampling.autoencoder, model.channels, make_mesh(MeshConfig(), jax.local_devices()))
+        self._experiment, self._mesh = experiment, mesh
+        params, network = load_inception(tracking.metrics_inception)
+        self._settings = dict(params=params, mesh=make_mesh(MeshConfig()), batch_size=FEATURES_BATCH)
+        # Each process by itself: one that can't read the reference must not leave the others waiting.
+        alone = self._settings | dict(mesh=make_mesh(MeshConfig(), jax.local_devices()))
+        measure = functools.partial(image_statistics, **alone)
+        self._reference = load_reference(tracking.metrics_reference, network, measure, open_images)
+        self._by_step, self._path, self._run = {}, None, None
+
+    def open(self, workdir, run: Run, step: int) -> None:
+        """Take up what was measured before; later steps than the one that the run goes on from are forgotten."""
+        self._path, self._run = epath.Path(workdir) / BEST_FILE, run
+        known = _read_values(self._path) if is_main() and self._path.exists() else {}
+        steps = from_main(sorted(known.keys() & range(step + 1)), limit=step + 1)
+        self._by_step = {step: known.get(step) for step in steps}  # of values the main process alone makes use
+        self._choose()
+
+    def is_due(self, step: int) -> bool:
+        """Return whether the checkpoint of a step is to be measured, and has not been."""
+        return step > 0 and step % self._experiment.tracking.metrics_every_steps == 0 and step not in self._by_step
+
+    def measure(self, step: int, state: TrainState, moved: Callable[[str], None]) -> dict[str, float]:
+        """Draw images from the EMA and measure them; all processes call this together.
+
+        Args:
+          step, state: of the training, whose checkpoint is kept if it is the best.
+          moved: called with what is waited for, as each batch of images begins.
+
+        Returns:
+          The scores by name, "ema/fid" and so on; those that the reference does not allow are left out.
+        """
+        scores = compare(image_statistics(self._images(step, state, moved), **self._settings), self._reference)
+        scores = {f"ema/{name}": float(scores[name]) for name in SCORES if scores.get(name) is not None}
+        self._by_step[step] = scores["ema/fid"]
+        best = self._choose()
+        if is_main():
+            record = dict(step=best, metric="fid", value=self._by_step[best], by_step=self._by_step)
+            write_json(self._path, record)
+            logger.info(
+                "step %d  FID %.3f of %d images  (best %.3f, step %d)",
+                *(step, scores["ema/fid"], self._experiment.tracking.metrics_images, record["value"], best),
+            )
+        return scores
+
+    def _choose(self) -> int | None:
+        """Have the run keep its best checkpoint, of those that are there; return its step, or None."""
+        there = set(saved_steps(self._path.parent)) if is_main() else set()
+        steps = sorted(step for step in self._by_step if step in there)
+        best = from_main([min(steps, key=self._by_step.get)] if steps else [], limit=self._experiment.train.steps + 1)
+        self._run.keep_best(best[0] if best else None)
+        return best[0] if best else None
+
+    def _images(self, step: int, state: TrainState, moved: Callable[[str], None]) -> ImageSet:
+        """Return the images of a step, drawn when they are asked for."""
+        experiment, count = self._experiment, self._experiment.tracking.metrics_images
+        sampling = metrics_sampling(experiment)
+        lora = experiment.lora if "lora" in experiment.train.trainable else None
+        weights = Weights(experiment.model, experiment.process, sampling, state.with_ema(), dict(step=step), lora)
+        pipeline = Pipeline(weights, precision=experiment.train.precision, mesh=self._mesh)
+        seed, indices = experiment.train.seed, np.arange(count)
+        labels = np.asarray(uniform_labels(seed, indices, experiment.model.classes), np.int32)
+        mode = "complete" if experiment.model.routers == "none" else "gated"
+        job = DrawJob(labels, indices, sampling, seed=seed, mode=mode)
+
+        def draw():
+            for batch in pipeline.draw(job):
+                moved(f"the metrics of step {step}, image {batch.indices[-1] + 1} of {count}")
+                for pixels in batch.pixels:
+                    yield np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+
+        return ImageSet(f"the EMA at step {step}", count, "", draw)
+
+
+def _read_values(path) -> dict[int, float]:
+    """Read the values by step of a run's `best.json`.
+
+    Raises:
+      InputError: a file that is damaged.
+    """
+    remedy = "remove it, which forgets what was measured"
+    values = read_json(path, remedy=remedy).get("by_step")
+    if not isinstance(values, dict) or not all(key.isdecimal() and type(values[key]) is float for key in values):
+        raise InputError(f"{path} holds no values by step; {remedy}.")
+    return {int(key): value for key, value in values.items()}
+
+
+def open_judge(experiment: Experiment, mesh: Mesh) -> Judge | None:
+    """Return what measures the EMA, or None where `tracking.metrics_every_steps` is 0."""
+    return Judge(experiment, mesh) if experiment.tracking.metrics_every_steps else None
