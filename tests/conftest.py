@@ -65,6 +65,12 @@ def changed(config: dict, **sections) -> dict:
 
 
 DYNAMIC = changed(STATIC, model=dict(routers="first_on"), mesh=dict(data=4, fsdp=1))
+DYNAMIC_FLOW = changed(
+    DYNAMIC,
+    process=dict(name="flow"),
+    loss=dict(terms=("mse", "budget")),
+    sampling=dict(sampler="heun", steps="2", guidance=2.0, guidance_interval=(0.0, 0.6)),
+)
 
 
 def read_torch(path) -> dict:

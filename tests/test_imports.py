@@ -16,6 +16,7 @@ CONFINED = {
     "wandb": ("runtime/writers.py",),
     "tensorboardX": ("runtime/writers.py",),
     "grain": ("data/batches.py",),
+    "diffrax": ("sampling/adaptive.py",),
 }
 MODULES = sorted((ROOT / "dydit_jax").rglob("*.py"))
 

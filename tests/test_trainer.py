@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DYNAMIC, ROOT, STATIC, changed
+from conftest import DYNAMIC, DYNAMIC_FLOW, ROOT, STATIC, changed
 from PIL import Image
 
 from dydit_jax.checkpoints import save_weights
@@ -58,10 +58,11 @@ def test_run_leaves_metrics_config_and_weights(trained):
     assert from_run.about["step"] == from_file.about["step"] == 4
 
 
-def test_resumed_run_equals_the_uninterrupted_one(tmp_path):
-    whole = train_and_evaluate(DYNAMIC, tmp_path / "whole")
-    train_and_evaluate(changed(DYNAMIC, train=dict(steps=2)), tmp_path / "parts")
-    parts = train_and_evaluate(DYNAMIC, tmp_path / "parts")
+@pytest.mark.parametrize("config", [DYNAMIC, DYNAMIC_FLOW], ids=["diffusion", "flow"])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, config):
+    whole = train_and_evaluate(config, tmp_path / "whole")
+    train_and_evaluate(changed(config, train=dict(steps=2)), tmp_path / "parts")
+    parts = train_and_evaluate(config, tmp_path / "parts")
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     assert [line["loss/total"] for line in lines(tmp_path / "whole")] == [
         line["loss/total"] for line in lines(tmp_path / "parts")

@@ -90,6 +90,7 @@ class Request:
         worth compiling for so many images.
       token_capacity: share of each image's tokens that pass an MLP at most: one number, or one per block; the
         checkpoint's own by default.
+      process: diffusion or flow, for a job that takes no other checkpoint; what it is, it says itself.
       precision: auto, bfloat16, float32 or highest.
       routing: also draw what was on over the timesteps, and say what the steps were: routing.png, steps.png and
         plan.png, with their numbers as .csv.
@@ -112,6 +113,7 @@ class Request:
     mode: str = "fast"
     segments: int | None = None
     token_capacity: list | None = None
+    process: str = ""
     precision: str = "auto"
     routing: bool = False
     report: bool = False
@@ -183,6 +185,11 @@ def sample(request: Request) -> Samples:
 def _weights(request: Request) -> Weights:
     """Load the checkpoint, with the settings that the request replaces."""
     weights = load_checkpoint(request.checkpoint, request.from_step, request.weights, request.base)
+    if request.process not in ("", weights.process.name):
+        raise InputError(
+            f"{request.checkpoint} was trained as a {weights.process.name} and predicts nothing that could be sampled "
+            f"as {request.process}; leave --process out."
+        )
     own = dict(process=weights.process, checksum=lambda: checksum(weights.params))
     weights = dataclasses.replace(weights, sampling=choose_sampling(weights.sampling, request.overrides, **own))
     if request.token_capacity is None:
