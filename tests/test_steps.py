@@ -32,7 +32,7 @@ def test_few_steps_are_told_one_by_one():
     assert step_columns(rows)["segment"] == [0, 0, 1, 1] and step_columns(rows)["timestep"] == [999, 600, 300, 0]
     header, *lines = step_lines(rows).splitlines()
     assert header.split()[:5] == ["steps", "timesteps", "guidance", "passes", "segment"]
-    assert lines[1].split() == ["1", "600", "2", "2", "0", "1.3", "M", "2.0", "M"]
+    assert lines[1].split() == ["1", "600", "2", "2", "1", "1.3", "M", "2.0", "M"]
     assert "segment" not in step_table(samples_of(np.float32([0, 0.5])), [1.0, 1.0])[0]
 
 
@@ -40,9 +40,9 @@ def test_many_steps_alike_share_a_line():
     rows = step_table(samples_of(np.arange(249, -1, -1)), np.repeat([1.5, 1.0], 125), plan_of(0, 125, 200, 250))
     lines = [line.split() for line in step_lines(rows).splitlines()[1:]]
     assert [line[:5] for line in lines] == [
-        ["0..124", "249..125", "1.5", "2", "0"],
-        ["125..199", "124..50", "1", "1", "1"],
-        ["200..249", "49..0", "1", "1", "2"],
+        ["0..124", "249..125", "1.5", "2", "1"],
+        ["125..199", "124..50", "1", "1", "2"],
+        ["200..249", "49..0", "1", "1", "3"],
     ]
 
 

@@ -42,11 +42,15 @@ def step_columns(rows: list[dict]) -> dict[str, list]:
 
 
 def step_lines(rows: list[dict]) -> str:
-    """Return a step table as text; of many steps, a line for those in a row with the same guidance and segment."""
+    """Return a step table as text; of many steps, a line for those in a row with the same guidance and segment.
+
+    Segments count from 1, as in the text of a plan.
+    """
     alike = lambda row: (row["guidance"], row.get("segment"))
     groups = [[row] for row in rows]
     if len(rows) > MOST_LINES:
         groups = [list(group) for _, group in itertools.groupby(rows, alike)]
+    number = lambda row: row["segment"] + 1 if isinstance(row.get("segment"), int) else row.get("segment", "")
     lines = ["steps    timesteps  guidance  passes  segment   MACs per pass  executed"]
     for group in groups:
         first, last = group[0], group[-1]
@@ -56,7 +60,7 @@ def step_lines(rows: list[dict]) -> str:
         macs, executed = (np.mean([row[name] for row in group]) for name in ("macs_per_pass", "executed_macs_per_pass"))
         lines.append(
             f"{span('step'):8} {span('timestep'):>9} {first['guidance']:>9g} {first['passes']:>7} "
-            f"{first.get('segment', ''):>8} {format_count(macs):>15} {format_count(executed):>9}"
+            f"{number(first):>8} {format_count(macs):>15} {format_count(executed):>9}"
         )
     return "\n".join(lines)
 
@@ -72,6 +76,8 @@ def draw_steps(rows: list[dict], complete: float):
     Returns:
       A figure.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, steps = new_figure(5.4), np.arange(len(rows))
     axes = figure.subplots(3, 1, sharex=True, height_ratios=[1.2, 0.8, 1.2])
     columns = {name: np.array(values) for name, values in step_columns(rows).items()}
@@ -89,15 +95,15 @@ def draw_steps(rows: list[dict], complete: float):
     axes[2].set_title(f"MACs per image, {format_count(cost.sum())} in all; dashed: every gate open")
     axes[2].set_ylim(0, 1.1 * passes.max() * complete)
     axes[2].yaxis.set_major_formatter(count_ticks())
-    axes[2].set_xlabel(
-        f"evaluation, from noise (left) to image (right); {_segments(segments) if narrowed else 'nothing is left out'}"
-    )
+    bands = _segments(segments) if narrowed else "nothing is left out"
+    axes[2].set_xlabel(f"evaluation, from noise (left) to image (right); {bands}")
     for axis in axes:
         for number in np.unique(segments)[1::2] if narrowed else ():
             inside = np.flatnonzero(segments == number)
             axis.axvspan(inside[0] - 0.5, inside[-1] + 0.5, color=CLOSED, alpha=0.6, linewidth=0, zorder=0)
         axis.tick_params(color=INK, length=2)
     axes[2].set_xlim(-0.5, len(rows) - 0.5)
+    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
