@@ -4,7 +4,7 @@ import numpy as np
 
 from dydit_jax.drawing.style import LINES, in_style, new_figure
 
-MEASURES = {"error": "error to DDIM-1000", "accuracy": "accuracy", "distance": "Fréchet distance"}
+MEASURES = {"error": "Error to DDIM-1000", "accuracy": "Accuracy", "distance": "Fréchet distance"}
 PLACES = {"error": 4, "accuracy": 3, "distance": 2}
 SHOWN = ("ddpm", "ddim", "dpmpp_2m", "unipc", "heun", "ab4")
 
@@ -28,9 +28,9 @@ def draw(cells: list[dict]):
         for solver, (colour, dashes) in zip(SHOWN, LINES):
             evaluations, values = line_of(cells, solver, guidance, measure)
             axis.plot(evaluations, values, marker="o", ms=3, linestyle=dashes, color=colour, label=solver)
-        axis.set_title(f"{MEASURES[measure].capitalize()}, guidance {guidance}")
+        axis.set_title(f"{MEASURES[measure]}, guidance {guidance}")
         axis.set_xscale("log")
-        if measure != "accuracy":
+        if measure == "error":
             axis.set_yscale("log")
     axes[-1].set_xticks(sorted({row["evaluations"] for row in cells}), sorted({row["evaluations"] for row in cells}))
     axes[-1].xaxis.set_minor_locator(NullLocator())
@@ -45,7 +45,7 @@ def tables(found: dict) -> str:
     numbers = sorted({row["evaluations"] for row in cells})
     for guidance in dict.fromkeys(row["guidance"] for row in cells):
         for measure, title in MEASURES.items():
-            lines = [f"{title.capitalize()}, guidance {guidance}", ""]
+            lines = [f"{title}, guidance {guidance}", ""]
             lines += ["| solver | " + " | ".join(map(str, numbers)) + " |", "|---" * (1 + len(numbers)) + "|"]
             for solver in dict.fromkeys(row["solver"] for row in cells):
                 values = dict(zip(*line_of(cells, solver, guidance, measure)))
