@@ -225,7 +225,7 @@ def test_commands_of_the_readme_run_one_after_the_other(tmp_path):
             result = subprocess.run(process, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
             assert result.returncode == 0, result.stderr
             done.append(script)
-    assert done == ["train.py", "train.py", "sample.py", "analyze.py"]
+    assert done == 2 * ["train.py", "train.py", "sample.py", "analyze.py"]  # of a diffusion, of a flow
     assert (tmp_path / "out" / "grid" / "grid.png").is_file()
     assert (tmp_path / "out" / "analysis" / "report.html").is_file()
 

@@ -10,7 +10,8 @@ from conftest import GOLDEN, channels_last, read_torch, relative_error
 
 from dydit_jax import Pipeline
 from dydit_jax.checkpoints import load_weights, save_weights
-from dydit_jax.convert.conversion import Conversion, convert, export
+from dydit_jax.convert.conversion import Conversion, convert
+from dydit_jax.convert.exporting import Export, export
 from dydit_jax.convert.torch_files import read_tensors, write_tensors
 from dydit_jax.diffusion.process import Diffusion, Flow
 from dydit_jax.errors import InputError
@@ -72,7 +73,7 @@ def test_file_that_can_not_tell_is_a_diffusion_unless_a_flag_says(tmp_path):
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_sit_there_and_back_is_bitwise_equal(suffix, tmp_path):
     convert(Conversion(str(PLAIN), str(tmp_path / "ours.safetensors"), heads=4))
-    export(tmp_path / "ours.safetensors", tmp_path / f"back{suffix}", overwrite=False)
+    export(Export(str(tmp_path / "ours.safetensors"), str(tmp_path / f"back{suffix}")))
     back, theirs = read_tensors(tmp_path / f"back{suffix}"), read_torch(PLAIN)
     assert back.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -92,7 +93,7 @@ def test_output_of_c_channels_is_a_flow_s_with_a_half_of_zeros(tmp_path):
     with pytest.raises(InputError, match="has 16 rows; a diffusion, which learns its variance, has 32.*--process=flow"):
         convert(Conversion(source, str(tmp_path / "out"), heads=4))
     convert(Conversion(source, str(tmp_path / "out"), heads=4, process="flow"))
-    export(tmp_path / "out", tmp_path / "back.pt", overwrite=False)
+    export(Export(str(tmp_path / "out"), str(tmp_path / "back.pt")))
     back = read_tensors(tmp_path / "back.pt")
     for name, tensor in theirs.items():
         expected = tensor

@@ -62,7 +62,8 @@ def test_wheel_runs_away_from_the_clone(tmp_path):
     (wheel,) = tmp_path.glob("dydit_jax-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"dydit_jax"}
-    assert {"dydit_jax/py.typed", "dydit_jax/assets/digits_dydit.safetensors"} <= set(names)
+    assets = {f"dydit_jax/assets/digits_{kind}.safetensors" for kind in ("dydit", "dysit")}
+    assert {"dydit_jax/py.typed", *assets} <= set(names)
     run("-m", "pip", "install", *quiet, "--target", installed, wheel)
 
     said = run("-c", "import dydit_jax; print(dydit_jax.__file__, dydit_jax.__version__, dydit_jax.Pipeline)")

@@ -215,7 +215,7 @@ def test_without_a_network_the_message_says_what_to_do(name, monkeypatch):
 
 
 def test_unknown_name_lists_the_published_ones():
-    with pytest.raises(InputError, match="known: digits, dit-xl2-256, dit-xl2-512, dydit-xl2-256-0.7"):
+    with pytest.raises(InputError, match="known: digits, digits-flow, dit-xl2-256, dit-xl2-512, dydit-xl2-256-0.7"):
         load_checkpoint("dit-xl3")
 
 

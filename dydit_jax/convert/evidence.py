@@ -144,6 +144,8 @@ def _hear_process(evidence: Evidence, options: Mapping, who: str) -> None:
         evidence.say("process", "flow", f"{who} {name}")
     if not flow and options.get("prediction") in NOISE:
         evidence.say("process", "diffusion", f"{who} prediction")
+    if options.get("_class_name") == "DiTTransformer2DModel":
+        evidence.say("process", "diffusion", f"{who} _class_name")
     for name, known in FLOW_OPTIONS.items():
         if flow and options.get(name) not in (None, known):
             raise InputError(

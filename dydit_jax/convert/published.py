@@ -83,7 +83,8 @@ PUBLISHED = {
 }
 
 # Models that come with the package, already converted.
-SHIPPED = {"digits": Path(__file__).parents[1] / "assets" / "digits_dydit.safetensors"}
+_ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = {"digits": _ASSETS / "digits_dydit.safetensors", "digits-flow": _ASSETS / "digits_dysit.safetensors"}
 
 
 def known_names(holds: str) -> list[str]:
