@@ -27,6 +27,7 @@ from dydit_jax.checkpoints import (
     split_step,
 )
 from dydit_jax.convert.conversion import Conversion, convert, output_file
+from dydit_jax.convert.hub import is_address, known_file, local_file
 from dydit_jax.convert.published import SHIPPED, converted_file, fetch, known_names
 from dydit_jax.diffusion.process import read_process
 from dydit_jax.diffusion.samplers import SamplingConfig
@@ -56,6 +57,7 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
       checkpoint: a `.safetensors` file of ours, a folder with one, a training's work directory (its newest step, EMA
         weights; nothing is changed in it), one of its checkpoints (`<workdir>/checkpoints/<step>`), or the name of a
         known model: "digits", which comes with the package, or a published one, which is fetched and converted once.
+        An address is fetched and converted once too: hf://owner/name, hf://owner/name/<file or folder>, https://...
       from_step: another step than the newest, of a work directory.
       weights: "ema", which is warned of where it is still near its start, or "params", the raw parameters of a work
         directory.
@@ -68,7 +70,7 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
       InputError: none of these, a damaged one, or an adapter for another base.
     """
     require_known("weights", weights, WEIGHTS)
-    if from_step is None:
+    if from_step is None and not is_address(checkpoint):
         checkpoint, from_step = split_step(checkpoint)
     path = _resolved(checkpoint, "model")
     if not is_run(path):
@@ -158,8 +160,9 @@ def find_autoencoder_config(autoencoder: str) -> AutoencoderConfig | None:
     Raises:
       InputError: a file of something else.
     """
-    path = epath.Path(autoencoder)
-    if autoencoder and path.exists():
+    found = known_file(autoencoder) if is_address(autoencoder) else autoencoder
+    path = epath.Path(found or "")
+    if found and path.exists():
         return read_autoencoder_config(output_file(path) if path.is_dir() else path)
     return AutoencoderConfig() if autoencoder in known_names("autoencoder") else None
 
@@ -183,11 +186,16 @@ def load_decoder(autoencoder: str, channels: int, mesh: Mesh) -> Callable:
 
 
 def _resolved(checkpoint, holds: str) -> epath.Path:
-    """Return the path that the name of a "model" or "autoencoder" means."""
+    """Return the path that the name or address of a "model" or "autoencoder" means."""
+    if is_address(checkpoint):
+        return epath.Path(local_file(str(checkpoint), lambda source, out: convert(Conversion(str(source), str(out)))))
     path = epath.Path(checkpoint)
     if path.exists():
         if path.is_dir() and not is_run(path) and not (path / WEIGHTS_FILE).is_file():
-            raise InputError(f"{path} is neither a run's work directory nor a folder with {WEIGHTS_FILE}.")
+            raise InputError(
+                f"{path} is neither a run's work directory nor a folder with {WEIGHTS_FILE}. A folder of diffusers' is "
+                "converted first: convert_torch_weights.py."
+            )
         return path
     name, known = str(checkpoint), known_names(holds)
     if name not in known:

@@ -111,7 +111,20 @@ def fetch(name: str) -> Path:
     Raises:
       InputError: no network, no such file there any more, or a copy that is not what the server has.
     """
-    target, entry = downloaded_file(name), PUBLISHED[name]
+    return fetch_file(name, PUBLISHED[name], downloaded_file(name))
+
+
+def fetch_file(name: str, entry: Published, target: Path) -> Path:
+    """Return the local copy of a file, fetching it if it is not there or not what was fetched.
+
+    Args:
+      name: of the file, for people.
+      entry: where it is.
+      target: where it is kept.
+
+    Raises:
+      InputError: see `fetch`.
+    """
     if _is_whole(target, entry):
         return target
     with hold_lock(target.with_name(target.name + ".lock"), to=f"to fetch {name}"):
@@ -128,7 +141,7 @@ def _fetch(name: str, entry: Published, target: Path) -> None:
         if entry.repository:
             checksum = _fetch_from_hub(entry, partial)
         else:
-            fetch_address(f"{entry.address}/{entry.file}{entry.query}", partial)
+            fetch_address(f"{entry.address}/{entry.file}", partial)
             checksum = entry.sha256
         found = require_checksum(partial, checksum)
         with write_atomically(_record_of(target)) as record:
@@ -138,11 +151,23 @@ def _fetch(name: str, entry: Published, target: Path) -> None:
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 (the hub's and the network's errors have no common base)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{name} can't be fetched ({reason}). Put its file {entry.file} of "
+            f"{name} can't be fetched ({hub_reason(error)}). Put its file {entry.file} of "
             f"{entry.repository or entry.address} at {target}, or convert it with convert_torch_weights.py."
         ) from error
+
+
+def hub_reason(error: Exception) -> str:
+    """Return in a few words why Hugging Face or a network did not give what was asked for."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "its owner gives it to accounts that have accepted the terms on its page: set HF_TOKEN to a token of one"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such repository, or it is private: then set HF_TOKEN to a token that may read it"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return "the repository has no such file"
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _record_of(target: Path) -> Path:
@@ -157,7 +182,7 @@ def _is_whole(target: Path, entry: Published) -> bool:
     record = _record_of(target)
     known = record.read_text(errors="replace").partition(" ")[0] if record.exists() else entry.sha256
     if record.exists() or known:
-        found = _sha256(target)
+        found = checksum_of(target)
         if not known or not found.startswith(known):
             logger.warning("%s is damaged: SHA-256 %s, was %s. Fetching it again.", target, found, known or "lost")
             return False
@@ -189,7 +214,7 @@ def require_checksum(path: Path, known: str | None) -> str:
     Raises:
       InputError: another checksum; the file is deleted.
     """
-    found = _sha256(path)
+    found = checksum_of(path)
     if known and re.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{64}", known):
         reason = "" if found.startswith(known) else f"SHA-256 {found}, should be {known}"
     else:
@@ -200,7 +225,8 @@ def require_checksum(path: Path, known: str | None) -> str:
     return found
 
 
-def _sha256(path: Path) -> str:
+def checksum_of(path: Path) -> str:
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

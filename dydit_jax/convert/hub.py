@@ -1,0 +1,185 @@
+"""Checkpoints by address: hf://owner/name, hf://owner/name/<file or folder>, and plain https addresses.
+
+Naming one is asking for it: it is fetched once, checked as a published file is (`published`), converted where it is not
+ours, and found without a network from then on. A repository may hold weights of ours, a `DiTPipeline` of diffusers, one
+of its models, or files that are named one by one. A plain address may end with #sha256=<checksum>.
+
+    <cache>/hub/<owner>/<name>/...           files, as they are there, with their checksums
+    <cache>/addresses/<name of the file>...  files of plain addresses
+    <...>.converted.safetensors              what was made of them
+    <cache>/addresses/<digest>.json          where an address was found to lead
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dydit_jax.checkpoints import ADAPTER_FORMAT, FORMAT, WEIGHTS_FILE, format_of, is_autoencoder_format
+from dydit_jax.convert.diffusers_layout import CONFIG_FILE, INDEX_FILE, TRANSFORMER, WEIGHTS_FILES
+from dydit_jax.convert.published import Published, checksum_of, fetch_file, hub_reason
+from dydit_jax.errors import InputError, some_of
+from dydit_jax.runtime.cache import cache_folder
+from dydit_jax.runtime.files import hold_lock, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+HUB, PLAIN = "hf://", ("https://", "http://")
+LICENCE = "see its page"
+CONVERTED = ".converted.safetensors"
+
+
+def is_address(text) -> bool:
+    """Return whether a checkpoint's name is an address."""
+    return str(text).startswith((HUB, *PLAIN))
+
+
+def local_file(address: str, convert: Callable[[Path, Path], None]) -> Path:
+    """Return the file of ours that an address leads to, fetching and converting it if it is not there.
+
+    Args:
+      address: see the module.
+      convert: writes weights of ours; is given the source, a file or a folder of diffusers', and the file to write.
+
+    Raises:
+      InputError: no such repository or file, one that needs a token, another checksum, or nothing to convert.
+    """
+    if found := known_file(address):
+        return found
+    record = _record_of(address)
+    with hold_lock(record.with_suffix(".lock"), to=f"to fetch {address}"):
+        source = _fetch_from_hub(address) if address.startswith(HUB) else _fetch_plain(address)
+        found = source
+        if source.is_dir() or not _is_ours(source):
+            found = source.with_name(source.name + CONVERTED)
+            if not found.is_file():
+                convert(source, found)
+        write_json(record, dict(address=address, path=str(found)))
+    return found
+
+
+def known_file(address: str) -> Path | None:
+    """Return the file of ours that an address was found to lead to; None where it is not here."""
+    record = _record_of(address)
+    found = Path(read_json(record, remedy="remove it")["path"]) if record.is_file() else None
+    return found if found is not None and found.is_file() else None
+
+
+def _record_of(address: str) -> Path:
+    return cache_folder() / "addresses" / f"{_digest(address)}.json"
+
+
+def _digest(address: str) -> str:
+    return hashlib.sha256(address.encode()).hexdigest()[:16]
+
+
+def _is_ours(path: Path) -> bool:
+    if path.suffix != ".safetensors":
+        return False
+    name = format_of(path)
+    return name in (FORMAT, ADAPTER_FORMAT) or is_autoencoder_format(name)
+
+
+# --- Plain addresses -----------------------------------------------------------------------------
+
+
+def _fetch_plain(address: str) -> Path:
+    """Fetch the file of a plain address, whatever its checksum, and then compare it with the one that is asked for."""
+    address, _, fragment = address.partition("#")
+    match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
+    if fragment and not match:
+        raise InputError(f"What follows # in {address}#{fragment[:80]} must be sha256= and 64 hexadecimal digits.")
+    base, _, file = address.partition("?")[0].rpartition("/")
+    if not re.fullmatch(r"[\w.+-]+\.\w+", file):
+        raise InputError(f"{address} must end with the name of a file of weights.")
+    wanted = match[1].lower() if match else ""
+    target = cache_folder() / "addresses" / _digest(address) / file
+    entry = Published(LICENCE, address.removeprefix(f"{base}/"), address=base, sha256=wanted)
+    path = fetch_file(address, entry, target)
+    if wanted and (found := checksum_of(path)) != wanted:  # it was here, fetched without a checksum
+        raise InputError(f"{address} has the SHA-256 {found}, not {wanted}; it lies at {path}.")
+    return path
+
+
+# --- Hugging Face --------------------------------------------------------------------------------
+
+
+def split_hub_address(address: str) -> tuple[str, str]:
+    """Return the repository and the path in it of hf://owner/name[/path].
+
+    Raises:
+      InputError: not of this form.
+    """
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:/([\w./+-]*))?", address)
+    path = (match[2] or "").strip("/") if match else ""
+    if not match or ".." in address.split("/"):
+        raise InputError(f"{address} must be hf://owner/name, or hf://owner/name/<file or folder in it>.")
+    return match[1], path
+
+
+def _fetch_from_hub(address: str) -> Path:
+    """Fetch what a hub's address leads to; return its file, or the folder of a model of diffusers'."""
+    repository, path = split_hub_address(address)
+    source, files = choose_files(list_files(repository), path, address)
+    folder = cache_folder() / "hub" / repository
+    fetch = lambda file: fetch_file(
+        f"{HUB}{repository}/{file}", Published(LICENCE, file, repository=repository), folder / file
+    )
+    for file in files:
+        fetched = fetch(file)
+        if file.endswith(".index.json"):  # its shards lie beside it
+            listed = read_json(fetched, remedy="remove it").get("weight_map")
+            shards = sorted(set(listed.values())) if isinstance(listed, dict) else []
+            for shard in shards:
+                if "/" in shard:
+                    raise InputError(f"{address} has an index that lists {shard!r:.80}, which is not in its folder.")
+                fetch(f"{file.rpartition('/')[0]}/{shard}".lstrip("/"))
+    return folder / source
+
+
+def list_files(repository: str) -> list[str]:
+    """Return the names of a repository's files.
+
+    Raises:
+      InputError: there is none, it needs a token, or no network.
+    """
+    import huggingface_hub
+
+    try:
+        return [file.rfilename for file in huggingface_hub.HfApi().model_info(repository).siblings or []]
+    except Exception as error:  # noqa: BLE001 (the hub's and the network's errors have no common base)
+        raise InputError(f"{HUB}{repository} can't be looked up: {hub_reason(error)}.") from error
+
+
+def choose_files(listed: Sequence[str], path: str, address: str) -> tuple[str, list[str]]:
+    """Choose what to fetch of a repository, the shards of an index aside.
+
+    Args:
+      listed: its files.
+      path: the file or folder that is asked for; "" for all of it.
+      address: for messages.
+
+    Returns:
+      The file or folder that is then converted or read, and the files that it needs.
+
+    Raises:
+      InputError: nothing there that this package reads.
+    """
+    within = lambda *parts: "/".join(part for part in parts if part)
+    if path in listed:
+        beside = within(path.rpartition("/")[0], CONFIG_FILE)
+        return path, [path, *([beside] if beside in listed else [])]
+    if (ours := within(path, WEIGHTS_FILE)) in listed:
+        return ours, [ours]
+    index, folder = within(path, INDEX_FILE), path
+    if index in listed:
+        folder = within(path, TRANSFORMER)
+    config = within(folder, CONFIG_FILE)
+    weights = [within(folder, name) for name in WEIGHTS_FILES if within(folder, name) in listed]
+    if config in listed and weights:
+        return path, [*([index] if index in listed else []), config, weights[0]]
+    raise InputError(
+        f"{address} has no {WEIGHTS_FILE} and no model of diffusers'; name one of its files: "
+        f"{some_of(sorted(listed), most=8) or 'it has none'}."
+    )
