@@ -5,11 +5,17 @@ import types
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from dydit_jax.data.image_sets import open_images
+from dydit_jax.jobs import evaluate as evaluation
+from dydit_jax.jobs import judging
 from dydit_jax.jobs import prepare_latents as preparation
 from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_params
+from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 
+TINY_NETWORK = dict(scale=np.float32(0.1))
 MEAN = Autoencoder(AutoencoderConfig(), {"weight": np.ones(3)})
 
 
@@ -31,6 +37,35 @@ def mean_for_autoencoder():
         mock.patch.object(preparation, "load_autoencoder", lambda name: MEAN),
     ):
         yield given
+
+
+def few_numbers(params, images) -> dict:
+    """Return a few numbers of each image [B,8,8,3] in the place of Inception's features."""
+    small = images.astype(jnp.float32).reshape(len(images), 4, 2, 4, 2, 3).mean((2, 4, 5)).reshape(len(images), 16)
+    return dict(pool=jnp.sin(small[:, :8] * params["scale"]), spatial=small[:, 8:], logits=small[:, :4] / 100)
+
+
+@contextlib.contextmanager
+def few_numbers_for_inception():
+    """Put a few numbers of each image in the place of Inception's features."""
+    shapes = dict(mu=(8,), sigma=(8, 8), mu_s=(8,), sigma_s=(8, 8))
+    with (
+        mock.patch.object(evaluation, "features", few_numbers),
+        mock.patch.object(evaluation, "MOMENT_SHAPES", shapes),
+        mock.patch.object(evaluation, "load_inception", lambda name: (TINY_NETWORK, "tiny")),
+        mock.patch.object(judging, "load_inception", lambda name: (TINY_NETWORK, "tiny")),
+    ):
+        yield
+
+
+def write_tiny_reference(path):
+    """Write the statistics of twenty random images, by the stand-in for Inception; return their file."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    np.savez(path.with_name("reference.npz"), arr_0=pixels)
+    settings = dict(params=TINY_NETWORK, mesh=make_mesh(MeshConfig()), batch_size=4)
+    statistics = evaluation.image_statistics(open_images(path.with_name("reference.npz")), **settings)
+    evaluation.save_statistics(path, statistics, "tiny")
+    return path
 
 
 def small_autoencoder(**record) -> Autoencoder:

@@ -7,43 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import STATIC, changed
+from stand_ins import few_numbers_for_inception, write_tiny_reference
 
 from dydit_jax.checkpoints import CheckpointConfig, Run, load_weights
 from dydit_jax.checkpoints.reading import saved_steps
-from dydit_jax.data.image_sets import open_images
 from dydit_jax.errors import InputError
-from dydit_jax.jobs import evaluate as evaluation
 from dydit_jax.jobs import judging
-from dydit_jax.jobs.evaluate import Evaluation, evaluate, image_statistics, save_statistics
+from dydit_jax.jobs.evaluate import Evaluation, evaluate
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.jobs.train import train_and_evaluate
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 from dydit_jax.training.experiment import read_experiment
 
-NETWORK, IMAGES = "tiny", 12
+IMAGES = 12
 SCORES = ("fid", "sfid", "inception_score", "precision", "recall")
 
 
-def tiny_features(params, images) -> dict:
-    """Return a few numbers of each image in the place of Inception's features."""
-    small = images.astype(jnp.float32).reshape(len(images), 4, 2, 4, 2, 3).mean((2, 4, 5)).reshape(len(images), 16)
-    return dict(pool=jnp.sin(small[:, :8] * params["scale"]), spatial=small[:, 8:], logits=small[:, :4] / 100)
-
-
 @pytest.fixture
-def tiny_judge(monkeypatch, tmp_path):
+def tiny_judge(tmp_path):
     """Put a tiny network in Inception's place; return the file of a reference's statistics."""
-    params = dict(scale=np.float32(0.1))
-    monkeypatch.setattr(evaluation, "features", tiny_features)
-    monkeypatch.setattr(evaluation, "MOMENT_SHAPES", dict(mu=(8,), sigma=(8, 8), mu_s=(8,), sigma_s=(8, 8)))
-    for module in (evaluation, judging):
-        monkeypatch.setattr(module, "load_inception", lambda name: (params, NETWORK))
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
-    np.savez(tmp_path / "reference.npz", arr_0=pixels)
-    settings = dict(params=params, mesh=make_mesh(MeshConfig()), batch_size=4)
-    statistics = image_statistics(open_images(tmp_path / "reference.npz"), **settings)
-    save_statistics(tmp_path / "statistics.npz", statistics, NETWORK)
-    return tmp_path / "statistics.npz"
+    with few_numbers_for_inception():
+        yield write_tiny_reference(tmp_path / "statistics.npz")
 
 
 def measured(reference, **tracking) -> dict:
@@ -73,7 +57,9 @@ def test_metrics_are_those_of_the_images_that_are_sampled_from_the_checkpoint(ti
     train_and_evaluate(config, run)
     require_same_as_evaluate(run, 2, tiny_judge, tmp_path / "set")
     scores, best = scores_of(run, 2), json.loads((run / "best.json").read_text())
-    assert best == dict(step=2, metric="fid", value=scores["fid"], by_step={"2": scores["fid"]})
+    value = scores["fid"]
+    assert best == dict(step=2, metric="fid", value=value, by_step={"2": value}, measured=best["measured"])
+    assert best["measured"]["images"] == IMAGES and best["measured"]["sampling"]["steps"] == "2"
     # A run that was stopped before it had measured its checkpoint does so when it goes on.
     (run / "best.json").unlink()
     (run / "metrics.jsonl").unlink()
@@ -125,11 +111,16 @@ def test_a_run_that_goes_on_knows_its_best_checkpoint_among_those_that_are_there
 ):
     for number in there:
         (tmp_path / "checkpoints" / str(number)).mkdir(parents=True)
-    values = {"2": 3.0, "4": 1.0, "6": 2.0}
-    (tmp_path / "best.json").write_text(json.dumps(dict(step=4, metric="fid", value=1.0, by_step=values)))
     judge, run = judging.Judge(read_experiment(measured(tiny_judge)), make_mesh(MeshConfig())), FakeRun()
+    values = {"2": 3.0, "4": 1.0, "6": 2.0}
+    record = dict(step=4, metric="fid", value=1.0, by_step=values, measured=judge._measured)
+    (tmp_path / "best.json").write_text(json.dumps(record))
     judge.open(tmp_path, run, step)
     assert run.best == best and judge.is_due(step) == due and not judge.is_due(step + 1) and judge.is_due(10)
+    # With other settings the values can't be compared.
+    other = judging.Judge(read_experiment(measured(tiny_judge, metrics_images=20)), make_mesh(MeshConfig()))
+    other.open(tmp_path, run, step)
+    assert run.best is None and other.is_due(step) == (step > 0)
 
 
 @pytest.mark.parametrize("content", ["{}", "[", '{"by_step": {"x": 1.0}}', '{"by_step": {"2": null}}'])

@@ -16,6 +16,7 @@ from dydit_jax.data.sources import DataConfig, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.jobs import prepare_latents as preparation
 from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents, verify_latents
+from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.jobs.train import train_and_evaluate
 from dydit_jax.jobs.training_data import open_training_data
 from dydit_jax.models.autoencoder import AutoencoderConfig
@@ -243,6 +244,24 @@ def test_training_refuses_latents_of_another_record(folder, encoded, tmp_path):
     save_autoencoder(path, small_autoencoder(channels=16), {})
     with pytest.raises(InputError, match="The model draws 4 channels, but the latents of the autoencoder .* have 16"):
         open_training_data(read_experiment(config))
+
+
+@pytest.mark.slow
+def test_a_model_of_16_channels_and_factor_16_is_trained_on_pictures_and_sampled(folder, tmp_path):
+    path = str(tmp_path / "vae.safetensors")
+    save_autoencoder(path, small_autoencoder(channels=16, widths=(32,) * 5, scale=(0.5,), shift=(0.1,)), {})
+    config = dict(
+        model=dict(depth=1, width=32, heads=2, patch=1, side=2, channels=16, classes=2),
+        data=dict(name="images", path=str(folder), batch_size=8),
+        optimizer=dict(learning_rate=1e-3),
+        train=dict(steps=2, ema_decay=0.5),
+        sampling=dict(sampler="ddim", steps="2", autoencoder=path),
+        tracking=dict(every_steps=1, samples_every_steps=2, sample_labels=(0, 1)),
+    )
+    train_and_evaluate(config, tmp_path / "run")
+    assert np.load(tmp_path / "run.latents" / "moments.npy").shape == (COUNT, 2, 2, 2, 32)
+    sample(Request(str(tmp_path / "run"), str(tmp_path / "out"), num_images=4))
+    assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (4, 32, 32, 3)
 
 
 LATENTS_MODEL = DiTConfig(depth=1, width=32, heads=2, patch=1, side=2, channels=4, classes=2)

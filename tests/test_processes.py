@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from conftest import DYNAMIC, ROOT, changed
 from PIL import Image
-from stand_ins import mean_for_autoencoder
+from stand_ins import few_numbers_for_inception, mean_for_autoencoder, write_tiny_reference
 
+from dydit_jax.checkpoints.reading import saved_steps
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents, verify_latents
 from dydit_jax.jobs.sample import Request, sample
@@ -106,6 +107,22 @@ def test_two_processes_sample_as_one_does(trained, tmp_path, monkeypatch, batche
     for number in range(2):
         np.testing.assert_allclose(np.load(tmp_path / "two" / f"process_{number}.npy"), whole, atol=1e-5)
     assert len(list((tmp_path / "two" / "images").iterdir())) == 8 * batches
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(tmp_path):
+    with few_numbers_for_inception():
+        reference = str(write_tiny_reference(tmp_path / "statistics.npz"))
+        tracking = dict(metrics_every_steps=2, metrics_reference=reference, metrics_images=12)
+        config = changed(CONFIG, train=dict(steps=4), sampling=SAMPLING, tracking=tracking, checkpoint=dict(keep=1))
+        train_and_evaluate(changed(config, mesh=dict(data=4, fsdp=1, tensor=1)), tmp_path / "one")
+    for _ in range(2):  # the second time nothing is left to do
+        finish(start("judge", dict(config=config, workdir=str(tmp_path / "two"))))
+    two, one = (json.loads((tmp_path / name / "best.json").read_text()) for name in ("two", "one"))
+    assert two["step"] == one["step"] and two["by_step"].keys() == {"2", "4"}
+    # A pixel between two values may be rounded either way.
+    assert two["by_step"] == pytest.approx(one["by_step"], rel=1e-3)
+    assert saved_steps(tmp_path / "two") == sorted({one["step"], 4})
 
 
 def request_for_latents(pictures) -> dict:

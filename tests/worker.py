@@ -55,6 +55,13 @@ def main():
             from dydit_jax.jobs.train import train_and_evaluate
 
             train_and_evaluate(told["config"][int(number)], told["workdir"][int(number)])
+        elif action == "judge":
+            from stand_ins import few_numbers_for_inception
+
+            from dydit_jax.jobs.train import train_and_evaluate
+
+            with few_numbers_for_inception():
+                train_and_evaluate(told["config"], told["workdir"])
         elif action == "latents":
             from stand_ins import mean_for_autoencoder
 

@@ -1,13 +1,15 @@
 """FID and its kin while a model trains: of images from the EMA, by the numbers that `evaluate.py` gives for them.
 
-    <workdir>/best.json    step and value of the best checkpoint, and all values by step
+    <workdir>/best.json    step and value of the best checkpoint, all values by step, and how they were measured
 
 The images are those that `sample.py --mode=gated` draws from the checkpoint of the same step with the training's seed
 and precision, `--num_images` and the same sampling settings, none of them written. The best checkpoint by the FID is
 kept for good. A run that was stopped before it had measured a checkpoint does so when it goes on.
 """
 
+import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Callable
 
@@ -64,12 +66,16 @@ class Judge:
         alone = self._settings | dict(mesh=make_mesh(MeshConfig(), jax.local_devices()))
         measure = functools.partial(image_statistics, **alone)
         self._reference = load_reference(tracking.metrics_reference, network, measure, open_images)
+        about = dict(self._reference.about, network=network)
+        sampling = dataclasses.asdict(metrics_sampling(experiment))
+        record = dict(reference=about, images=tracking.metrics_images, sampling=sampling, seed=experiment.train.seed)
+        self._measured = json.loads(json.dumps(record))
         self._by_step, self._path, self._run = {}, None, None
 
     def open(self, workdir, run: Run, step: int) -> None:
         """Take up what was measured before; later steps than the one that the run goes on from are forgotten."""
         self._path, self._run = epath.Path(workdir) / BEST_FILE, run
-        known = _read_values(self._path) if is_main() and self._path.exists() else {}
+        known = self._read_values() if is_main() and self._path.exists() else {}
         steps = from_main(sorted(known.keys() & range(step + 1)), limit=step + 1)
         self._by_step = {step: known.get(step) for step in steps}  # of values the main process alone makes use
         self._choose()
@@ -94,12 +100,28 @@ class Judge:
         best = self._choose()
         if is_main():
             record = dict(step=best, metric="fid", value=self._by_step[best], by_step=self._by_step)
-            write_json(self._path, record)
+            write_json(self._path, record | dict(measured=self._measured))
             logger.info(
                 "step %d  FID %.3f of %d images  (best %.3f, step %d)",
                 *(step, scores["ema/fid"], self._experiment.tracking.metrics_images, record["value"], best),
             )
         return scores
+
+    def _read_values(self) -> dict[int, float]:
+        """Read the values by step that an earlier start has measured; those that were measured otherwise are forgotten.
+
+        Raises:
+          InputError: a file that is damaged.
+        """
+        remedy = "remove it, which forgets what was measured"
+        record = read_json(self._path, remedy=remedy)
+        values = record.get("by_step")
+        if not isinstance(values, dict) or not all(key.isdecimal() and type(values[key]) is float for key in values):
+            raise InputError(f"{self._path} holds no values by step; {remedy}.")
+        if record.get("measured") != self._measured:
+            logger.warning("%s was measured with other settings; the best checkpoint is found again.", self._path)
+            return {}
+        return {int(key): value for key, value in values.items()}
 
     def _choose(self) -> int | None:
         """Have the run keep its best checkpoint, of those that are there; return its step, or None."""
@@ -128,19 +150,6 @@ class Judge:
                     yield np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
         return ImageSet(f"the EMA at step {step}", count, "", draw)
-
-
-def _read_values(path) -> dict[int, float]:
-    """Read the values by step of a run's `best.json`.
-
-    Raises:
-      InputError: a file that is damaged.
-    """
-    remedy = "remove it, which forgets what was measured"
-    values = read_json(path, remedy=remedy).get("by_step")
-    if not isinstance(values, dict) or not all(key.isdecimal() and type(values[key]) is float for key in values):
-        raise InputError(f"{path} holds no values by step; {remedy}.")
-    return {int(key): value for key, value in values.items()}
 
 
 def open_judge(experiment: Experiment, mesh: Mesh) -> Judge | None:
