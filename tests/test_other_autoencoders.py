@@ -12,7 +12,8 @@ from test_autoencoder import in_compvis_layout
 
 from dydit_jax.checkpoints import read_autoencoder_config, save_autoencoder, write_arrays
 from dydit_jax.convert.autoencoders import convert_autoencoder
-from dydit_jax.convert.conversion import Conversion, convert, export
+from dydit_jax.convert.conversion import Conversion, convert
+from dydit_jax.convert.exporting import Export, export
 from dydit_jax.convert.torch_files import read_tensors, write_tensors
 from dydit_jax.errors import InputError
 from dydit_jax.latents import require_channels
@@ -92,7 +93,7 @@ def test_networks_and_latents_equal_diffusers(settings, shape, tmp_path):
     found = autoencoder.sample_latents(jax.jit(autoencoder.encode)(ours, image), ours.config, None)
     np.testing.assert_allclose(found, encoded, atol=2e-5)
     np.testing.assert_allclose(jax.jit(autoencoder.decode)(ours, latent), decoded, atol=2e-5)
-    export(tmp_path / "out", tmp_path / "back.bin", overwrite=False)
+    export(Export(tmp_path / "out", tmp_path / "back.bin"))
     back, state = read_tensors(tmp_path / "back.bin"), theirs.state_dict()
     assert back.keys() == state.keys()
     for name, tensor in state.items():
