@@ -90,12 +90,13 @@ def _fetch_plain(address: str) -> Path:
     match = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
     if fragment and not match:
         raise InputError(f"What follows # in {address}#{fragment[:80]} must be sha256= and 64 hexadecimal digits.")
-    base, _, file = address.partition("?")[0].rpartition("/")
+    plain, mark, query = address.partition("?")
+    base, _, file = plain.rpartition("/")
     if not re.fullmatch(r"[\w.+-]+\.\w+", file):
         raise InputError(f"{address} must end with the name of a file of weights.")
     wanted = match[1].lower() if match else ""
     target = cache_folder() / "addresses" / _digest(address) / file
-    entry = Published(LICENCE, address.removeprefix(f"{base}/"), address=base, sha256=wanted)
+    entry = Published(LICENCE, file, address=base, query=mark + query, sha256=wanted)
     path = fetch_file(address, entry, target)
     if wanted and (found := checksum_of(path)) != wanted:  # it was here, fetched without a checksum
         raise InputError(f"{address} has the SHA-256 {found}, not {wanted}; it lies at {path}.")

@@ -141,7 +141,7 @@ def _fetch(name: str, entry: Published, target: Path) -> None:
         if entry.repository:
             checksum = _fetch_from_hub(entry, partial)
         else:
-            fetch_address(f"{entry.address}/{entry.file}", partial)
+            fetch_address(f"{entry.address}/{entry.file}{entry.query}", partial)
             checksum = entry.sha256
         found = require_checksum(partial, checksum)
         with write_atomically(_record_of(target)) as record:
