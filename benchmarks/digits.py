@@ -24,6 +24,7 @@ from absl import flags
 from etils import epath
 from judge import Judge
 
+from dydit_jax.checkpoints import WEIGHTS_FILE
 from dydit_jax.data.sources import digits
 from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.drawing.style import LINES, OPEN, SMALL, count_ticks, in_style, new_figure, save_figure
@@ -40,42 +41,44 @@ NUM_IMAGES = flags.DEFINE_integer("num_images", 1000, "Images per model and guid
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of training: initial values, noise, order of the data.")
 LAMBDAS = flags.DEFINE_list("lambdas", ["0.3", "0.5", "0.7", "0.9"], "Budgets of the DyDiTs.")
 
-START = "digits_dit"
 GUIDANCES = (1.0, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """A model of the study: its name, its config file and what is set beside it."""
+    """A model of the study: its name, its config file, what is set beside it, and the model that it starts from."""
 
     name: str
     config: str
     overrides: tuple[str, ...] = ()
+    start: str = ""
 
 
 def contestants() -> list[Contestant]:
     """Return the models in the order of training: the start comes first."""
     dynamic = [
-        Contestant(f"DyDiT, lambda {budget}", "digits_dydit", (f"--config.loss.budget={budget}",))
+        Contestant(f"DyDiT, lambda {budget}", "digits_dydit", (f"--config.loss.budget={budget}",), "static")
         for budget in LAMBDAS.value
     ]
     return [
-        Contestant("static", START),
-        Contestant("static, trained on", "digits_control"),
+        Contestant("static", "digits_dit"),
+        Contestant("static, trained on", "digits_control", start="static"),
         Contestant("static, half the size", "digits_half"),
         *dynamic,
     ]
 
 
 def train(model: Contestant, seed: str) -> epath.Path:
-    """Run train.py to its end, or find that it did; returns the work directory."""
-    place = lambda model: epath.Path(RUNS.value) / f"seed_{seed}" / model.name.replace(", ", "_").replace(" ", "_")
+    """Run train.py to its end, unless it did; returns the work directory."""
+    place = lambda name: epath.Path(RUNS.value) / f"seed_{seed}" / name.replace(", ", "_").replace(" ", "_")
+    if (place(model.name) / WEIGHTS_FILE).exists():
+        return place(model.name)
     overrides = [f"--config.train.seed={seed}", f"--config.data.seed={seed}", *model.overrides]
-    if model.config in ("digits_control", "digits_dydit"):
-        overrides.append(f"--config.train.init_from={place(Contestant('static', START))}")
-    command = [sys.executable, "train.py", f"--config=configs/{model.config}.py", f"--workdir={place(model)}"]
+    if model.start:
+        overrides.append(f"--config.train.init_from={place(model.start)}")
+    command = [sys.executable, "train.py", f"--config=configs/{model.config}.py", f"--workdir={place(model.name)}"]
     subprocess.run(command + overrides, check=True)
-    return place(model)
+    return place(model.name)
 
 
 def measure(folder: epath.Path, judge: Judge, guidance: float) -> dict:
@@ -102,6 +105,7 @@ def measure(folder: epath.Path, judge: Judge, guidance: float) -> dict:
         judge.measure(seen, labels),
         guidance=guidance,
         macs=samples.mean_macs,
+        passes=float(samples.evaluations.mean()),
         mac_ratio=float(on),
         sampler=weights.sampling.sampler,
         steps=weights.sampling.steps,
