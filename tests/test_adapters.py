@@ -11,7 +11,15 @@ import pytest
 from conftest import DYNAMIC, changed
 
 from dydit_jax import Pipeline
-from dydit_jax.checkpoints import ADAPTER_FORMAT, Weights, checksum, format_of, save_weights
+from dydit_jax.checkpoints import (
+    ADAPTER_FORMAT,
+    Weights,
+    checksum,
+    describe_base,
+    format_of,
+    save_adapter,
+    save_weights,
+)
 from dydit_jax.convert.exporting import Export, export
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
@@ -52,8 +60,9 @@ def config_on(base, trainable=("routers", "lora"), **sections) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(base, tmp_path_factory):
-    """A work directory in which routers and low-rank updates were trained for four steps, and its last state."""
+    """A work directory in which routers and low-rank updates were trained for two steps, then for two more."""
     workdir = tmp_path_factory.mktemp("runs") / "lora"
+    train_and_evaluate(config_on(base, train=dict(steps=2)), workdir)
     return workdir, train_and_evaluate(config_on(base), workdir)
 
 
@@ -73,11 +82,11 @@ def test_what_is_not_trained_stays_and_has_no_state(base, trained):
     assert stored < sum(leaf.nbytes for leaf in source.values())
 
 
+@pytest.mark.slow
 def test_run_of_an_adapter_goes_on_exactly(base, trained, tmp_path):
-    """The killed run reads its base again, and ends where the other did, bit for bit."""
-    _, whole = trained
-    train_and_evaluate(config_on(base, train=dict(steps=2)), tmp_path / "parts")
-    parts = train_and_evaluate(config_on(base), tmp_path / "parts")
+    """The run in two parts read its base again, and ended where the one without a stop does, bit for bit."""
+    _, parts = trained
+    whole = train_and_evaluate(config_on(base), tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
 
 
@@ -122,17 +131,19 @@ def test_adapter_for_another_base_is_refused(base, trained, tmp_path):
 
 
 def test_updates_of_the_timestep_are_kept_apart_and_sampled(base, tmp_path):
-    train_and_evaluate(config_on(base, lora=EXPERTS, train=dict(steps=2)), tmp_path / "run")
-    weights = load_checkpoint(tmp_path / "run")
-    assert weights.lora == LoRAConfig(**EXPERTS) and weights.params["blocks"]["lora_mixture"]["bias"].shape == (1, 2)
-    drawn = Pipeline(weights)([1, 2])
-    assert drawn.pixels.shape == (2, 8, 8, 1)
-    merged = load_checkpoint(merge(tmp_path / "run", tmp_path / "merged.safetensors"))
-    np.testing.assert_array_equal(Pipeline(merged)([1, 2]).pixels, drawn.pixels)
+    lora, complete = LoRAConfig(**EXPERTS), load_checkpoint(base)
+    params = jax.jit(Model(complete.model, lora=lora).init)(jax.random.key(5))
+    part = dataclasses.replace(complete, params=split_params(params, ("lora",))[0], lora=lora)
+    save_adapter(tmp_path / "adapter.safetensors", part, describe_base(str(base), complete))
+    weights = load_checkpoint(tmp_path / "adapter.safetensors")
+    assert weights.lora == lora and weights.params["blocks"]["lora_mixture"]["bias"].shape == (1, 2)
+    np.testing.assert_array_equal(Pipeline(weights)([1, 2]).pixels, Pipeline(complete)([1, 2]).pixels)  # B is zero
+    merged = load_checkpoint(merge(tmp_path / "adapter.safetensors", tmp_path / "merged.safetensors"))
+    assert merged.lora == lora and checksum(merged.params) == checksum(weights.params)
     with pytest.raises(InputError, match="updates that depend on the timestep; no other layout has them"):
         export(Export(tmp_path / "merged.safetensors", tmp_path / "out.pt"))
     with pytest.raises(InputError, match="updates that depend on the timestep; take its base"):
-        train_and_evaluate(changed(DYNAMIC, train=dict(init_from=str(tmp_path / "run"))), tmp_path / "next")
+        train_and_evaluate(changed(DYNAMIC, train=dict(init_from=str(tmp_path / "merged.safetensors"))), tmp_path / "x")
 
 
 def test_adapter_is_no_base(base, trained, tmp_path):
