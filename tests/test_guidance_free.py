@@ -11,7 +11,7 @@ from conftest import DYNAMIC, STATIC, changed, relative_error
 from runs import SAMPLING, make_run
 
 from dydit_jax.checkpoints import Weights, save_weights
-from dydit_jax.convert.conversion import export
+from dydit_jax.convert.exporting import Export, export
 from dydit_jax.diffusion.process import PROCESSES, Diffusion, perturb
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.train import train_and_evaluate
@@ -163,4 +163,4 @@ def test_run_learns_the_embedding_and_says_that_its_model_is_told(base, tmp_path
     weights = load_checkpoint(tmp_path / "run")
     assert weights.model.guidance_free
     with pytest.raises(InputError, match="is told the scale of guidance"):
-        export(tmp_path / "run" / "weights.safetensors", tmp_path / "out.pt", overwrite=False)
+        export(Export(tmp_path / "run" / "weights.safetensors", tmp_path / "out.pt"))
