@@ -247,7 +247,7 @@ def _guidance(sampling: dict) -> str:
     if sampling.get("guidance_scales"):
         return "a scale per evaluation: " + ", ".join(map(str, sampling["guidance_scales"]))
     low, high = sampling.get("guidance_interval") or (None, None)
-    return f"{sampling['guidance']}" + ("" if low is None else f" at timesteps {low} to {high}")
+    return f"{sampling['guidance']}" + ("" if low is None else f" at timesteps {low:g} to {high:g}")
 
 
 def _cost(cost: dict | None) -> str:

@@ -33,7 +33,7 @@ class AdaptiveSamples:
     Attributes:
       images: [B,side,side,C].
       steps: that were tried for each image, the rejected ones included, int [B]; each is six evaluations of the
-        network, or twelve with guidance.
+        network, or twelve with guidance in two passes.
     """
 
     images: np.ndarray
@@ -99,8 +99,10 @@ def _solve_all(params, first, labels, *, model: Model, mode: str, sampling: Samp
     """Solve from noise [B,side,side,C] at time 0 to the images at 1; returns them and the steps of each [B]."""
     import diffrax
 
-    network = functools.partial(model.apply, params, mode=mode)
-    scale = sampling.guidance if sampling.is_guided else None
+    in_one_pass = model.config.guidance_free
+    beta = jnp.full(1, 1 / sampling.guidance) if in_one_pass else None
+    network = functools.partial(model.apply, params, mode=mode, beta=beta)
+    scale = sampling.guidance if sampling.is_guided and not in_one_pass else None
     settings = dict(scale=scale, guided_channels=sampling.guided_channels, config=model.config)
 
     def velocity(t, x, label):
