@@ -11,6 +11,7 @@ import typing
 
 if typing.TYPE_CHECKING:
     from dydit_jax.data.sources import register_source
+    from dydit_jax.diffusion.process import register_process
     from dydit_jax.diffusion.solvers import register_solver
     from dydit_jax.diffusion.terms import register_loss_term
     from dydit_jax.drawing.pictures import draw_grid, to_uint8
@@ -39,6 +40,7 @@ __all__ = [
     "published_config",
     "register_execution",
     "register_loss_term",
+    "register_process",
     "register_solver",
     "register_source",
     "register_time_router",
@@ -49,6 +51,7 @@ __all__ = [
 # Where they are; in another place by another name.
 _MODULES = {
     "data.sources": ("register_source",),
+    "diffusion.process": ("register_process",),
     "diffusion.solvers": ("register_solver",),
     "diffusion.terms": ("register_loss_term",),
     "drawing.pictures": ("draw_grid", "to_uint8"),

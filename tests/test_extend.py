@@ -16,7 +16,7 @@ import dydit_jax
 from dydit_jax.checkpoints import Weights
 from dydit_jax.data.batches import batches
 from dydit_jax.data.sources import SOURCES, DataConfig, open_source, register_source
-from dydit_jax.diffusion.process import Diffusion
+from dydit_jax.diffusion.process import PROCESSES, Diffusion, noise_first, perturb, spread_times
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.solvers import SOLVERS
 from dydit_jax.diffusion.terms import LOSS_TERMS, LossConfig, LossInputs, register_loss_term, weigh_terms
@@ -40,7 +40,7 @@ from dydit_jax.training.experiment import build_update, read_experiment
 from dydit_jax.training.optimizer import build_optimizer
 from dydit_jax.training.update import init_state
 
-REGISTRIES = (TIME_ROUTERS, TOKEN_ROUTERS, LOSS_TERMS, SOURCES, EXECUTIONS, SOLVERS)
+REGISTRIES = (TIME_ROUTERS, TOKEN_ROUTERS, LOSS_TERMS, SOURCES, EXECUTIONS, SOLVERS, PROCESSES)
 SMALL = dict(depth=1, width=32, heads=2, patch=4, side=8, channels=1, classes=8, routers="free")
 
 
@@ -125,6 +125,24 @@ def test_solver_of_the_page_takes_the_mean_of_two_noises(page):
     noise = table.estimate_from_x0 @ [x, x0]
     moved = table.weights[:, 0, 0] * x + table.weights[:, 0, 2:].sum(1) * noise
     np.testing.assert_allclose(moved, ddim.weights[:, 0, 0] * x + ddim.weights[:, 0, 2] * x0, atol=1e-5)
+
+
+def test_process_of_the_page_trains_and_samples_by_its_own_time(page):
+    sections = dict(page["config"], process=dict(name="circle"), circle=dict(noisiest=0.9))
+    sections |= dict(loss=dict(terms=("mse", "budget")), sampling=dict(sampler="heun", steps="4"))
+    process = read_experiment(sections).process
+    assert process == page["Circle"](noisiest=0.9)
+    ones = jnp.ones((3, 1, 1, 1))
+    half = np.sqrt(0.5)
+    found = perturb(process, ones, -2 * ones, jnp.asarray([0.0, 0.5, 1.0]))[:, 0, 0, 0]
+    np.testing.assert_allclose(found, [1, half - 2 * half, -2], atol=1e-6)
+    table = make_table(SamplingConfig(sampler="heun", steps="4"), process)
+    assert len(table) == 7 and table.timestep[0] == np.float32(0.9) and table.timestep.dtype == np.float32
+    assert spread_times(process, 3)[noise_first(process, np.zeros(3))].tolist() == [1.0, 0.5, 0.0]
+    with pytest.raises(InputError, match="'ddpm' has no meaning for the process circle: it has no variance"):
+        read_experiment(dict(sections, sampling=dict(sampler="ddpm")))
+    with pytest.raises(InputError, match="is no process: it needs levels"):
+        PROCESSES.register("square")(type("Square", (), dict(vars(page["Circle"]), levels=None)))
 
 
 @pytest.mark.parametrize("opened", [0, 5])

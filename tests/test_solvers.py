@@ -140,7 +140,9 @@ def final_error(name: str, steps: int) -> float:
 
 
 # dpmpp_3m has diffusers' weights, as the test above wants: with half of the second difference its order is 2.
-@pytest.mark.parametrize("name, order", dict(ddim=1, dpmpp_2m=2, dpmpp_3m=2, unipc=2, unipc_3=3, heun=2, ab4=4).items())
+@pytest.mark.parametrize(
+    "name, order", dict(ddim=1, euler=1, dpmpp_2m=2, dpmpp_3m=2, unipc=2, unipc_3=3, heun=2, ab4=4).items()
+)
 def test_order_of_convergence(name, order):
     errors = np.array([final_error(name, steps) for steps in (40, 80, 160)])
     slopes = np.log2(errors[:-1] / errors[1:])
