@@ -6,6 +6,12 @@ The plan is that of a profile (`profiles.py`), with token shares that spread by 
 weights are made. Each start is a process of its own; the first finds the cache of programs empty, the second full. Told
 are the seconds after which each program is there. A run starts as soon as the first one is, and the others are compiled
 meanwhile.
+
+    python benchmarks/compile.py --constants --model S/2 --steps ddim20 --batch_size 8
+
+measures the constants by which a job chooses its segments, `fast.segmentation.PLATFORMS`, and prints them: seconds to
+compile a block, in the program that leaves nothing out and in one that is narrowed, and the MACs per second of both. A
+batch is drawn twice with each; what the first took longer was compiling. On a CPU the seconds are those of one core.
 """
 
 import functools
@@ -22,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
-from profiles import swinging_logits
+from profiles import profiled_params, swinging_logits
 
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import Sampler, SamplingConfig
@@ -34,6 +40,7 @@ from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.aot import compiled_ahead, describe_call
 from dydit_jax.runtime.console import run
+from dydit_jax.sampling.generate import SamplingRun
 from dydit_jax.sampling.segment import SegmentProgram, SegmentSettings, run_segment, segment_inputs
 from dydit_jax.sampling.table import make_table
 
@@ -43,27 +50,28 @@ STEPS = flags.DEFINE_string("steps", "250", "Steps of the DDPM run.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "Images at once.")
 SEGMENTS = flags.DEFINE_integer("segments", None, "Programs that the schedule is cut into; decides by itself.")
 ONE_START = flags.DEFINE_bool("one_start", False, "Compile in this process and print the seconds; for this program.")
-OUT = flags.DEFINE_string("out", None, "File for the results.")
+CONSTANTS = flags.DEFINE_bool("constants", False, "Measure and print the constants of this platform instead.")
+OUT = flags.DEFINE_string("out", None, "File for the results; without, they are printed alone.")
 
 SHARE_DEVIATION = 0.01
 
 
 def main():
     if ONE_START.value:
-        sys.stdout.write(json.dumps(start()))
+        sys.stdout.write(json.dumps(constants() if CONSTANTS.value else start()))
         return
     with tempfile.TemporaryDirectory() as cache:
-        starts = [_start_of_its_own(cache) for _ in range(2)]
+        starts = [_start_of_its_own(cache) for _ in range(1 if CONSTANTS.value else 2)]
     report = dict(
         command="python " + " ".join(sys.argv),
         machine=f"{os.cpu_count()} cores, {jax.devices()[0].device_kind}",
         date=time.strftime("%Y-%m-%d"),
-        first_start=starts[0],
-        second_start=starts[1],
+        **(starts[0] if CONSTANTS.value else dict(first_start=starts[0], second_start=starts[1])),
     )
-    path = epath.Path(OUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    if OUT.value:
+        path = epath.Path(OUT.value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 
@@ -73,6 +81,37 @@ def _start_of_its_own(cache: str) -> dict:
         [sys.executable, *sys.argv, "--one_start"], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
     return json.loads(done.stdout)
+
+
+def constants() -> dict:
+    """Return the fields of a `Platform` as this one has them."""
+    model = Model(published_config(MODEL.value, side=32, routers="free"))
+    sampling, process = SamplingConfig(sampler="ddim", steps=STEPS.value, clip=1.0), Diffusion()
+    shares = tuple(int(per_cent) / 100 for per_cent in PROFILE.value)
+    params = profiled_params(model, make_table(sampling, process).timestep, shares)
+    sampler = SamplingRun(model, params, sampling=sampling, process=process)
+    clock = time.process_time if model.platform == "cpu" else time.perf_counter
+    labels = np.arange(BATCH_SIZE.value) % model.config.classes
+
+    def draw(plan):
+        began = clock()
+        samples = sampler.draw(labels, plan=plan)
+        return clock() - began, samples
+
+    sampler.draw(labels, mode="complete")  # compiles what all modes share
+    compiling, speeds = [], []
+    for plan in (sampler.plan(0), sampler.plan(1)):
+        first, _ = draw(plan)
+        second, samples = draw(plan)
+        macs = len(labels) * float(samples.evaluations @ samples.executed_macs)
+        compiling.append((first - second) / model.config.depth)
+        speeds.append(macs / second)
+    return dict(
+        whole_seconds=compiling[0],
+        narrowed_seconds=compiling[1],
+        macs_per_second=speeds[0],
+        narrowed_speed=speeds[1] / speeds[0],
+    )
 
 
 def start() -> dict:
