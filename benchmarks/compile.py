@@ -110,7 +110,7 @@ def constants() -> dict:
         whole_seconds=compiling[0],
         narrowed_seconds=compiling[1],
         macs_per_second=speeds[0],
-        narrowed_speed=speeds[1] / speeds[0],
+        half_speed_width=model.config.width * (speeds[0] / speeds[1] - 1),
     )
 
 

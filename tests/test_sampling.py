@@ -232,7 +232,7 @@ def test_settings_given_win_over_the_checkpoints(checkpoint, tmp_path):
 @pytest.fixture
 def narrowing_pays(monkeypatch):
     """Let compiling take so short that a job of four tiny images is worth a segment, one of two is not."""
-    costs = dict(whole_seconds=0.0, narrowed_seconds=4e-5, macs_per_second=1e10)
+    costs = dict(whole_seconds=0.0, narrowed_seconds=4e-5, macs_per_second=1e10, half_speed_width=0.0)
     monkeypatch.setitem(PLATFORMS, "cpu", dataclasses.replace(PLATFORMS["cpu"], **costs))
 
 

@@ -197,7 +197,7 @@ def make_plan(
 
 def _worth_compiling(steps: "_Steps", macs: ModelMacs, most: int, job: Job) -> int:
     """Return how many segments, from 0 to `most`, a job is worth."""
-    narrowed, _ = _cheapest_cuts(_segment_costs(steps, expected_macs(macs, steps.groups, job)), most)
+    narrowed, _ = _cheapest_cuts(_segment_costs(steps, expected_macs(macs, job)), most)
     whole = _whole_cost(steps, dataclasses.replace(macs, mlp=job.token_share * macs.mlp))
     programs = [len(even_runs(steps.evaluations)), *range(1, most + 1)]
     return choose_segments([whole, *narrowed[1:]], programs, layers=macs.layers, job=job)

@@ -16,7 +16,7 @@ import numpy as np
 
 from dydit_jax.models.cost import ModelMacs
 
-MOST_OPEN_TOKENS = 0.95  # expected at most, else a model that closes nothing but tokens would never be narrowed
+OPEN_TOKENS = 0.85  # expected, before any were seen; of the digits model 0.84
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,23 +29,24 @@ class Platform:
       whole_seconds: to compile a block of the program that leaves nothing out.
       narrowed_seconds: to compile a block of a narrowed program.
       macs_per_second: of the program that leaves nothing out.
-      narrowed_speed: the speed of narrowed programs, as a share of that.
+      half_speed_width: width of a model whose narrowed programs run at half that speed. Packing moves D numbers of each
+        token where products compute D^2, so that the wider a model is, the less of its speed it loses.
     """
 
     whole_seconds: float
     narrowed_seconds: float
     macs_per_second: float
-    narrowed_speed: float
+    half_speed_width: float
 
 
 PLATFORMS = {
-    # Measured on an Intel Xeon of two cores, float32.
-    "cpu": Platform(whole_seconds=0.3, narrowed_seconds=0.5, macs_per_second=4e10, narrowed_speed=0.85),
+    # Measured on an Intel Xeon of two cores, float32: S/2, and the speed of narrowed programs on the digits as well.
+    "cpu": Platform(whole_seconds=0.3, narrowed_seconds=0.5, macs_per_second=4e10, half_speed_width=32),
     # Estimated from docs/speed/xl2_h200.json, bfloat16: first calls of 19 s and 104 s, less the steps in them, and its
     # speeds. Eight programs at once took 0.22 s a block each, one alone takes longer.
-    "gpu": Platform(whole_seconds=0.3, narrowed_seconds=0.4, macs_per_second=2.4e14, narrowed_speed=0.72),
+    "gpu": Platform(whole_seconds=0.3, narrowed_seconds=0.4, macs_per_second=2.4e14, half_speed_width=450),
     # A guess, half of a v5e's peak; nothing was run on a TPU.
-    "tpu": Platform(whole_seconds=0.3, narrowed_seconds=0.4, macs_per_second=5e13, narrowed_speed=0.8),
+    "tpu": Platform(whole_seconds=0.3, narrowed_seconds=0.4, macs_per_second=5e13, half_speed_width=300),
 }
 
 
@@ -56,26 +57,26 @@ class Job:
     Attributes:
       images: of the whole job.
       platform: a key of `PLATFORMS`.
+      width: of the model.
       token_share: of the tokens that have a row in an MLP, mean over the layers; less than 1 for top-k models.
     """
 
     images: int
     platform: str
+    width: int
     token_share: float = 1.0
 
 
-def expected_macs(macs: ModelMacs, groups: np.ndarray, job: Job) -> ModelMacs:
+def expected_macs(macs: ModelMacs, job: Job) -> ModelMacs:
     """Return the counts of narrowed programs, whose MLPs pack their open tokens.
 
-    How many are open is not known before the first image. A budget is trained into tokens and groups alike, so as many
-    tokens are expected to be open as groups are.
+    How many are open depends on images that are not there yet: `OPEN_TOKENS`, or as few as have a row.
 
     Args:
       macs: the model's counts.
-      groups: gates of the whole run, bool [S,L,G].
       job: whose images are drawn.
     """
-    share = min(job.token_share, groups.mean(), MOST_OPEN_TOKENS) if macs.token_router else job.token_share
+    share = min(job.token_share, OPEN_TOKENS) if macs.token_router else job.token_share
     return dataclasses.replace(macs, mlp=share * macs.mlp)
 
 
@@ -93,5 +94,6 @@ def choose_segments(macs: Sequence[float], programs: Sequence[int], *, layers: i
     platform = PLATFORMS[job.platform]
     narrowed = np.arange(len(macs)) > 0
     of_block = np.where(narrowed, platform.narrowed_seconds, platform.whole_seconds)
-    speed = platform.macs_per_second * np.where(narrowed, platform.narrowed_speed, 1.0)
+    slower = 1 + platform.half_speed_width / job.width
+    speed = platform.macs_per_second / np.where(narrowed, slower, 1.0)
     return int(np.argmin(layers * of_block * np.asarray(programs) + job.images * np.asarray(macs) / speed))

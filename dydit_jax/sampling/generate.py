@@ -174,7 +174,7 @@ class SamplingRun:
         """
         config = self.model.config
         token_share = float(np.mean(config.capacities)) / config.tokens
-        job = None if images is None else Job(images, self.model.platform, token_share)
+        job = None if images is None else Job(images, self.model.platform, config.width, token_share)
         settings = dict(execution=default_execution(self.model).name, evaluations=self.evaluations)
         return make_plan(*self.time_gates, config.macs, **settings, segments=segments, job=job)
 
