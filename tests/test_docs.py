@@ -46,6 +46,7 @@ JOBS = [
     ("cli.convert", "convert"),
     ("cli.convert", "export"),
     ("cli.convert", "merge"),
+    ("cli.convert", "push"),
     ("cli.prepare_latents", "prepare_latents"),
     ("cli.prepare_latents", "verify_latents"),
     ("data.packing", "prepare_pictures"),

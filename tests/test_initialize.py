@@ -13,6 +13,8 @@ from PIL import Image
 from stand_ins import mean_for_autoencoder
 
 from dydit_jax.checkpoints import Weights, load_weights, save_weights
+from dydit_jax.convert.conversion import Conversion, convert
+from dydit_jax.convert.exporting import Export, export
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
@@ -157,6 +159,17 @@ def test_unconditional_model_gives_its_only_row(save):
     assert (rows(params)[:3] != rows(source.params)).all()
     with pytest.raises(InputError, match="'mean' needs classes to average"):
         start(save("unconditional", classes=0), new_classes="mean")
+
+
+def test_unconditional_model_comes_from_pytorch_and_is_not_guided(save, tmp_path):
+    path = save("unconditional", classes=0)
+    export(Export(path, str(tmp_path / "theirs.safetensors")))
+    convert(Conversion(str(tmp_path / "theirs.safetensors"), str(tmp_path / "ours.safetensors"), heads=2))
+    found = load_checkpoint(tmp_path / "ours.safetensors")
+    assert found.model.classes == 0 and found.sampling.guidance == 1.0
+    jax.tree.map(np.testing.assert_array_equal, found.params, load_checkpoint(path).params)
+    with pytest.raises(InputError, match="Guidance needs classes, and this model has none"):
+        sample(Request(str(tmp_path / "ours.safetensors"), str(tmp_path / "out"), ["0"], overrides=dict(guidance=2.0)))
 
 
 def test_stored_positions_are_interpolated_to_another_side(save, caplog):

@@ -276,7 +276,7 @@ def _converted_dit(tensors: dict, evidence: Evidence, request: Conversion) -> tu
     params = convert_state_dict(complete, config)
     difference = compare_with_torch(tensors, params, config, evidence) if request.verify else None
     config, params = _prepared(params, config, request)
-    autoencoder, guidance, about = "", 1.5, {}
+    autoencoder, guidance, about = "", 1.5 if config.classes else 1.0, {}
     if evidence.value("space") == "latent":
         known = DEFAULT_AUTOENCODER if config.channels == AutoencoderConfig.channels else ""
         evidence.guess("autoencoder", known, "the published models'; --sampling.autoencoder decides")

@@ -119,8 +119,11 @@ def require_no_class(config: Mapping, sampling: SamplingConfig, *, labels=(), cl
       classes: of the model; this number as a label stands for "no class".
 
     Raises:
-      InputError: a label dropout of 0, or, under guidance, one of 1, which leaves no class to guide to.
+      InputError: a label dropout of 0, or, under guidance, one of 1 or a model without classes: neither leaves a class
+        to guide to.
     """
+    if sampling.is_guided and classes == 0:
+        raise InputError("Guidance needs classes, and this model has none; set sampling.guidance to 1.")
     dropout = (config.get("loss") or {}).get("label_dropout", LossConfig.label_dropout)
     guided, unlabelled = sampling.is_guided, classes in np.asarray(labels).tolist()
     if not (guided and dropout in (0.0, 1.0)) and not (unlabelled and dropout == 0.0):
