@@ -63,6 +63,9 @@ SETTINGS = {
     "ddpm, 250": dict(sampler="ddpm", steps="250"),
     "unipc, logsnr:10": dict(sampler="unipc", steps="logsnr:10"),
     "dpmpp_2m, quadratic:10": dict(sampler="dpmpp_2m", steps="quadratic:10"),
+    "ab4, quadratic:10": dict(sampler="ab4", steps="quadratic:10"),
+    "ddim, quadratic:10": dict(sampler="ddim", steps="quadratic:10"),
+    "sde_dpmpp_2m, logsnr:10": dict(sampler="sde_dpmpp_2m", steps="logsnr:10"),
     "ddim, 50": dict(sampler="ddim", steps="50"),
 }
 
