@@ -57,13 +57,13 @@ def tables(found: dict) -> str:
 
 
 def settings_table(rows: list[dict]) -> str:
-    """Return mean and standard deviation over the seeds of each setting, and how far the first one is."""
+    """Return mean and standard deviation over the seeds of each setting."""
     values = lambda name, key: np.array([row[key] for row in rows if row["setting"] == name])
-    lines = ["| setting | accuracy | distance |", "|---|---|---|"]
+    lines = ["| setting | seeds | accuracy | distance |", "|---|---|---|---|"]
     for name in dict.fromkeys(row["setting"] for row in rows):
         cells = []
         for key in ("accuracy", "distance"):
             of_seeds = values(name, key)
             cells.append(f"{of_seeds.mean():.3f} ± {of_seeds.std(ddof=len(of_seeds) > 1):.3f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {len(of_seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)

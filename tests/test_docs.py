@@ -316,6 +316,14 @@ def test_notebook_runs(tmp_path):
 
 # --- Numbers -------------------------------------------------------------------------------------
 
+
+def test_settings_beside_ddpm_are_those_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    settings_table = importlib.import_module("quality_figure").settings_table
+    found = json.loads((ROOT / "docs" / "quality.json").read_text())
+    assert settings_table(found["settings"]) in (ROOT / "docs" / "sampling.md").read_text()
+
+
 SPEEDS = {
     "complete": "complete",
     "gated": "gated",
