@@ -47,7 +47,7 @@ def test_set_of_a_flow_says_what_it_is(trained, tmp_path):
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["process"] == {"name": "flow"} and "diffusion" not in manifest
     steps = rows_of(out / "steps.csv")
-    assert [row["timestep"] for row in steps] == ["0", "0.5", "0.5", "1"]
+    assert [float(row["timestep"]) for row in steps] == [0, 0.5, 0.5, 1]
     assert [row["passes"] for row in steps] == ["2", "2", "2", "1"]  # guided up to 0.6
     with pytest.raises(InputError, match="was trained as a flow and predicts nothing that could be sampled as diff"):
         sample(Request(str(trained), str(tmp_path / "other"), num_images=1, process="diffusion"))

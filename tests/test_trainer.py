@@ -58,7 +58,9 @@ def test_run_leaves_metrics_config_and_weights(trained):
     assert from_run.about["step"] == from_file.about["step"] == 4
 
 
-@pytest.mark.parametrize("config", [DYNAMIC, DYNAMIC_FLOW], ids=["diffusion", "flow"])
+@pytest.mark.parametrize(
+    "config", [DYNAMIC, pytest.param(DYNAMIC_FLOW, marks=pytest.mark.slow)], ids=["diffusion", "flow"]
+)
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, config):
     whole = train_and_evaluate(config, tmp_path / "whole")
     train_and_evaluate(changed(config, train=dict(steps=2)), tmp_path / "parts")
