@@ -115,11 +115,13 @@ def main():
         machine=f"{jax.devices()[0].device_kind}, float32",
         date=time.strftime("%Y-%m-%d"),
         training=rows,
-        sampling=seconds_of_sampling(),
     )
     path = epath.Path(OUT.value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write = lambda report: path.write_text(json.dumps(report, indent=2) + "\n")
+    write(report)
+    report |= dict(sampling=seconds_of_sampling())
+    write(report)
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 

@@ -178,14 +178,16 @@ def fold_block(block: dict, mixture, lora: LoRAConfig) -> dict:
     for target in lora.targets:
         part, names = dict(folded[TARGETS[target]]), names_of(target)
         a, b = (part.pop(name).astype(jnp.float32) for name in names)
-        update = jnp.tensordot(mixture, b, 1)  # [R,...]
-        update = lora.scale * jnp.tensordot(a, update, 1, precision="highest")  # as the kernel, but [D,3,H,K]
-        add = lambda kernel, update: (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+        mixed = lora.scale * jnp.tensordot(mixture, b, 1)  # [R,...]
         if target != "qkv":
-            part[target] = add(part[target], update)
-        elif isinstance(part[target], tuple):  # narrowed, see `fast.narrow`
-            part[target] = tuple(add(kernel, update[:, i]) for i, kernel in enumerate(part[target]))
-        else:
-            part[target] = add(part[target], jnp.moveaxis(update, 1, 0))
+            part[target] = _add_product(part[target], a, mixed)
+        else:  # three arrays where they are narrowed, see `fast.narrow`
+            parts = tuple(_add_product(kernel, a, mixed[:, i]) for i, kernel in enumerate(part[target]))
+            part[target] = parts if isinstance(part[target], tuple) else jnp.stack(parts)
         folded[TARGETS[target]] = part
     return folded
+
+
+def _add_product(kernel, a, b):
+    """Return kernel + a b in the kernel's dtype; a [...,R], b [R,...], float32."""
+    return (kernel.astype(jnp.float32) + jnp.tensordot(a, b, 1, precision="highest")).astype(kernel.dtype)
