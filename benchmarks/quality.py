@@ -66,7 +66,6 @@ SETTINGS = {
     "ab4, quadratic:10": dict(sampler="ab4", steps="quadratic:10"),
     "ddim, quadratic:10": dict(sampler="ddim", steps="quadratic:10"),
     "sde_dpmpp_2m, logsnr:10": dict(sampler="sde_dpmpp_2m", steps="logsnr:10"),
-    "ddim, 50": dict(sampler="ddim", steps="50"),
 }
 
 
