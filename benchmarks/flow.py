@@ -147,11 +147,15 @@ def tables(rows: list[dict]) -> str:
         macs, share = (values_of(rows, name, OWN, 1.0, key).mean() for key in ("macs", "mac_ratio"))
         cells = [mean_and_deviation(values_of(rows, name, OWN, scale, key), places) for key, places, scale in columns]
         lines.append(_line(name, f"{macs / 1e6:.2f}", f"{share:.3f}", *cells))
-    lines += ["", *_header("of DySiT and its control", "difference", "2 sqrt(s1² + s2²)")]
+    lines += ["", *_header("of DySiT and its control", "difference", "2 sqrt(s1² + s2²)", "")]
     for (key, places, scale), header in zip(columns, headers):
         ours, theirs = (values_of(rows, name, OWN, scale, key) for name in (DYNAMIC, CONTROL))
-        bound = 2 * np.hypot(ours.std(ddof=1), theirs.std(ddof=1)) if len(ours) > 1 else np.nan
-        lines.append(_line(header, f"{ours.mean() - theirs.mean():+.{places + 1}f}", f"{bound:.{places + 1}f}"))
+        if min(len(ours), len(theirs)) < 2:
+            continue  # no deviation to compare with
+        bound = 2 * np.hypot(ours.std(ddof=1), theirs.std(ddof=1))
+        difference = ours.mean() - theirs.mean()
+        verdict = "within" if abs(difference) <= bound else "**beyond**"
+        lines.append(_line(header, f"{difference:+.{places + 1}f}", f"{bound:.{places + 1}f}", verdict))
     lines += ["", *_header("10 evaluations", "solver, times", "million MACs", "accuracy", "distance")]
     for name, choices in FEW.items():
         keys = ("macs", "accuracy", "distance")

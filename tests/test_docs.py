@@ -358,6 +358,19 @@ def is_rounded(text: str, value: float) -> bool:
     return any(exact.quantize(shown, rounding) == shown for rounding in (ROUND_HALF_EVEN, ROUND_HALF_UP))
 
 
+def test_digits_page_holds_the_numbers_of_the_flow_study():
+    rows = json.loads((ROOT / "docs" / "flow.json").read_text())["results"]
+    cell_of = lambda row: (row["model"], row["settings"], row["guidance"])
+    for cell in {cell_of(row) for row in rows}:
+        model, settings, _ = cell
+        begins = rf"\| {model} \| " + (r"[\d.]+ \|" if settings == "own" else rf"{settings} \|")
+        [line] = re.findall(f"^{begins}.*", (ROOT / "docs" / "digits.md").read_text(), re.MULTILINE)
+        for key, places in (("accuracy", 3), ("distance", 2)):
+            values = [row[key] for row in rows if cell_of(row) == cell]
+            spread = f" ± {np.std(values, ddof=1):.{places}f}" if len(values) > 1 else ""
+            assert f"| {np.mean(values):.{places}f}{spread} |" in line, (cell, key)
+
+
 @pytest.mark.parametrize("row, unit", measured_rows())
 def test_tables_hold_the_numbers_of_their_files(row, unit):
     result = json.loads((ROOT / "docs" / "speed" / row["file"]).read_text())
