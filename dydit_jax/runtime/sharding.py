@@ -202,10 +202,17 @@ def map_in_slices(
     run = _compiled(function, mesh)
     results = []
     for first in range(0, len(filled), size):
-        results.append(to_host(run(params, filled[first : first + size])))
+        results.append(to_host(run(params, _placed(filled[first : first + size], mesh))))
         if report is not None:
             report(min(size, len(batch) - first))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(batch)], *results)
+
+
+def _placed(rows: np.ndarray, mesh: Mesh):
+    """Return rows that every process has as an array in its shards; a single process leaves that to `jit`."""
+    if jax.process_count() == 1:
+        return rows
+    return jax.make_array_from_callback(rows.shape, batch_sharding(mesh), lambda at: rows[at])
 
 
 @functools.cache
