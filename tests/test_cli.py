@@ -180,12 +180,12 @@ def test_version_is_the_package_s(typed):
         ("train", ("--config=digits_dit",), "--workdir is required. Folder of the run"),
         ("train", ("--config=digit",), "There is no file 'digit' and no config of that name; known: default,"),
         ("train", ("--config=",), "There is no file ''"),
-        ("convert", ("--source=x",), "--out is required. A .safetensors file, or a folder"),
+        ("convert", ("--source=x",), "--out is required: a .safetensors file, or a folder"),
         ("prepare_latents", ("--verify",), "--out is required. Folder for the latents"),
         ("prepare_latents", ("--out=x",), "--path is empty; name the pictures."),
         ("prepare_images", ("--source=x",), "--out is required."),
         ("sample", ("--checkpoint=x", "--out=x"), "Give one of --labels"),
-        ("sample", ("--checkpoint=sd-vae-ft-ema", "--out=x", "--labels=1"), "known: digits, dit-xl2-256, "),
+        ("sample", ("--checkpoint=sd-vae-ft-ema", "--out=x", "--labels=1"), "known: digits, digits-flow, dit-xl2-256, "),
     ],
 )
 def test_mistakes_are_one_line_that_helps(typed, command, arguments, message):

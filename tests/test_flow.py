@@ -66,6 +66,7 @@ def test_training_step_equals_the_original(sit):
         t=reference["t"],
         labels=reference["y_used"],
         router_noise=None,
+        beta=None,
     )
     settings = dict(model=model, loss=LossConfig(terms=("mse", "budget")), process=Flow(), passes=("complete",))
 

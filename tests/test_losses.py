@@ -43,6 +43,7 @@ def step(golden_v2, reference):
         router_noise=Routing(
             recorded("head", config.heads), recorded("group", config.heads), recorded("token", config.tokens)
         ),
+        beta=None,
     )
     settings = dict(
         model=golden_v2.model,
