@@ -40,7 +40,7 @@ class Platform:
 
 
 PLATFORMS = {
-    # Measured on an Intel Xeon of two cores, float32: S/2, and the speed of narrowed programs on the digits as well.
+    # Rounded from S/2 and the digits on a busy Intel Xeon of two cores, float32: `benchmarks/compile.py --constants`.
     "cpu": Platform(whole_seconds=0.3, narrowed_seconds=0.5, macs_per_second=4e10, half_speed_width=32),
     # Estimated from docs/speed/xl2_h200.json, bfloat16: first calls of 19 s and 104 s, less the steps in them, and its
     # speeds. Eight programs at once took 0.22 s a block each, one alone takes longer.
