@@ -185,7 +185,11 @@ def test_version_is_the_package_s(typed):
         ("prepare_latents", ("--out=x",), "--path is empty; name the pictures."),
         ("prepare_images", ("--source=x",), "--out is required."),
         ("sample", ("--checkpoint=x", "--out=x"), "Give one of --labels"),
-        ("sample", ("--checkpoint=sd-vae-ft-ema", "--out=x", "--labels=1"), "known: digits, digits-flow, dit-xl2-256, "),
+        (
+            "sample",
+            ("--checkpoint=sd-vae-ft-ema", "--out=x", "--labels=1"),
+            "known: digits, digits-flow, dit-xl2-256",
+        ),
     ],
 )
 def test_mistakes_are_one_line_that_helps(typed, command, arguments, message):
