@@ -291,6 +291,7 @@ def test_a_run_on_a_mesh_is_that_on_one_device(tiny, name, platform):
 # --- The choice ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_executions_are_timed_on_one_device_whatever_mesh_is_set(tiny, monkeypatch):
     """A TPU's compiler does not share kernels out over a mesh by itself."""
     model, params = tiny

@@ -154,6 +154,7 @@ def test_a_run_leaves_no_weights_behind(tiny):
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_run_written_for_tpus_is_the_same(tiny):
     """It takes one-hot products, and its host works a segment ahead. Runs in kernels: test_kernel_forms.py."""
     model, params = tiny
@@ -169,6 +170,7 @@ def test_a_run_written_for_tpus_is_the_same(tiny):
     assert sum(reports) == 6
 
 
+@pytest.mark.slow
 def test_on_a_tpu_images_go_through_in_passes(tiny):
     model, params = tiny
     # So many tokens that the scores of two images fill what they may of the fast memory.

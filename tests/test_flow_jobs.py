@@ -34,6 +34,7 @@ def rows_of(path) -> list[dict]:
     return list(csv.DictReader(path.open()))
 
 
+@pytest.mark.slow
 def test_training_measures_a_flow(trained):
     metrics = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     losses = [metrics[f"ema/loss_t{tenth / 10:g}"] for tenth in (1, 3, 5, 7, 9)]
@@ -41,6 +42,7 @@ def test_training_measures_a_flow(trained):
     assert (trained / "samples/00000002.png").is_file()
 
 
+@pytest.mark.slow
 def test_set_of_a_flow_says_what_it_is(trained, tmp_path):
     out = tmp_path / "set"
     sample(Request(str(trained), str(out), num_images=3, batch_size=3, routing=True, process="flow"))

@@ -213,6 +213,7 @@ def test_every_way_is_compared_with_gated(benchmark, begin, sizes):
         assert row["largest_difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_complete_and_fast_are_timed_and_traced(benchmark, begin, sizes, tmp_path):
     session = begin("b")
     benchmark("gpu_parts").run_part("b", session, sizes, "")

@@ -104,6 +104,7 @@ def test_sampling_is_the_plain_loop(golden_v2, sampler, steps, eta, guidance):
         assert np.abs(samples.images - images).max() < 1e-4 * np.abs(images).max()
 
 
+@pytest.mark.slow
 def test_a_gate_that_a_segment_leaves_out_is_noticed(golden_v2):
     sampling = SamplingConfig(sampler="ddim", steps="5", clip=1.0)
     run = make_run(golden_v2.model, jax.tree.map(jnp.asarray, golden_v2.params), sampling=sampling)

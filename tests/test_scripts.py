@@ -24,6 +24,7 @@ def call(*arguments, expect: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_train_then_sample(tmp_path):
     workdir, out = tmp_path / "run", tmp_path / "out"
     small = ("--config.model.depth=1", "--config.data.batch_size=8", "--config.tracking.every_steps=1")
@@ -38,6 +39,7 @@ def test_train_then_sample(tmp_path):
     assert np.load(out / "samples.npz")["arr_0"].shape == (3, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_convert_check_and_export(tmp_path):
     pytest.importorskip("torch")
     source, ours, back = GOLDEN / "dydit_v2_train.pt", tmp_path / "ours", tmp_path / "back.safetensors"

@@ -107,6 +107,7 @@ def test_training_pass_saves_its_macs_and_trains_the_router(tiny_config):
     assert np.abs(grads["blocks"]["token_router"]["kernel_out"]).max() > 0
 
 
+@pytest.mark.slow
 def test_limited_model_on_a_mesh_moves_nothing_between_devices(tiny):
     model, params = tiny
     model, mesh = limited(model, 0.5), make_mesh(MeshConfig())
