@@ -117,3 +117,6 @@ def test_adaptive_solver_needs_a_flow_and_a_constant_scale(tiny):
         run = make_run(*tiny, sampling=SamplingConfig(sampler="euler", steps="4", **settings), process=process)
         with pytest.raises(InputError, match=message):
             adaptive.draw_adaptively(run, [1], mode=mode)
+    run = make_run(*tiny, sampling=SamplingConfig(sampler="euler", steps="4"), process=Flow())
+    with pytest.raises(InputError, match="Labels must be from 0 to 9"):
+        adaptive.draw_adaptively(run, [11])

@@ -4,9 +4,9 @@ A set is four files of one folder:
 
     *train-images-idx3-ubyte.gz  *train-labels-idx1-ubyte.gz  *t10k-images-idx3-ubyte.gz  *t10k-labels-idx1-ubyte.gz
 
-The end of the test files' names may also be `test-...`, as EMNIST has it. Format: two zero bytes, a code of the type
-(8 for uint8), the number of axes, the length of each axis as 4 bytes, big-endian, then the values
-(https://yann.lecun.com/exdb/mnist/).
+The end of the test files' names may also be `test-...`, as EMNIST has it. Pictures are taken as they are stored; EMNIST
+stores its own transposed. Format: two zero bytes, a code of the type (8 for uint8), the number of axes, the length of
+each axis as 4 bytes, big-endian, then the values (https://yann.lecun.com/exdb/mnist/).
 """
 
 import gzip

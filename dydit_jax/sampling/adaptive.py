@@ -19,7 +19,7 @@ from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.dit import MODES, Model
 from dydit_jax.records import require_range
 from dydit_jax.runtime.settings import own_settings
-from dydit_jax.sampling.generate import SamplingRun
+from dydit_jax.sampling.generate import SamplingRun, checked_labels
 from dydit_jax.sampling.guidance import guide
 from dydit_jax.sampling.noise import first_noise, image_keys
 
@@ -61,13 +61,13 @@ def draw_adaptively(
       rtol, atol: a step's error may be atol + rtol |x|, root mean square over an image.
 
     Raises:
-      InputError: another process, settings that belong to a table of steps, or no diffrax.
+      InputError: labels out of range, another process, settings that belong to a table of steps, or no diffrax.
     """
     require_known("mode", mode, MODES)
     require_range("rtol", rtol, low=1e-7, high=1.0)
     require_range("atol", atol, low=1e-9, high=1.0)
     _require_flow(run)
-    labels = jnp.asarray(labels, jnp.int32)
+    labels = jnp.asarray(checked_labels(labels, run.model.config.classes))
     indices = jnp.arange(len(labels)) if indices is None else jnp.asarray(indices)
     config = run.model.config
     first = first_noise(image_keys(seed, indices), (config.side, config.side, config.channels))

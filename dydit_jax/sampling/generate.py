@@ -207,7 +207,7 @@ class SamplingRun:
           InputError: labels out of range, an unknown mode, or a plan of another run.
         """
         require_known("mode", mode, MODES)
-        labels = _checked_labels(labels, self.model.config.classes)
+        labels = checked_labels(labels, self.model.config.classes)
         indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
         if self.mesh is not None:
             require_divisible(self.mesh, len(labels))
@@ -379,7 +379,12 @@ def _compiled_begin(sampler: Sampler, shape: tuple[int, ...], mesh: Mesh | None)
     return jax.jit(begin, **options, **({} if mesh is None else dict(out_shardings=batch_sharding(mesh))))
 
 
-def _checked_labels(labels, classes: int):
+def checked_labels(labels, classes: int) -> np.ndarray:
+    """Return labels as int32 [B].
+
+    Raises:
+      InputError: one that is not from 0 to `classes`, which stands for "no class".
+    """
     labels = np.asarray(labels, np.int32)
     wrong = labels[(labels < 0) | (labels > classes)]
     if wrong.size:
