@@ -39,7 +39,7 @@ COMPARED = {
 }
 MEASURES = {"accuracy": 3, "distance": 2}  # with their decimal places
 
-SKIPPED = flags.DEFINE_list("skipped", [], "Models to leave out.")
+SKIPPED = flags.DEFINE_multi_string("skipped", [], "A model to leave out; may be given several times.")
 
 
 def table(results: list[dict]) -> str:
