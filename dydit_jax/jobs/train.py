@@ -30,7 +30,7 @@ from dydit_jax.checkpoints import (
     save_weights,
 )
 from dydit_jax.data.batches import batches
-from dydit_jax.data.sources import DataSource
+from dydit_jax.data.sources import DataConfig, DataSource
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.ema import draw_samples, measure_ema, place_examples
 from dydit_jax.jobs.endings import about_newest, checkpoint_named, require_finite, require_progress
@@ -270,13 +270,10 @@ def _run_steps(state: TrainState, parts: Parts) -> TrainState:
     """Step to the end, reporting, drawing, measuring and saving on the way."""
     run, workdir, model, experiment, mesh, data, about, judge = vars(parts).values()
     step, last, tracking = int(state.step), experiment.train.steps, experiment.tracking
-    size = experiment.data.batch_size
-    shapes = jax.eval_shape(lambda state: state, state), batch_shapes(model.config, size)
+    shapes = jax.eval_shape(lambda state: state, state), batch_shapes(model.config, experiment.data.batch_size)
     compiled = functools.cache(lambda passes: compile_update(build_update(experiment, model, passes), *shapes, mesh))
     passes = functools.partial(passes_at, model=experiment.model, loss=experiment.loss)
-    source = batches(data, experiment.data, start=step, rows=process_rows(mesh, size))
-    sharding = batch_sharding(mesh)
-    place = lambda leaf: jax.make_array_from_process_local_data(sharding, leaf, (size, *leaf.shape[1:]))
+    source = _placed_batches(data, experiment.data, mesh, start=step)
     settings = dataclasses.asdict(experiment)
     writers = open_writers(tracking, workdir, step, settings) if is_main() else Writers([])
     shown, decode = None, None
@@ -299,7 +296,7 @@ def _run_steps(state: TrainState, parts: Parts) -> TrainState:
         while step < last:
             profile.at(step)
             watch.now(f"the batch of step {step + 1}")
-            batch = jax.tree.map(place, next(source))
+            batch = next(source)
             watch.now(f"step {step + 1}")
             state, metrics = compiled(passes(step))(state, batch)
             step += 1
@@ -332,6 +329,14 @@ def _run_steps(state: TrainState, parts: Parts) -> TrainState:
         watch.now("the last checkpoint")
         run.wait()
     return state
+
+
+def _placed_batches(data: DataSource, config: DataConfig, mesh: Mesh, *, start: int) -> Iterator[dict]:
+    """Iterate over the batches from a step on, split over the devices of all processes."""
+    sharding, size = batch_sharding(mesh), config.batch_size
+    place = lambda leaf: jax.make_array_from_process_local_data(sharding, leaf, (size, *leaf.shape[1:]))
+    for batch in batches(data, config, start=start, rows=process_rows(mesh, size)):
+        yield jax.tree.map(place, batch)
 
 
 def _judge(judge: Judge, step: int, state: TrainState, writers: Writers, watch: StallWatchdog) -> None:
