@@ -12,27 +12,19 @@ models.
 """
 
 import dataclasses
-import json
-import platform
-import subprocess
 import sys
-import time
+from collections.abc import Mapping
 
-import jax
-import numpy as np
 from absl import flags
 from etils import epath
 from judge import Judge
+from studies import mean_and_deviation, measure, provenance, table_header, table_line, train_to_end, values_of
 
-from dydit_jax.checkpoints import WEIGHTS_FILE
 from dydit_jax.data.sources import digits
-from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.drawing.style import LINES, OPEN, SMALL, count_ticks, in_style, new_figure, save_figure
-from dydit_jax.loading import load_checkpoint
-from dydit_jax.models.precision import build_model
+from dydit_jax.pipeline import Pipeline
 from dydit_jax.runtime.console import run
-from dydit_jax.runtime.sharding import MeshConfig, make_mesh
-from dydit_jax.sampling.generate import generate
+from dydit_jax.runtime.files import write_json
 
 RUNS = flags.DEFINE_string("runs", "runs", "Folder of the work directories.")
 OUT = flags.DEFINE_string("out", "docs/digits.json", "File for the results.")
@@ -42,6 +34,7 @@ SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of training: initial 
 LAMBDAS = flags.DEFINE_list("lambdas", ["0.3", "0.5", "0.7", "0.9"], "Budgets of the DyDiTs.")
 
 GUIDANCES = (1.0, 2.0)
+MEASURES = {"accuracy": 3, "distance": 2}  # with their decimal places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +43,14 @@ class Contestant:
 
     name: str
     config: str
-    overrides: tuple[str, ...] = ()
+    settings: Mapping = dataclasses.field(default_factory=dict)
     start: str = ""
 
 
 def contestants() -> list[Contestant]:
     """Return the models in the order of training: the start comes first."""
     dynamic = [
-        Contestant(f"DyDiT, lambda {budget}", "digits_dydit", (f"--config.loss.budget={budget}",), "static")
+        Contestant(f"DyDiT, lambda {budget}", "digits_dydit", {"loss.budget": budget}, "static")
         for budget in LAMBDAS.value
     ]
     return [
@@ -71,68 +64,37 @@ def contestants() -> list[Contestant]:
 def train(model: Contestant, seed: str) -> epath.Path:
     """Run train.py to its end, unless it did; returns the work directory."""
     place = lambda name: epath.Path(RUNS.value) / f"seed_{seed}" / name.replace(", ", "_").replace(" ", "_")
-    if (place(model.name) / WEIGHTS_FILE).exists():
-        return place(model.name)
-    overrides = [f"--config.train.seed={seed}", f"--config.data.seed={seed}", *model.overrides]
-    if model.start:
-        overrides.append(f"--config.train.init_from={place(model.start)}")
-    command = [sys.executable, "train.py", f"--config=configs/{model.config}.py", f"--workdir={place(model.name)}"]
-    subprocess.run(command + overrides, check=True)
-    return place(model.name)
+    start = {"train.init_from": place(model.start)} if model.start else {}
+    settings = {"train.seed": seed, "data.seed": seed, **model.settings, **start}
+    return train_to_end(model.config, place(model.name), settings)
 
 
-def measure(folder: epath.Path, judge: Judge, guidance: float) -> dict:
-    """Sample one model and let the judge see what a PNG would hold."""
-    weights = load_checkpoint(folder)
-    labels = np.arange(NUM_IMAGES.value) % 10
-    mesh = make_mesh(MeshConfig())
-    with jax.set_mesh(mesh):
-        model = build_model(weights.model, precision="float32", mesh=mesh, lora=weights.lora)
-        samples = generate(
-            model,
-            weights.params,
-            labels,
-            sampling=dataclasses.replace(weights.sampling, guidance=guidance),
-            process=weights.process,
-            seed=0,
-            mode="gated",  # each call has its own weights: compiling segments would take longer than sampling
-        )
-    macs = weights.model.macs
-    blocks = macs.layers * (macs.attention + macs.mlp)
-    on = (samples.mean_macs - macs.fixed - macs.routers) / blocks if weights.model.routers != "none" else 1.0
-    seen = to_uint8(samples.images).astype(np.float32) / 127.5 - 1
-    return dict(
-        judge.measure(seen, labels),
-        guidance=guidance,
-        macs=samples.mean_macs,
-        passes=float(samples.evaluations.mean()),
-        mac_ratio=float(on),
-        sampler=weights.sampling.sampler,
-        steps=weights.sampling.steps,
-    )
-
-
-def values_of(results: list[dict], name: str, guidance: float, key: str) -> np.ndarray:
-    """Return what was measured of one model at one guidance, [training seeds]."""
-    return np.array([row[key] for row in results if row["model"] == name and row["guidance"] == guidance])
+def measure_all(models: list[Contestant]) -> list[dict]:
+    """Train and measure models, seed by seed; returns a row for each model, seed and guidance."""
+    judge, rows = Judge(), []
+    for seed in SEEDS.value:
+        for model in models:
+            pipeline = Pipeline.load(train(model, seed), precision="float32")
+            for guidance in GUIDANCES:
+                found = measure(pipeline, judge, pipeline.sampling(guidance=guidance), images=NUM_IMAGES.value)
+                rows.append(dict(model=model.name, seed=int(seed), guidance=guidance, **found))
+    return rows
 
 
 def table(results: list[dict]) -> str:
     """Return the results as a Markdown table: mean and standard deviation over the training seeds."""
-    lines = [
-        "| model | million MACs | share on | "
-        + " | ".join(f"accuracy, guidance {g:.0f} | distance, guidance {g:.0f}" for g in GUIDANCES)
-        + " |",
-        "|---" * (3 + 2 * len(GUIDANCES)) + "|",
-    ]
+    headers = [f"{key}, guidance {guidance:.0f}" for guidance in GUIDANCES for key in MEASURES]
+    lines = table_header("model", "million MACs", "open share", *headers)
     for name in dict.fromkeys(row["model"] for row in results):
-        macs, on = (values_of(results, name, GUIDANCES[0], key).mean() for key in ("macs", "mac_ratio"))
-        cells = [f"{macs / 1e6:.2f}", f"{on:.3f}"]
-        for guidance in GUIDANCES:
-            for key, places in (("accuracy", 3), ("distance", 2)):
-                values = values_of(results, name, guidance, key)
-                cells.append(f"{values.mean():.{places}f} ± {values.std(ddof=len(values) > 1):.{places}f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        macs, share = (
+            values_of(results, key, model=name, guidance=GUIDANCES[0]).mean() for key in ("macs", "mac_ratio")
+        )
+        cells = [
+            mean_and_deviation(values_of(results, key, model=name, guidance=guidance), places)
+            for guidance in GUIDANCES
+            for key, places in MEASURES.items()
+        ]
+        lines.append(table_line(name, f"{macs / 1e6:.2f}", f"{share:.3f}", *cells))
     return "\n".join(lines)
 
 
@@ -147,7 +109,7 @@ def draw(results: list[dict]):
     for axis, guidance in zip(axes, GUIDANCES):
         means = []
         for name in names:
-            macs, distance = (values_of(results, name, guidance, key) for key in ("macs", "distance"))
+            macs, distance = (values_of(results, key, model=name, guidance=guidance) for key in ("macs", "distance"))
             marker, color = looks.get(name, ("v", OPEN))
             label = name if name in looks else None if means else "DyDiT, by lambda"
             axis.plot(macs, distance, marker, color=color, label=label, ms=5.5, mew=0)
@@ -165,23 +127,9 @@ def draw(results: list[dict]):
 
 
 def main():
-    judge = Judge()
-    results = [
-        dict(model=model.name, seed=int(seed), **measure(folder, judge, guidance))
-        for seed in SEEDS.value
-        for model in contestants()
-        for folder in [train(model, seed)]
-        for guidance in GUIDANCES
-    ]
-    report = dict(
-        command=" ".join(sys.argv),
-        machine=f"{platform.machine()}, {jax.devices()[0].device_kind}, {jax.device_count()} device",
-        date=time.strftime("%Y-%m-%d"),
-        images=NUM_IMAGES.value,
-        real_test_digits=judge.measure(*digits("test")),
-        results=results,
-    )
-    epath.Path(OUT.value).write_text(json.dumps(report, indent=2) + "\n")
+    results = measure_all(contestants())
+    real = Judge().measure(*digits("test"))
+    write_json(OUT.value, provenance() | dict(images=NUM_IMAGES.value, real_test_digits=real, results=results))
     if PICTURE.value:
         save_figure(PICTURE.value, draw(results))
     sys.stdout.write(table(results) + "\n")

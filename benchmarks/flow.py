@@ -12,18 +12,24 @@ with several solvers each. What is measured is kept at once: the same command go
 """
 
 import dataclasses
-import platform
-import subprocess
 import sys
-import time
+from collections.abc import Mapping
 
-import numpy as np
 from absl import flags
 from etils import epath
 from judge import Judge
+from studies import (
+    difference,
+    mean_and_deviation,
+    measure,
+    provenance,
+    table_header,
+    table_line,
+    train_to_end,
+    values_of,
+)
 
-from dydit_jax.checkpoints import WEIGHTS_FILE
-from dydit_jax.pipeline import DrawJob, Pipeline
+from dydit_jax.pipeline import Pipeline
 from dydit_jax.runtime.console import run
 from dydit_jax.runtime.files import read_json, write_json
 
@@ -60,12 +66,12 @@ class Contestant:
     folder: str
     config: str
     start: str = ""
-    overrides: tuple[str, ...] = ()
+    settings: Mapping = dataclasses.field(default_factory=dict)
 
 
 CONTESTANTS = {
     "SiT": Contestant("sit", "digits_sit"),
-    CONTROL: Contestant("sitcontrol", "digits_dysit", "SiT", ("--config.model.routers=none",)),
+    CONTROL: Contestant("sitcontrol", "digits_dysit", "SiT", {"model.routers": "none"}),
     DYNAMIC: Contestant("dysit", "digits_dysit", "SiT"),
     "DiT": Contestant("dit", "digits_dit"),
     DIFFUSION: Contestant("dydit", "digits_dydit", "DiT"),
@@ -94,95 +100,57 @@ def cells() -> list[Cell]:
 def trained(name: str, seed: int) -> epath.Path:
     """Return the work directory of a model, training it and what it starts from where they have not ended."""
     model = CONTESTANTS[name]
+    start = {"train.init_from": trained(model.start, seed)} if model.start else {}
     place = epath.Path(RUNS.value) / f"{model.folder}_{seed}"
-    if not (place / WEIGHTS_FILE).is_file():
-        start = [f"--config.train.init_from={trained(model.start, seed)}"] if model.start else []
-        command = [sys.executable, "train.py", f"--config=configs/{model.config}.py", f"--workdir={place}"]
-        subprocess.run([*command, f"--config.train.seed={seed}", *start, *model.overrides], check=True)
-    return place
+    return train_to_end(model.config, place, {"train.seed": seed, **start, **model.settings})
 
 
-def measure(cell: Cell, judge: Judge) -> dict:
+def measure_cell(cell: Cell, judge: Judge) -> dict:
     """Draw the images of a cell and let the judge see them."""
     pipeline = Pipeline.load(trained(cell.model, cell.seed), precision="float32")
     settings = {} if cell.settings == OWN else FEW[cell.model][cell.settings]
-    sampling = pipeline.sampling(guidance=cell.guidance, **settings)
-    labels = np.arange(NUM_IMAGES.value) % 10
-    # Gated: each cell has its own weights, and compiling segments would take longer than sampling.
-    *_, last = batches = list(pipeline.draw(DrawJob(labels, np.arange(len(labels)), sampling, mode="gated")))
-    pixels = np.concatenate([batch.pixels for batch in batches])
-    macs, mean = pipeline.macs, last.result.samples.mean_macs
-    blocks = macs.layers * (macs.attention + macs.mlp)
-    routed = pipeline.weights.model.routers != "none"
-    return dict(
-        judge.measure(pixels.astype(np.float32) / 127.5 - 1, labels),
-        macs=mean,
-        mac_ratio=float((mean - macs.fixed - macs.routers) / blocks) if routed else 1.0,
-        sampler=sampling.sampler,
-        steps=sampling.steps,
-    )
+    return measure(pipeline, judge, pipeline.sampling(guidance=cell.guidance, **settings), images=NUM_IMAGES.value)
 
 
 # --- Tables --------------------------------------------------------------------------------------
-
-
-def values_of(rows: list[dict], model: str, settings: str, guidance: float, key: str) -> np.ndarray:
-    """Return what was measured in cells that differ by their seed alone."""
-    same = dict(model=model, settings=settings, guidance=guidance)
-    return np.array([row[key] for row in rows if all(row[name] == value for name, value in same.items())])
-
-
-def mean_and_deviation(values: np.ndarray, places: int) -> str:
-    """Write values of several seeds; one alone has no deviation."""
-    deviation = f" ± {values.std(ddof=1):.{places}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{places}f}{deviation}"
 
 
 def tables(rows: list[dict]) -> str:
     """Return three tables in Markdown: DySiT and its control, whether they differ, and few evaluations."""
     columns = [(key, places, scale) for scale in GUIDANCES for key, places in (("accuracy", 3), ("distance", 2))]
     headers = [f"{key}, guidance {scale:.0f}" for key, _, scale in columns]
-    lines = _header("model", "million MACs", "open share", *headers)
+    values = lambda name, key, scale=1.0, choice=OWN: values_of(rows, key, model=name, settings=choice, guidance=scale)
+    lines = table_header("model", "million MACs", "open share", *headers)
     for name in (CONTROL, DYNAMIC):
-        macs, share = (values_of(rows, name, OWN, 1.0, key).mean() for key in ("macs", "mac_ratio"))
-        cells = [mean_and_deviation(values_of(rows, name, OWN, scale, key), places) for key, places, scale in columns]
-        lines.append(_line(name, f"{macs / 1e6:.2f}", f"{share:.3f}", *cells))
-    lines += ["", *_header("of DySiT and its control", "difference", "2 sqrt(s1² + s2²)", "")]
+        macs, share = (values(name, key).mean() for key in ("macs", "mac_ratio"))
+        cells = [mean_and_deviation(values(name, key, scale), places) for key, places, scale in columns]
+        lines.append(table_line(name, f"{macs / 1e6:.2f}", f"{share:.3f}", *cells))
+    lines += ["", *table_header("of DySiT and its control", "difference", "2 sqrt(s1² + s2²)", "")]
     for (key, places, scale), header in zip(columns, headers):
-        ours, theirs = (values_of(rows, name, OWN, scale, key) for name in (DYNAMIC, CONTROL))
-        if min(len(ours), len(theirs)) < 2:
-            continue  # no deviation to compare with
-        bound = 2 * np.hypot(ours.std(ddof=1), theirs.std(ddof=1))
-        difference = ours.mean() - theirs.mean()
-        verdict = "within" if abs(difference) <= bound else "**beyond**"
-        lines.append(_line(header, f"{difference:+.{places + 1}f}", f"{bound:.{places + 1}f}", verdict))
-    lines += ["", *_header("10 evaluations", "solver, times", "million MACs", "accuracy", "distance")]
+        found = difference(values(DYNAMIC, key, scale), values(CONTROL, key, scale))
+        if found["deviation"] is None:
+            continue  # nothing to compare with
+        bound = 2 * found["deviation"]
+        verdict = "within" if abs(found["by"]) <= bound else "**beyond**"
+        lines.append(table_line(header, f"{found['by']:+.{places + 1}f}", f"{bound:.{places + 1}f}", verdict))
+    lines += ["", *table_header("10 evaluations", "solver, times", "million MACs", "accuracy", "distance")]
     for name, choices in FEW.items():
         keys = ("macs", "accuracy", "distance")
-        found = [(choice, *(values_of(rows, name, choice, 1.0, key) for key in keys)) for choice in choices]
+        found = [(choice, *(values(name, key, choice=choice) for key in keys)) for choice in choices]
         for choice, macs, accuracy, distance in sorted(found, key=lambda row: row[3].mean()):
             judged = mean_and_deviation(accuracy, 3), mean_and_deviation(distance, 2)
-            lines.append(_line(name, choice, f"{macs.mean() / 1e6:.2f}", *judged))
+            lines.append(table_line(name, choice, f"{macs.mean() / 1e6:.2f}", *judged))
     return "\n".join(lines) + "\n"
-
-
-def _header(*names: str) -> list[str]:
-    return [_line(*names), "|---" * len(names) + "|"]
-
-
-def _line(*words: str) -> str:
-    return f"| {' | '.join(words)} |"
 
 
 def main():
     out, judge = epath.Path(OUT.value), Judge()
-    about = dict(command="python " + " ".join(sys.argv), machine=platform.machine(), images=NUM_IMAGES.value)
     results = read_json(out)["results"] if out.is_file() else []
     done = [Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell)}) for row in results]
     for cell in cells():
         if cell not in done:
-            results.append(dataclasses.asdict(cell) | measure(cell, judge))
-            write_json(out, about | dict(date=time.strftime("%Y-%m-%d"), results=results))
+            results.append(dataclasses.asdict(cell) | measure_cell(cell, judge))
+            write_json(out, provenance() | dict(images=NUM_IMAGES.value, results=results))
     sys.stdout.write(tables(results))
 
 

@@ -63,6 +63,7 @@ def test_default_config_lists_every_knob():
         ("loss", "terms", (), "one term or more"),
         ("loss", "weights", (1.0,), "one number for each of the 3 terms, or none, not 1"),
         ("model", "time_router", "mlp", "Unknown model.time_router 'mlp'; known: linear"),
+        ("model", "time_router", "linear,mlp", "Unknown model.time_router 'mlp'; known: linear"),
         ("mesh", "fsdp", 0, "at least 1"),
         ("mesh", "fsdp", -1, "Only one of"),
         ("checkpoint", "keep", 0, "at least 1"),

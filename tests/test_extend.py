@@ -332,6 +332,22 @@ def test_macs_of_routers_of_ones_own_are_counted():
     register_time_router("own")(OwnTime)
     macs = DiTConfig(**SMALL, token_router="own", time_router="own").macs
     assert (macs.token_router, macs.time_routers) == (4 * 3 * 32, 2 * (5 + 32 + 2))
+    assert DiTConfig(**SMALL, time_router="linear,own").macs.time_routers == 32 * 2 + (5 + 32 + 2)
+
+
+def test_heads_and_groups_have_routers_of_their_own():
+    class Shut(LinearTimeRouter):
+        def __call__(self, t, embedding, noise):
+            return jnp.zeros((len(t), 1, 2))
+
+    register_time_router("shut")(Shut)
+    gates = {}
+    for names in ("linear,shut", "shut, linear"):
+        model = Model(DiTConfig(**SMALL, time_router=names))
+        params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), model.abstract_params())
+        run = SamplingRun(model, params, sampling=SamplingConfig(steps="2", guidance=1.0), process=Diffusion())
+        gates[names] = [units.mean() for units in run.time_gates]
+    assert gates == {"linear,shut": [1, 0], "shut, linear": [0, 1]}
 
 
 def loss_inputs(*terms: str, output, noise, alphas=(0.5, 0.5), weights=()) -> LossInputs:

@@ -25,7 +25,7 @@ def get_config():
     config.model.routers = "none"  # none: static DiT; first_on, free: DyDiT
     config.model.positions = "sine_cosine"
     config.model.token_capacity = ()  # (0.5,): at most half of each image's tokens pass an MLP; or one share per block
-    config.model.time_router = "linear"  # opens heads and groups by the timestep
+    config.model.time_router = "linear"  # opens heads and groups by the timestep; "a,b": heads by a, groups by b
     config.model.token_router = "mlp"  # opens tokens by their content
     config.model.guidance_free = False  # guidance in one pass, trained by loss.guidance_free
     config.model.label_init_std = 0.02

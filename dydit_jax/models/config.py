@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models import cost
-from dydit_jax.models.routing import LAYOUTS, TIME_ROUTERS, TOKEN_ROUTERS
+from dydit_jax.models.routing import LAYOUTS, TIME_ROUTERS, TOKEN_ROUTERS, time_router_names
 from dydit_jax.records import read_record, require_range
 
 # The published sizes: depth, width, heads.
@@ -42,7 +42,9 @@ class DiTConfig:
         which training leaves alone.
       token_capacity: share of an image's tokens that pass the MLP at most, one number for all blocks or one per block;
         empty leaves the choice to the routers alone. See `execution`.
-      time_router, token_router: keys of `TIME_ROUTERS` and `TOKEN_ROUTERS`; published models have "linear" and "mlp".
+      time_router: key of `TIME_ROUTERS`, or two with a comma between them, for heads and for groups; published models
+        have "linear".
+      token_router: key of `TOKEN_ROUTERS`; published models have "mlp".
       guidance_free: whether the network is told beta = 1 / scale of the guidance, and makes the guided prediction in
         one pass; see `loss.guidance_free`.
       label_init_std, time_init_std: standard deviation of the initial label table and timestep layers.
@@ -74,7 +76,8 @@ class DiTConfig:
             require_range(f"model.{name}", getattr(self, name), low=0.0)
         require_known("model.routers", self.routers, LAYOUTS)
         require_known("model.positions", self.positions, POSITIONS)
-        TIME_ROUTERS.require("model.time_router", self.time_router)
+        for name in time_router_names(self.time_router):
+            TIME_ROUTERS.require("model.time_router", name)
         TOKEN_ROUTERS.require("model.token_router", self.token_router)
         if len(self.token_capacity) not in (0, 1, self.depth):
             raise InputError(

@@ -14,7 +14,7 @@ import dataclasses
 
 from dydit_jax.errors import InputError
 from dydit_jax.models.layers import TIME_FREQUENCIES
-from dydit_jax.models.routing import TIME_ROUTERS, TOKEN_ROUTERS, Routing
+from dydit_jax.models.routing import TIME_ROUTERS, TOKEN_ROUTERS, Routing, time_router_names
 
 PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
@@ -74,12 +74,13 @@ def model_macs(config) -> ModelMacs:
     if config.routers != "none":
         of_token = _router_macs(TOKEN_ROUTERS[config.token_router], width=width)
         sizes = dict(width=width, units=config.heads, layout=config.routers)
-        of_timestep = _router_macs(TIME_ROUTERS[config.time_router], **sizes)
+        names = time_router_names(config.time_router)
+        of_timestep = sum(_router_macs(TIME_ROUTERS[name], **sizes) for name in names)
     return ModelMacs(
         attention=4 * tokens * width**2 + 2 * tokens**2 * width,
         mlp=2 * tokens * width * config.hidden,
         token_router=tokens * of_token,
-        time_routers=2 * of_timestep,
+        time_routers=of_timestep,
         fixed=embeddings + modulations + output,
         layers=config.depth,
     )

@@ -108,10 +108,10 @@ class DiT(nnx.Module):
         self.blocks = nnx.vmap(make_block)(rngs.split(config.depth))  # every parameter [L,...]
         channels = 2 * config.channels
         self.output = Output(width=width, patch=config.patch, channels=channels, dtype=dtype, platform=platform)
-        if routers.time is not None:
+        if routers.heads is not None:
             sizes = dict(layers=config.depth, units=config.heads, width=width, layout=config.routers)
-            self.head_router = routers.time(**sizes, rngs=rngs)
-            self.group_router = routers.time(**sizes, rngs=rngs)
+            self.head_router = routers.heads(**sizes, rngs=rngs)
+            self.group_router = routers.groups(**sizes, rngs=rngs)
             self.gates_shape = (config.depth, config.heads)
 
     def time_gates(self, t, noise: Routing | None = None):

@@ -256,17 +256,25 @@ def register_token_router(name: str) -> Callable:
 class Routers:
     """The classes of a model's routers; None where it has none."""
 
-    time: type[TimeRouter] | None = None
+    heads: type[TimeRouter] | None = None
+    groups: type[TimeRouter] | None = None
     token: type[TokenRouter] | None = None
 
     @property
     def classes(self) -> tuple[type, ...]:
         """All that there are."""
-        return tuple(cls for cls in (self.time, self.token) if cls is not None)
+        return tuple(cls for cls in (self.heads, self.groups, self.token) if cls is not None)
 
 
 def find_routers(config) -> Routers:
     """Return the classes of the routers that a model's config names."""
     if config.routers == "none":
         return Routers()
-    return Routers(TIME_ROUTERS[config.time_router], TOKEN_ROUTERS[config.token_router])
+    heads, groups = (TIME_ROUTERS[name] for name in time_router_names(config.time_router))
+    return Routers(heads, groups, TOKEN_ROUTERS[config.token_router])
+
+
+def time_router_names(names: str) -> tuple[str, str]:
+    """Return the names of the time routers of heads and of groups: one for both, or two with a comma between them."""
+    heads, _, groups = names.partition(",")
+    return heads.strip(), groups.strip() or heads.strip()

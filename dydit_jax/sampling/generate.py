@@ -154,9 +154,10 @@ class SamplingRun:
     def time_gates(self) -> tuple[np.ndarray, np.ndarray]:
         """The gates of the whole schedule: heads [S,L,H] and groups [S,L,G]."""
         gates = jax.device_get(_compiled_time_gates(self.model)(self.params, self.table.timestep))
-        if not all(np.isin(units, (0, 1)).all() for units in gates):
-            router = self.model.routers.time.__name__
-            raise InputError(f"{router}.__call__ must return gates that are exactly 0 or 1; between them lie others.")
+        for router, units in zip((self.model.routers.heads, self.model.routers.groups), gates):
+            if not np.isin(units, (0, 1)).all():
+                message = "must return gates that are exactly 0 or 1; between them lie others"
+                raise InputError(f"{router.__name__}.__call__ {message}.")
         return gates
 
     def plan(self, segments: int | None = None, *, images: int | None = None) -> Plan:

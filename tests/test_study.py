@@ -1,0 +1,232 @@
+"""The study runs the most important first, goes on where it was stopped, and says what its numbers say."""
+
+import importlib
+import json
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from conftest import ROOT
+from flax import nnx
+
+from dydit_jax.checkpoints import WEIGHTS_FILE
+from dydit_jax.errors import InputError
+from dydit_jax.models.routing import TIME_ROUTERS, TOKEN_ROUTERS
+
+REAL = dict(accuracy=0.95, distance=0.5)
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """Import the study's modules; what they register and define is taken back."""
+    registries, known = (TIME_ROUTERS, TOKEN_ROUTERS), set(flags.FLAGS)
+    before, loaded = [dict(registry) for registry in registries], set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        names = ("study", "study_models", "study_pages", "study_routers", "studies")
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for registry, entries in zip(registries, before):
+        registry.clear()
+        registry.update(entries)
+    for name in set(flags.FLAGS) - known:
+        delattr(flags.FLAGS, name)
+    for name in set(sys.modules) - loaded:
+        if name.partition("_")[0] in ("study", "studies", "judge"):
+            del sys.modules[name]
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def given(modules, tmp_path):
+    """Return a function that sets flags of the study, of the digits in a folder of their own."""
+    fixed = ["study.py", "--data=digits", f"--runs={tmp_path}", "--num_images=20", "--sampling_seeds=2"]
+    return lambda *more: flags.FLAGS([*fixed, *more])
+
+
+# --- Order and time ------------------------------------------------------------------------------
+
+
+def test_a_model_starts_from_one_that_was_trained_before(modules):
+    order = modules.study_models.ordered_runs()
+    assert order[0] == ("static", 0) and len(set(order)) == len(order)
+    for study in modules.study_models.STUDIES.values():
+        assert set(study.contestants) == {name for name, _ in order}
+        for place, (name, _) in enumerate(order):
+            start = study.contestants[name].start
+            assert not start or (start, 0) in order[:place]
+    compared = {name for question in modules.study_models.QUESTIONS for pair in question.pairs for name in pair}
+    assert compared <= {name for name, _ in order}
+
+
+def test_every_training_of_the_digits_is_a_config_that_is_allowed(modules, given):
+    given()
+    study = modules.study_models.STUDIES["digits"]
+    models = {name: modules.study.Training(study, name, 0).experiment.model for name in study.contestants}
+    macs = {name: model.macs.complete for name, model in models.items()}
+    assert macs["static, narrower"] / macs["static"] == pytest.approx(0.5, abs=0.02)
+    assert macs["static, shallower"] / macs["static"] == pytest.approx(0.5, abs=0.02)
+    assert models["DyDiT, heads off"].time_router == "open,linear"
+    assert models["DyDiT, top-k tokens"].capacities == (8, 8, 8, 8) and models["DyDiT, one pass"].guidance_free
+
+
+def test_hours_are_those_of_the_speed_so_far(modules, given, tmp_path):
+    given("--sampling_seeds=1")
+    study = modules.study_models.STUDIES["digits"]
+    static = modules.study.Training(study, "static", 0)
+    macs = 3000 * 3 * 64 * static.experiment.model.macs.complete
+    assert modules.study.training_macs(static.experiment) == macs
+    assert modules.study.sampling_macs(static.experiment) == 20 * 50 * static.experiment.model.macs.complete
+    one_pass = modules.study.Training(study, "DyDiT, one pass", 0).experiment
+    assert modules.study.training_macs(one_pass) == 2500 * 4 * 64 * one_pass.model.macs.complete
+    assert modules.study.measured_rate([static], 7.0) == 7.0
+    static.folder.mkdir(parents=True)
+    reports = [{"step": step, "time/steps_per_second": speed} for step, speed in ((100, 1.0), (200, 5.0), (1500, 6.0))]
+    (static.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reports) + '{"step": 16')
+    assert modules.study.measured_rate([static], 7.0) == pytest.approx(5.0 * macs / 3000)
+    lines = modules.study.plan(study, []).splitlines()
+    [row] = [line for line in lines if line.startswith("| 1 | static | 0 | 3000 |")]
+    assert row.endswith("| 0.2 | step 1500 |") and lines[-1].endswith("at 7.3 GMACs per second in training.")
+
+
+# --- Routers that learn less ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, counts", [("open", (6, 6, 6)), ("constant", (3, 3, 3)), ("rising", (4, 3, 2))])
+def test_schedules_open_as_many_units_as_they_say(modules, name, counts):
+    router = TIME_ROUTERS[name](layers=2, width=16, units=6, layout="first_on", rngs=nnx.Rngs(0))
+    gates = np.asarray(router(jnp.asarray([0, 499, 999]), None, None))
+    assert gates.shape == (3, 2, 6) and gates.dtype == np.float32 and (gates[:, :, 0] == 1).all()
+    assert tuple(gates[:, 1].sum(-1)) == counts
+    whole = router(jnp.arange(1000), None, None).mean()
+    assert whole == pytest.approx(1 if name == "open" else 0.5, abs=0.01)
+
+
+def test_random_tokens_have_a_learnt_number_and_nothing_else(modules):
+    router = TOKEN_ROUTERS["random"](width=32, dtype=jnp.float32, platform="cpu", rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (16, 64, 32))
+    assert (np.asarray(router(x)) > 0).all()  # all tokens pass at first
+    router.bias[...] = jnp.float32(-6.0)
+    gates = np.asarray(router(x)) > 0
+    assert gates.mean() == pytest.approx(0.3, abs=0.05)  # 0.5 - 6 / 30
+    assert (gates[0] != gates[1]).any()
+    nearly_same = np.asarray(router(x + 0.1)) > 0
+    assert (gates != nearly_same).mean() == pytest.approx(2 * 0.3 * 0.7, abs=0.06)  # as two that are independent
+    assert not np.asarray(jax.grad(lambda x: router(x).sum())(x)).any()
+
+
+# --- Measurements, kept and written --------------------------------------------------------------
+
+
+def distance_of(model: str, seed: int, sampling_seed: int) -> float:
+    """Return what the stand-in for a measurement finds."""
+    base = {"static, narrower": 3.0, "DyDiT, heads off": 1.5}.get(model, 1.0)
+    return base + 0.2 * seed + 0.02 * sampling_seed
+
+
+@pytest.fixture
+def stand_ins(modules, monkeypatch):
+    """Let models train and be measured in no time; returns the list of what was done."""
+    done = []
+
+    def train(config, workdir, settings, script):
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not (workdir / WEIGHTS_FILE).exists():
+            done.append(workdir.parent.name)
+            (workdir / WEIGHTS_FILE).write_text("")
+
+    def measure(pipeline, judge, sampling, *, images, seed):
+        if len(done) > 4 and "stop" in done:
+            raise KeyboardInterrupt
+        model, training_seed = pipeline.name
+        distance = distance_of(model, training_seed, seed)
+        return dict(accuracy=0.9, distance=distance, macs=4e6, mac_ratio=0.5, passes=1.0)
+
+    names = {modules.study.Training(None, name, seed): (name, seed) for name, seed in modules.study.ordered_runs()}
+    load = lambda folder, precision: SimpleNamespace(
+        name=next(key for training, key in names.items() if training.folder == folder), sampling=lambda guidance: None
+    )
+    monkeypatch.setattr(modules.study, "train_to_end", train)
+    monkeypatch.setattr(modules.study, "measure", measure)
+    monkeypatch.setattr(modules.study, "Pipeline", SimpleNamespace(load=load))
+    monkeypatch.setattr(modules.study, "analyze_models", lambda study: None)
+    judge = SimpleNamespace(measure=lambda images, labels: dict(REAL))
+    digits = modules.study_models.Study(
+        modules.study_models.STUDIES["digits"].contestants, lambda: judge, lambda n: (0, 0)
+    )
+    monkeypatch.setitem(modules.study.STUDIES, "digits", digits)
+    return done
+
+
+def test_study_goes_on_where_it_was_stopped(modules, given, stand_ins, tmp_path, monkeypatch):
+    given()
+    monkeypatch.setattr(modules.study.Results, "write_pages", lambda self: None)
+    stand_ins += ["stop"]
+    with pytest.raises(KeyboardInterrupt):
+        modules.study.main()
+    before = json.loads((tmp_path / "study.json").read_text())
+    assert [row["sampling_seed"] for row in before["results"]] == [0, 1] * 3  # three of four had been measured
+    assert before["real"] == REAL and before["images"] == 20 and before["command"].startswith("python ")
+    stand_ins.remove("stop")
+    modules.study.main()
+    rows = json.loads((tmp_path / "study.json").read_text())["results"]
+    assert [(row["model"], row["seed"]) for row in rows[::2]] == modules.study.ordered_runs()
+    assert rows[:6] == before["results"] and len(stand_ins) == len(rows) / 2
+    modules.study.main()
+    assert len(stand_ins) == len(rows) / 2
+    given("--num_images=30")
+    with pytest.raises(InputError, match=r"study\.json was measured otherwise \(images differ\); name another --runs"):
+        modules.study.Results(modules.study.STUDIES["digits"])
+
+
+@pytest.fixture
+def found(modules) -> dict:
+    """Return the results of a study that has ended."""
+    rows = [
+        dict(model=model, seed=seed, sampling_seed=s, distance=distance_of(model, seed, s), accuracy=0.9)
+        | dict(macs=4e6, mac_ratio=0.5)
+        for model, seed in modules.study_models.ordered_runs()
+        for s in (0, 1)
+    ]
+    return dict(results=rows, real=REAL)
+
+
+def test_tables_hold_means_and_both_deviations(modules, found):
+    text = modules.study_pages.tables(found)
+    # 1, 1.2 and 1.4, each with two sampling seeds that are 0.02 apart.
+    assert "| DyDiT, lambda 0.5 | 3 | 4.00 | 0.500 | 0.900 ± 0.000 (0.000) | 1.21 ± 0.20 (0.01) |" in text
+    assert "| static | 1 | 4.00 | 0.500 | 0.900 (0.000) | 1.01 (0.01) |" in text
+    assert "| real test pictures |  |  |  | 0.950 | 0.50 |" in text
+    # sqrt(0.2^2 + 0.2^2) = 0.283.
+    assert "| DyDiT, lambda 0.5, minus static, narrower | +0.000 | -2.00 (-7.1) |" in text
+    assert "**At equal MACs, does a DyDiT beat static models?**" in text
+
+
+def test_titles_say_what_the_numbers_say(modules, found):
+    pages = modules.study_pages
+    expected = "nearer than those of a narrower static model, as near as those of a shallower one"
+    assert pages.cost_finding(found) == f"At its cost, a DyDiT's pictures are {expected}"
+    # sqrt(0.141^2 + 0.2^2) = 0.245 for two seeds beside three.
+    differences = pages.part_differences(found)
+    assert differences["DyDiT, heads off"]["by"] == pytest.approx(0.4)
+    assert pages.parts_finding(differences) == "None of these makes the pictures measurably worse"
+    differences["DyDiT, heads off"]["deviations"] = 2.5
+    assert pages.parts_finding(differences) == "Measurably worse at equal cost: heads off"
+    first = dict(found, results=[row for row in found["results"] if row["seed"] == 0])
+    assert pages.cost_finding(first) == "Fréchet distance to real pictures, over cost"
+    assert pages.draw_cost(dict(found, results=[])) is None and pages.draw_parts(dict(found, results=[])) is None
+
+
+def test_figures_are_drawn_from_what_there_is(modules, found):
+    first = dict(found, results=[row for row in found["results"] if row["seed"] == 0])
+    for results in (found, first):
+        [axis] = modules.study_pages.draw_cost(results).axes
+        assert len(axis.lines) == 4 + 3 + 2  # static models, DyDiTs, the line through them and that of real pictures
+        [axis] = modules.study_pages.draw_parts(results).axes
+        assert [text.get_text().partition("\n")[0] for text in axis.get_yticklabels()][:2] == [
+            "DyDiT, heads off",
+            "DyDiT, groups off",
+        ]
