@@ -1,19 +1,20 @@
 """PyTorch beside it: diffusers' static DiT, eager and compiled, sampling and training on a GPU.
 
-A step of sampling is a pass with guidance and DDPM's update; a training step bfloat16 products on float32 weights, the
-error of the noise alone, AdamW and an average of the weights. PyTorch, and diffusers, are imported when they are asked
-for: without them a row says so.
+A step of sampling is a pass with guidance and DDPM's update; the training step is that of `torch_peer.py`, with
+bfloat16 products on float32 weights. PyTorch, and diffusers, are imported when they are asked for: without them a row
+says so.
 """
 
 import dataclasses
 import statistics
 import time
 
+from torch_peer import make_network, make_training_step
+
 from dydit_jax.errors import InputError
 
 ROWS = ("sampling, eager", "sampling, compiled", "training, eager", "training, compiled")
 STEPS = 4  # of a round
-LEARNING_RATE, EMA_WEIGHT = 1e-4, 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +48,14 @@ def time_peer(session, name: str, row: dict, peer: Peer) -> bool:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     what, how = name.split(", ")
-    network = _network(peer.config).to(device)
+    network = make_network(peer.config).to(device)
     compiled = torch.compile(network, backend=peer.backend, dynamic=False) if how == "compiled" else network
-    batch = peer.batch if what == "sampling" else peer.training_batch
-    make_step = _sampling_step if what == "sampling" else _training_step
-    step = make_step(torch, network, compiled, peer, batch, device)
+    if what == "sampling":
+        batch = peer.batch
+        step = _sampling_step(torch, network, compiled, peer, batch, device)
+    else:
+        batch = peer.training_batch
+        step = make_training_step(network, compiled, peer.config, batch)
     began = time.perf_counter()
     _take(torch, step, 1)
     row |= dict(batch=batch, first_call_seconds=time.perf_counter() - began, torch=torch.__version__)
@@ -75,25 +79,6 @@ def _take(torch, step, steps: int) -> None:
         torch.cuda.synchronize()
 
 
-def _network(config):
-    from diffusers import DiTTransformer2DModel
-
-    return DiTTransformer2DModel(
-        num_attention_heads=config.heads,
-        attention_head_dim=config.width // config.heads,
-        in_channels=config.channels,
-        out_channels=2 * config.channels,
-        num_layers=config.depth,
-        sample_size=config.side,
-        patch_size=config.patch,
-        num_embeds_ada_norm=config.classes,
-        activation_fn="gelu-approximate",
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-    )
-
-
 def _sampling_step(torch, network, compiled, peer: Peer, batch: int, device: str):
     """Return a function that takes one step of DDPM at an arbitrary timestep, in bfloat16 on a GPU."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -112,28 +97,5 @@ def _sampling_step(torch, network, compiled, peer: Peer, batch: int, device: str
         noise = unconditional + peer.guidance * (conditional - unconditional)
         scale = torch.exp(0.5 * deviation * conditional[:, config.channels :])
         x.mul_(decay).sub_(weight * noise[:, : config.channels]).add_(deviation * scale * torch.randn_like(x))
-
-    return step
-
-
-def _training_step(torch, network, compiled, peer: Peer, batch: int, device: str):
-    """Return a function that takes one training step, with bfloat16 products."""
-    network.train()
-    config, parameters = peer.config, list(network.parameters())
-    averages = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=device == "cuda")
-    x = torch.randn(batch, config.channels, config.side, config.side, device=device)
-    labels = torch.arange(batch, device=device) % config.classes
-
-    def step():
-        noise, t = torch.randn_like(x), torch.randint(0, 1000, (batch,), device=device)
-        with torch.autocast(device, torch.bfloat16):
-            output = compiled(0.7 * x + 0.7 * noise, t, labels).sample
-        loss = (output[:, : config.channels].float() - noise).square().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, parameters, EMA_WEIGHT)
 
     return step

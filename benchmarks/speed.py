@@ -13,9 +13,7 @@ does the same work.
 import concurrent.futures
 import functools
 import json
-import platform
 import resource
-import subprocess
 import sys
 import time
 
@@ -24,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from machines import processor
 from profiles import profiled_params
+from torch_peer import make_network
 from turns import side_by_side
 
 from dydit_jax.diffusion.process import Diffusion
@@ -114,7 +114,7 @@ def _report(model: Model, plan, *, samples: dict, seconds: dict, first: dict, pe
     routed = {mode: samples[mode].routing.tokens for mode in ("gated", "fast")}  # [S,L,N], means over the images
     return dict(
         command="python " + " ".join(sys.argv),
-        machine=f"{_processor()}, {jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        machine=f"{processor()}, {jax.local_device_count()} x {jax.devices()[0].device_kind}",
         date=time.strftime("%Y-%m-%d"),
         precision=model.dtype.name,
         batch_size=BATCH_SIZE.value,
@@ -164,17 +164,6 @@ def _timed(function):
     began = time.perf_counter()
     result = function()
     return result, time.perf_counter() - began
-
-
-def _processor() -> str:
-    """Return the processor's name where the system tells it."""
-    output = (
-        subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
-        if platform.system() == "Linux"
-        else ""
-    )
-    names = [line.split(":", 1)[1].strip() for line in output.splitlines() if line.startswith("Model name")]
-    return " ".join(names) or platform.machine()
 
 
 def _subject():
@@ -242,23 +231,9 @@ def _fast_pass(model: Model, segment, open_tokens, x, labels):
 def _peers(model: Model, images: int) -> dict:
     """Return diffusers' static DiT of the same size as two contestants."""
     import torch
-    from diffusers import DiTTransformer2DModel
 
     config = model.config
-    network = DiTTransformer2DModel(
-        num_attention_heads=config.heads,
-        attention_head_dim=config.width // config.heads,
-        in_channels=config.channels,
-        out_channels=2 * config.channels,
-        num_layers=config.depth,
-        sample_size=config.side,
-        patch_size=config.patch,
-        num_embeds_ada_norm=config.classes,
-        activation_fn="gelu-approximate",
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-    ).eval()
+    network = make_network(config).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device, getattr(torch, model.dtype.name))
     x = torch.randn(

@@ -1,10 +1,12 @@
 """Time a training step: static, dynamic, and dynamic with top-k tokens; on this machine, or by the TPU compiler.
 
-    python benchmarks/train_step.py --model S/2 --batch_size 8 --out docs/speed/train_s2.json
+    python benchmarks/train_step.py --model S/2 --batch_size 8 --peers --out docs/speed/train_s2.json
     python benchmarks/train_step.py --model XL/2 --batch_size 16 --chip v5e --remats block --out train_xl2_v5e.json
 
-The steps take turns and medians are reported. With --chip nothing runs: the cycles are the compiler's, by both models
-of cost in `tpu_compiler.py`; that needs `pip install "jax[tpu]"`.
+The steps take turns and medians are reported. All of ours train the same state, whose memory each reuses, as in a run.
+Peers are diffusers' static DiT of the same size in PyTorch, eager and compiled, with the same embeddings for all
+blocks, and the error of the noise as its loss. MACs are those of three forward passes. With --chip nothing runs: the
+cycles are the compiler's, by both models of cost in `tpu_compiler.py`; that needs `pip install "jax[tpu]"`.
 """
 
 import json
@@ -14,16 +16,22 @@ import time
 if any(argument.startswith("--chip") for argument in sys.argv):
     import tpu_compiler  # before jax: it sets the compiler's flags
 # isort: split
+import ctypes
 import dataclasses
+import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from machines import processor
+from torch_peer import CLIP_NORM, LEARNING_RATE, make_network, make_training_step, share_embeddings
 
-from dydit_jax.models.config import published_config
+from dydit_jax.models.config import DiTConfig, published_config
 from dydit_jax.models.dit import Model
+from dydit_jax.models.precision import REMAT_SETTINGS, resolve_remat
 from dydit_jax.runtime.console import run
 from dydit_jax.training.experiment import build_update, read_experiment
 from dydit_jax.training.optimizer import build_optimizer
@@ -33,10 +41,13 @@ MODEL = flags.DEFINE_string("model", "S/2", "A published size.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images of a step, on one device.")
 CAPACITY = flags.DEFINE_float("token_capacity", 0.5, "Share of tokens of the top-k step.")
 DEPTH = flags.DEFINE_integer("depth", None, "Blocks of the model; those of its size by default.")
-REMATS = flags.DEFINE_list("remats", ["none"], "Of none, block, dots: each is a contestant of its own.")
+REMATS = flags.DEFINE_list("remats", ["auto"], f"Of {', '.join(REMAT_SETTINGS)}: each is a contestant of its own.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
+PEERS = flags.DEFINE_bool("peers", False, "Also time diffusers' DiT in PyTorch.")
 CHIP = flags.DEFINE_string("chip", None, "v5e, v6e or v5p: ask the TPU compiler, time nothing.")
 OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
+
+FORWARDS = 3  # that a step counts as: the gradient is two more
 
 
 def main():
@@ -53,7 +64,7 @@ def main():
     sections = dict(
         model=dataclasses.asdict(config),
         data=dict(name="synthetic", batch_size=BATCH_SIZE.value),
-        optimizer=dict(learning_rate=1e-4),
+        optimizer=dict(learning_rate=LEARNING_RATE, clip_norm=CLIP_NORM),
         train=dict(steps=1),
     )
     experiment = read_experiment(sections)
@@ -61,24 +72,22 @@ def main():
         lambda: init_state(Model(config).init(jax.random.key(0)), build_optimizer(experiment.optimizer))
     )
     batch = batch_shapes(config, BATCH_SIZE.value)
-    updates = {
-        kind if remat == REMATS.value[0] else f"{kind}, remat {remat}": build_update(
-            experiment, Model(own, dtype, remat=remat, platform=platform), passes
-        )
-        for remat in REMATS.value
-        for kind, (own, passes) in kinds.items()
-    }
-    rows = _costed(updates, state, batch) if CHIP.value else _timed(updates, state, batch)
-    static = rows["static"]
-    for row in rows.values():
-        row["times_static"] = {name: value / static[name] for name, value in row.items() if name in static}
-    macs = config.macs
+    updates, macs = {}, {}
+    for remat in REMATS.value:
+        for kind, (own, passes) in kinds.items():
+            name = kind if remat == REMATS.value[0] else f"{kind}, remat {remat}"
+            own_remat = "none" if CHIP.value and remat == "auto" else resolve_remat(remat)
+            model = Model(own, dtype, remat=own_remat, platform=platform)
+            updates[name] = build_update(experiment, model, passes)
+            macs[name] = FORWARDS * BATCH_SIZE.value * sum(_macs(own, mode) for mode in passes)
+    rows = _costed(updates, state, batch) if CHIP.value else _timed(updates, state, batch, config)
+    _compare(rows, macs)
     report = dict(
         command="python " + " ".join(sys.argv),
-        machine=CHIP.value or jax.devices()[0].device_kind,
+        machine=CHIP.value or f"{processor()}, {jax.local_device_count()} x {jax.devices()[0].device_kind}",
         date=time.strftime("%Y-%m-%d"),
         precision=dtype.name,
-        share_of_mlp_in_macs=macs.layers * macs.mlp / macs.complete,
+        share_of_mlp_in_macs=config.macs.layers * config.macs.mlp / config.macs.complete,
         rows=rows,
     )
     path = epath.Path(OUT.value)
@@ -87,18 +96,87 @@ def main():
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
 
 
-def _timed(updates: dict, state, batch) -> dict:
-    """Return the median seconds of each kind of step."""
+def _macs(config: DiTConfig, mode: str) -> float:
+    """Return the MACs of an image's forward pass: tokens without a row cost nothing, closed gates as much as open."""
+    macs = config.macs
+    if mode == "complete":
+        return macs.complete
+    rows = sum(config.capacities) / config.tokens  # of all layers, in units of all tokens
+    return macs.fixed + macs.routers + macs.layers * macs.attention + rows * macs.mlp
+
+
+def _compare(rows: dict, macs: dict) -> None:
+    """Add to each row its MACs, its speed, and multiples of the static step and of the compiled peer."""
+    for name, row in rows.items():
+        row["giga_macs"] = macs.get(name, macs["static"]) / 1e9
+        if "seconds" in row:
+            row["giga_flops_per_second"] = 2 * row["giga_macs"] / row["seconds"]
+        for cycles in {"estimated", "scheduled"} & set(row):
+            peak = tpu_compiler.CHIPS[CHIP.value].flops_per_cycle
+            row[f"{cycles}_share_of_peak"] = 2e9 * row["giga_macs"] / peak / row[cycles]
+        for other in {"static", "torch_compiled"} & set(rows):
+            compared = ("seconds", "estimated", "scheduled")
+            row[f"times_{other}"] = {key: row[key] / rows[other][key] for key in compared if key in row}
+
+
+def _timed(updates: dict, state, batch, config: DiTConfig) -> dict:
+    """Return the seconds of each kind of step, and the memory that it needs beside its state."""
     fill = lambda tree: jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01).astype(leaf.dtype), tree)
-    state, batch = jax.jit(lambda: (fill(state), fill(batch)))()
-    compiled = {kind: jax.jit(update) for kind, update in updates.items()}
-    seconds = {kind: [] for kind in updates}
-    for _ in range(1 + ROUNDS.value):  # the first round compiles
-        for kind, update in compiled.items():
+    held = [jax.jit(lambda: fill(state))()]
+    batch = jax.jit(lambda: fill(batch))()
+
+    def stepping(update) -> Callable:
+        compiled = jax.jit(update, donate_argnums=0)
+
+        def step():
+            held[0], _ = compiled(held[0], batch)
+            jax.block_until_ready(held[0])
+
+        return step
+
+    steps = {kind: stepping(update) for kind, update in updates.items()}
+    if PEERS.value:
+        steps |= _peers(config)
+    rows = {kind: dict(all_seconds=[]) for kind in steps}
+    for kind, step in steps.items():  # compiles
+        began = time.perf_counter()
+        step()
+        rows[kind]["first_step_seconds"] = time.perf_counter() - began
+        sys.stderr.write(f"{kind}: first step {rows[kind]['first_step_seconds']:.1f} s\n")
+    for _ in range(ROUNDS.value):
+        for kind, step in steps.items():
             began = time.perf_counter()
-            jax.block_until_ready(update(state, batch))
-            seconds[kind].append(time.perf_counter() - began)
-    return {kind: dict(seconds=float(np.median(taken[1:]))) for kind, taken in seconds.items()}
+            step()
+            rows[kind]["all_seconds"].append(time.perf_counter() - began)
+    for kind, row in rows.items():
+        row["seconds"] = float(np.median(row["all_seconds"]))
+        row["peak_gib_beside_state"] = _peak_gib(steps[kind])
+    return rows
+
+
+def _peers(config: DiTConfig) -> dict:
+    """Return training steps of diffusers' static DiT of the same size, of the same name in both forms."""
+    import torch
+
+    steps = {}
+    for name, wrap in dict(torch_eager=lambda network: network, torch_compiled=torch.compile).items():
+        network = make_network(config).to("cuda" if torch.cuda.is_available() else "cpu")
+        share_embeddings(network)
+        steps[name] = make_training_step(network, wrap(network), config, BATCH_SIZE.value)
+    return steps
+
+
+def _peak_gib(step: Callable) -> float | None:
+    """Return the most memory that a step takes beyond what the process held; None where that is not known."""
+    status, reset = (pathlib.Path("/proc/self") / name for name in ("status", "clear_refs"))
+    if jax.default_backend() != "cpu" or not reset.exists():
+        return None
+    read = lambda field: next(int(line.split()[1]) for line in status.read_text().splitlines() if field in line)
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps had is kept for the next ones otherwise, and not counted
+    reset.write_text("5")  # the peak starts again at what is held now
+    before = read("VmRSS")
+    step()
+    return (read("VmHWM") - before) / 2**20
 
 
 def _costed(updates: dict, state, batch) -> dict:
