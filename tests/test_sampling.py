@@ -37,12 +37,14 @@ def checkpoint(tiny, tmp_path_factory):
 
 def test_grid_has_a_column_per_label(checkpoint, tmp_path):
     out = tmp_path / "grid"
-    sample(Request(checkpoint, str(out), labels=["1", "2", "3"], rows=2, report=True))
+    sample(Request(checkpoint, str(out), labels=["1", "2", "3"], rows=2, growth=2, report=True))
     assert Image.open(out / "grid.png").size == (3 * 70 + 6, 2 * 70 + 6 + 14)  # and a line of labels
     assert Image.open(out / "routing.png").size[0] > 500
     cost = json.loads((out / "cost.json").read_text())
     assert 0 < cost["macs"] < cost["macs_complete"] and cost["images"] == 6 and 0 < cost["tokens"] < 1
-    assert (out / "report.html").read_text().count("<img") == 4  # grid, steps, routing, plan
+    assert (out / "report.html").read_text().count("<img") == 5  # grid, steps, routing, growth, plan
+    with Image.open(out / "growth.gif") as picture:
+        assert picture.n_frames == 2
     assert len((out / "routing.csv").read_text().splitlines()) == 1 + 2 * 2  # steps and layers
     header, *steps = (line.split(",") for line in (out / "steps.csv").read_text().splitlines())
     assert header[:4] == ["step", "timestep", "guidance", "passes"] and header[-1] == "segment"

@@ -50,13 +50,17 @@ PICTURES = {
     ),
     "tokens": ("Tokens over the image", "Tinted tokens skip the MLPs; below each picture the share that does not."),
     "tokens_by_layer": ("Tokens over the first image, by layer", "The same for single layers."),
+    "growth": (
+        "Images as they grow",
+        "What the network takes the first images for, step by step. Tinted tokens skip MLPs. Moving: growth.gif.",
+    ),
     "plan": (
         "Plan of the fast path",
         "Lines cut segments. A segment computes what any of its steps needs, and leaves the rest out of its program.",
     ),
 }
 # These hold images, whose colours stay as they are at night.
-PHOTOGRAPHS = ("grid", "tokens", "tokens_by_layer", "images")
+PHOTOGRAPHS = ("grid", "tokens", "tokens_by_layer", "growth", "images")
 METRICS = {
     "fid": "FID",
     "sfid": "sFID",

@@ -7,6 +7,7 @@
     <out>/routing.png        what was on over the timesteps
     <out>/plan.png           the segments of `fast`
     <out>/steps.png          timestep, guidance, passes, MACs and segment of every step, and steps.csv
+    <out>/growth.gif         the first images as they grow, with the tokens that were open; growth.png is a strip of it
     <out>/cost.json          MACs, also of every step, shares on and seconds of the last job that drew something
     <out>/report.html        all of it on one page
 
@@ -29,7 +30,8 @@ from etils import epath
 from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.process import process_sections
 from dydit_jax.drawing import figures
-from dydit_jax.drawing.pictures import draw_grid, label_texts, read_image, save_image
+from dydit_jax.drawing.growth import draw_frames, draw_strip, save_animation
+from dydit_jax.drawing.pictures import draw_grid, label_texts, read_image, save_image, to_uint8
 from dydit_jax.drawing.report import COST_FILE, MANIFEST_FILE, write_report
 from dydit_jax.drawing.steps import draw_steps, step_columns, step_lines, step_table
 from dydit_jax.drawing.style import save_figure, save_table
@@ -53,6 +55,7 @@ from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.processes import from_main, is_main, on_all_processes
+from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import MODES, Samples, SamplingRun
@@ -60,13 +63,15 @@ from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.sampling.noise import uniform_labels
 from dydit_jax.sampling.settings import choose_sampling
 from dydit_jax.sampling.table import make_table
+from dydit_jax.sampling.trajectory import trace
 
 logger = logging.getLogger(__name__)
 
 WRITERS = 4
 MOST_IMAGES = 1_000_000  # their names have six digits
 MOST_GRID_IMAGES = 10_000  # of one picture, which is made in memory
-LIMITS = dict(rows=MOST_GRID_IMAGES, batch_size=65_536, num_images=MOST_IMAGES, segments=None)
+MOST_GROWTH, MOST_FRAMES, STRIP_FRAMES = 16, 50, 6
+LIMITS = dict(rows=MOST_GRID_IMAGES, batch_size=65_536, num_images=MOST_IMAGES, growth=MOST_GROWTH, segments=None)
 LABEL_BYTES = 12  # of a line in a file of labels, on average at most
 
 
@@ -94,6 +99,8 @@ class Request:
       precision: auto, bfloat16, float32 or highest.
       routing: also draw what was on over the timesteps, and say what the steps were: routing.png, steps.png and
         plan.png, with their numbers as .csv.
+      growth: of the first images, also draw how they grow, with the tokens that were open: growth.gif and growth.png,
+        for which they are drawn a second time.
       report: also write one page about the job, report.html; it shows the routing too.
       overrides: sampling settings that win over the checkpoint's, and `preset`, see `choose_sampling`.
       from_step: step of a work directory's checkpoint; the newest by default.
@@ -116,6 +123,7 @@ class Request:
     process: str = ""
     precision: str = "auto"
     routing: bool = False
+    growth: int = 0
     report: bool = False
     overrides: dict = dataclasses.field(default_factory=dict)
     from_step: int | None = None
@@ -131,7 +139,8 @@ class Request:
             )
         for name, most in LIMITS.items():
             if getattr(self, name) is not None:
-                require_range(f"--{name}", getattr(self, name), low=0 if name == "segments" else 1, high=most)
+                low = 0 if name in ("segments", "growth") else 1
+                require_range(f"--{name}", getattr(self, name), low=low, high=most)
         if self.labels is not None and len(self.labels) * self.rows > MOST_GRID_IMAGES:
             raise InputError(
                 f"A grid of {len(self.labels)} labels and {self.rows} rows has more than {MOST_GRID_IMAGES} images; "
@@ -177,6 +186,8 @@ def sample(request: Request) -> Samples:
         settings = dict(seed=request.seed, mode=request.mode, batch_size=request.batch_size, segments=segments)
         job = DrawJob(labels, np.asarray(missing), weights.sampling, **settings)
         drawn = _draw(pipeline, job, out)
+    if request.growth:
+        _draw_growth(pipeline, request, labels[: request.growth], out)
     if is_main():
         _finish(request, weights, labels, out, drawn)
     return drawn.samples
@@ -226,6 +237,28 @@ def _draw(pipeline: Pipeline, job: DrawJob, out) -> DrawResult:
         for future in written:
             future.result()
     return dataclasses.replace(result, images=len(job.indices), seconds=time.monotonic() - began)
+
+
+def _draw_growth(pipeline: Pipeline, request: Request, labels: np.ndarray, out) -> None:
+    """Draw the first images once more, step by step, and show how they grow."""
+    sampling = pipeline.weights.sampling
+    run = pipeline.prepare(sampling)
+    with Progress(len(run.table), "step", "growing images", delay=0) as progress:
+        mode = "complete" if request.mode == "complete" else "gated"
+        way = trace(run, labels, seed=request.seed, mode=mode, report=progress.advance)
+    steps = len(way.timesteps)
+    shown, strip = (
+        np.unique(np.linspace(0, steps - 1, min(count, steps)).round().astype(int))
+        for count in (MOST_FRAMES, STRIP_FRAMES)
+    )
+    pixels = lambda images: to_uint8(pipeline.decode(images, sampling))
+    seen, taken_for = (np.stack([pixels(images[step]) for step in shown]) for images in (way.xt, way.x0))
+    if not is_main():
+        return
+    tokens, timesteps = way.tokens.mean(2), way.timesteps
+    save_animation(out / "growth.gif", draw_frames(seen, taken_for, tokens[shown], timesteps[shown]))
+    chosen = np.isin(shown, strip)
+    save_figure(out / "growth.png", draw_strip(taken_for[chosen], tokens[strip], timesteps[strip]))
 
 
 def _finish(request: Request, weights: Weights, labels, out, drawn: DrawResult) -> None:
