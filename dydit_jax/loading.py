@@ -57,7 +57,7 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
       checkpoint: a `.safetensors` file of ours, a folder with one, a training's work directory (its newest step, EMA
         weights; nothing is changed in it), one of its checkpoints (`<workdir>/checkpoints/<step>`), or the name of a
         known model: "digits", which comes with the package, or a published one, which is fetched and converted once.
-        An address is fetched and converted once too: hf://owner/name, hf://owner/name/<file or folder>, https://...
+        An address is fetched and converted once too: hf://owner/name[/<file or folder>][@<revision>], https://...
       from_step: another step than the newest, of a work directory.
       weights: "ema", which is warned of where it is still near its start, or "params", the raw parameters of a work
         directory.
@@ -188,7 +188,8 @@ def load_decoder(autoencoder: str, channels: int, mesh: Mesh) -> Callable:
 def _resolved(checkpoint, holds: str) -> epath.Path:
     """Return the path that the name or address of a "model" or "autoencoder" means."""
     if is_address(checkpoint):
-        return epath.Path(local_file(str(checkpoint), lambda source, out: convert(Conversion(str(source), str(out)))))
+        make = lambda source, out, exact: convert(Conversion(str(source), str(out)), origin=exact)
+        return epath.Path(local_file(str(checkpoint), make))
     path = epath.Path(checkpoint)
     if path.exists():
         if path.is_dir() and not is_run(path) and not (path / WEIGHTS_FILE).is_file():

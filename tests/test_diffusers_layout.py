@@ -13,6 +13,7 @@ from conftest import channels_last, relative_error
 from dydit_jax.checkpoints import Weights, load_weights, read_autoencoder, save_autoencoder, save_weights
 from dydit_jax.convert.conversion import Conversion, convert
 from dydit_jax.convert.diffusers_layout import (
+    OTHER_FEATURES,
     autoencoder_config,
     require_exportable,
     scheduler_config,
@@ -160,6 +161,20 @@ def test_other_normalisation_is_named(network, tmp_path):
     path.write_text(path.read_text().replace('"norm_eps": 1e-06', '"norm_eps": 1e-05'))
     report = convert(Conversion(str(tmp_path / "transformer"), str(tmp_path / "ours")))
     assert "config.json's norm_eps is 1e-05; here it is 1e-06, as in DiT" in report.doubts
+
+
+@pytest.mark.parametrize("folder, known", [("DiT-XL-2-256", True), ("DiT-XL-2-512", True), ("flowers", False)])
+def test_features_that_were_trained_on_are_doubted_unless_the_folder_is_known(network, folder, known, tmp_path, caplog):
+    network.save_pretrained(tmp_path / folder / "transformer")
+    report = convert(Conversion(str(tmp_path / folder / "transformer"), str(tmp_path / "ours")))
+    assert (OTHER_FEATURES not in report.doubts) == known
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ([] if known else [OTHER_FEATURES])
+
+
+def test_what_was_exported_here_comes_back_without_a_doubt(exported, tmp_path):
+    report = convert(Conversion(str(exported), str(tmp_path / "back.safetensors")))
+    assert OTHER_FEATURES not in report.doubts
 
 
 def state_dict(network) -> dict:

@@ -1,16 +1,20 @@
 """Checkpoints by address: fetched once from a server of the tests' own, checked, converted; and sent with a card."""
 
 import base64
+import dataclasses
 import hashlib
 import http.server
 import json
+import shutil
 import threading
+import urllib.parse
 
 import jax
 import numpy as np
 import pytest
 
-from dydit_jax.checkpoints import Weights, load_weights, save_weights
+from dydit_jax.checkpoints import Weights, format_of, load_weights, read_arrays, save_adapter, save_weights
+from dydit_jax.checkpoints.arrays import read_metadata
 from dydit_jax.convert.exporting import Export, export
 from dydit_jax.convert.hub import choose_files, split_hub_address
 from dydit_jax.convert.publishing import push
@@ -20,14 +24,20 @@ from dydit_jax.errors import InputError
 from dydit_jax.loading import find_autoencoder_config, load_checkpoint
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
+from dydit_jax.trees import flatten
 
+MAIN, OLD = "a1" * 20, "0b" * 20
 CONFIG = DiTConfig(depth=2, width=32, heads=2, patch=2, side=8, classes=3)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A hub with the files of `repositories`, by repository and name; remembers what was asked for and committed."""
+    """A hub with the files of `repositories`, by repository and name; remembers what was asked for and committed.
+
+    Files of another commit than `MAIN` are called <commit>@<name>.
+    """
 
     repositories, asked, commits = {}, [], []
+    revisions = {"main": MAIN, MAIN: MAIN, "v1": OLD, "refs/pr/1": OLD, OLD: OLD}
 
     def do_HEAD(self):  # noqa: N802 (the base class's name)
         self.answer(with_content=False)
@@ -40,14 +50,23 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if with_content and ("/resolve/" in path or path.startswith("/api/models/")):
             self.asked.append(path)
         if path.startswith("/api/models/"):
-            files = self.repositories.get(path.removeprefix("/api/models/"))
+            repository, _, revision = path.removeprefix("/api/models/").partition("/revision/")
+            revision = urllib.parse.unquote(revision) or "main"
+            files = self.repositories.get(repository)
             if files is None:
                 self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            elif revision not in self.revisions:
+                self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             else:
-                listed = dict(id=path, sha="0" * 40, siblings=[dict(rfilename=name) for name in files])
+                files = [name.rpartition("@")[2] for name in files if self.is_of(name, self.revisions[revision])]
+                listed = dict(
+                    id=repository, sha=self.revisions[revision], siblings=[dict(rfilename=name) for name in files]
+                )
                 self.send(200, json.dumps(listed).encode())
             return
-        repository, _, name = path.strip("/").partition("/resolve/main/")
+        repository, _, place = path.strip("/").partition("/resolve/")
+        commit, _, name = place.partition("/")
+        name = f"{commit}@{name}" if commit != MAIN else name
         if repository == "someone/gated":
             self.send(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif name not in self.repositories.get(repository, {}):
@@ -55,7 +74,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         else:
             content = self.repositories[repository][name]
             tag = f'"{hashlib.sha256(content).hexdigest()}"'
-            self.send(200, content, {"ETag": tag, "X-Linked-Etag": tag, "X-Repo-Commit": "0" * 40}, with_content)
+            self.send(200, content, {"ETag": tag, "X-Linked-Etag": tag, "X-Repo-Commit": commit}, with_content)
+
+    @staticmethod
+    def is_of(name: str, commit: str) -> bool:
+        return name.startswith(f"{commit}@") if commit != MAIN else "@" not in name
 
     def do_POST(self):  # noqa: N802
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
@@ -139,7 +162,7 @@ def test_weights_of_ours_are_fetched_once(hub, folders):
     expected = load_weights(folders / "ours" / "weights.safetensors")
     jax.tree.map(np.testing.assert_array_equal, first.params, expected.params)
     assert second.class_names == expected.class_names
-    assert Hub.asked == ["/api/models/me/flowers", "/me/flowers/resolve/main/weights.safetensors"]
+    assert Hub.asked == ["/api/models/me/flowers", f"/me/flowers/resolve/{MAIN}/weights.safetensors"]
 
 
 def test_pipeline_of_diffusers_is_fetched_and_converted_once(hub, folders, tmp_path):
@@ -148,12 +171,12 @@ def test_pipeline_of_diffusers_is_fetched_and_converted_once(hub, folders, tmp_p
     expected = load_weights(folders / "ours" / "weights.safetensors")
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
     assert found.class_names == expected.class_names and found.model == CONFIG
-    asked = [path.removeprefix("/me/pipe/resolve/main/") for path in Hub.asked[1:]]
+    asked = [path.removeprefix(f"/me/pipe/resolve/{MAIN}/") for path in Hub.asked[1:]]
     assert asked == ["model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
     load_checkpoint("hf://me/pipe")
     load_checkpoint("hf://me/pipe/transformer")  # another address of the same files
     assert Hub.asked[4:] == ["/api/models/me/pipe"]
-    record = tmp_path / "cache/hub/me/pipe/transformer/config.json.sha256"
+    record = tmp_path / f"cache/hub/me/pipe/{MAIN}/transformer/config.json.sha256"
     assert record.read_text().startswith(
         hashlib.sha256(Hub.repositories["me/pipe"]["transformer/config.json"]).hexdigest()
     )
@@ -182,7 +205,7 @@ def test_shards_of_an_index_are_fetched(hub, folders):
 def test_plain_address_is_fetched_once_and_checked(hub, folders, tmp_path):
     content = (folders / "ours" / "weights.safetensors").read_bytes()
     Hub.repositories["me/plain"] = {"w.safetensors": content}
-    address, digest = f"{hub}/me/plain/resolve/main/w.safetensors", hashlib.sha256(content).hexdigest()
+    address, digest = f"{hub}/me/plain/resolve/{MAIN}/w.safetensors", hashlib.sha256(content).hexdigest()
     with pytest.raises(InputError, match=f"damaged on the way: SHA-256 {digest}, should be {'0' * 64}"):
         load_checkpoint(f"{address}#sha256={'0' * 64}")
     before = len(Hub.asked)
@@ -209,6 +232,13 @@ def test_plain_address_is_fetched_once_and_checked(hub, folders, tmp_path):
         ("hf://me/texts/c.txt", "name one of its files: a.txt, b.txt"),
         ("hf://me/other", "model_index.json is of a 'StableDiffusionPipeline', which is none of DiTPipeline"),
         ("hf://me", "hf://me must be hf://owner/name, or"),
+        ("hf://me/texts@", "hf://me/texts@ must be hf://owner/name, or .*; a revision comes last"),
+        ("hf://me/texts@v1/../x", "a revision comes last, as @<branch, tag or commit>"),
+        (
+            "hf://me/texts@v2",
+            "hf://me/texts@v2 can't be looked up: the repository has no such revision: a branch, a tag",
+        ),
+        ("hf://me/texts@main/a.txt", "has no such revision: .* the last part of the address"),
         ("hf://me/../name", "must be hf://owner/name, or"),
         ("https://127.0.0.1:1/", "must end with the name of a file of weights"),
         ("https://127.0.0.1:1/w.pt#sha256=12", "must be sha256= and 64 hexadecimal digits"),
@@ -245,8 +275,48 @@ def test_only_what_is_needed_is_chosen(listed, path, expected):
     assert choose_files(listed, path, "hf://me/it") == expected
 
 
-def test_address_is_split():
-    assert split_hub_address("hf://me/flowers-1.0/a/b.pt") == ("me/flowers-1.0", "a/b.pt")
+@pytest.mark.parametrize(
+    "address, parts",
+    [
+        ("hf://me/flowers-1.0/a/b.pt", ("me/flowers-1.0", "a/b.pt", "")),
+        ("hf://me/flowers@v1.0", ("me/flowers", "", "v1.0")),
+        ("hf://me/flowers/a/b.pt@refs/pr/1", ("me/flowers", "a/b.pt", "refs/pr/1")),
+    ],
+)
+def test_address_is_split(address, parts):
+    assert split_hub_address(address) == parts
+
+
+def test_revision_is_pinned_and_its_commit_recorded(hub, folders, tmp_path):
+    """Of one repository the newest weights, and those of an earlier commit, by its tag, its branch and its name."""
+    ours, theirs = content_of(folders / "ours"), content_of(folders / "theirs")
+    old = {f"{OLD}@{name}": content for name, content in theirs.items()}
+    Hub.repositories["me/flowers"] = {"weights.safetensors": ours["weights.safetensors"]} | old
+    assert "origin" not in load_checkpoint("hf://me/flowers").about
+    pinned = load_checkpoint("hf://me/flowers@v1")
+    assert pinned.about["origin"] == f"hf://me/flowers@{OLD}"
+    expected = load_weights(folders / "ours" / "weights.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, pinned.params, expected.params)
+    before = len(Hub.asked)
+    for revision in ("v1", "refs/pr/1", OLD):
+        assert load_checkpoint(f"hf://me/flowers@{revision}").about == pinned.about
+    assert [path for path in Hub.asked[before:] if "/resolve/" in path] == []
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    assert load_checkpoint(f"hf://me/flowers/{file}@v1").about["origin"] == f"hf://me/flowers/{file}@{OLD}"
+    [record] = [
+        read
+        for path in (tmp_path / "cache/addresses").glob("*.json")
+        for read in [json.loads(path.read_text())]
+        if read["address"] == "hf://me/flowers"
+    ]
+    assert record["exact"] == f"hf://me/flowers@{MAIN}"
+
+
+def test_commit_that_is_no_commit_names_no_folder(hub, folders, monkeypatch):
+    monkeypatch.setitem(Hub.revisions, "main", "../../elsewhere")
+    Hub.repositories["me/flowers"] = content_of(folders / "ours")
+    with pytest.raises(InputError, match="has the commit '../../elsewhere', which is none"):
+        load_checkpoint("hf://me/flowers")
 
 
 # --- Sending -------------------------------------------------------------------------------------
@@ -287,7 +357,52 @@ def test_nothing_is_replaced_unless_asked_for(hub, folders):
     assert "transformer/config.json" in commit and "library_name: diffusers" in commit["README.md"].decode()
 
 
-@pytest.mark.parametrize("address", ["me/flowers", "hf://me/flowers/file.bin", "https://me/flowers"])
+@pytest.mark.parametrize("kind", ["weights", "adapter"])
+def test_nothing_that_is_sent_names_a_place_of_this_machine(hub, folders, tmp_path, kind):
+    weights, home = load_weights(folders / "ours" / "weights.safetensors"), str(tmp_path / "home")
+    config = dict(
+        data=dict(name="images", path=f"{home}/flowers"),
+        train=dict(init_from=f"{home}/runs/dit", class_map="0:1"),
+        tracking=dict(reference="gs://bucket/statistics.npz", name="runs/relative"),
+    )
+    sampling = SamplingConfig(autoencoder=f"{home}/vae.safetensors")
+    weights = dataclasses.replace(weights, about=weights.about | dict(config=config), sampling=sampling)
+    base = dict(checkpoint=f"{home}/runs/dit", checksum="12")
+    file = tmp_path / "run" / "weights.safetensors"
+    save_adapter(file, weights, base) if kind == "adapter" else save_weights(file, weights)
+    described = description_of(file)
+    assert described["sampling"]["autoencoder"] == f"{home}/vae.safetensors"  # which this machine needs
+    assert described["about"]["config"]["data"] == dict(name="images", path="flowers")
+    (file.parent / "evaluation.json").write_text(json.dumps([dict(fid=1.0, reference=dict(name=f"{home}/in.npz"))]))
+    push(file.parent, "hf://me/flowers")
+    [commit] = Hub.commits
+    assert home.encode() not in b"".join(commit.values()) and b"bucket" not in b"".join(commit.values())
+    assert "| FID 1 | None | in.npz |" in commit["README.md"].decode()
+    (tmp_path / "sent.safetensors").write_bytes(commit["weights.safetensors"])
+    described = description_of(tmp_path / "sent.safetensors")
+    assert described["sampling"]["autoencoder"] == "vae.safetensors"
+    assert described["about"]["config"]["train"] == dict(init_from="dit", class_map="0:1")
+    assert described["about"]["config"]["tracking"] == dict(reference="statistics.npz", name="runs/relative")
+    sent, _ = read_arrays(tmp_path / "sent.safetensors", format_of(file))
+    jax.tree.map(np.testing.assert_array_equal, sent, flatten(weights.params))
+
+
+def description_of(file) -> dict:
+    return json.loads(read_metadata(file)["description"])
+
+
+def test_only_the_files_of_the_model_are_sent(hub, folders, tmp_path):
+    shutil.copytree(folders / "theirs", tmp_path / "pipe")
+    for name in ("notes.txt", ".git/config", "transformer/.token.json", "transformer/log.txt", "old/model.bin"):
+        (tmp_path / "pipe" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "pipe" / name).write_text("of this machine")
+    push(tmp_path / "pipe", "hf://me/pipe")
+    assert set(Hub.commits[0]) == {*content_of(folders / "theirs"), "README.md"}
+
+
+@pytest.mark.parametrize(
+    "address", ["me/flowers", "hf://me/flowers/file.bin", "hf://me/flowers@v1", "https://me/flowers"]
+)
 def test_push_wants_a_repository(folders, address):
     with pytest.raises(InputError, match="--push wants hf://owner/name"):
         push(folders / "ours", address)

@@ -168,8 +168,8 @@ def test_download_damaged_before_it_went_on_is_refused(thing, monkeypatch):
 def test_file_of_the_hub_is_compared_with_the_checksum_that_it_tells(monkeypatch):
     monkeypatch.setitem(PUBLISHED, "thing", Published("free", "folder/file.bin", repository="some/where"))
 
-    def download(repository, file, local_dir):
-        path = local_dir / file
+    def download(repo_id, filename, revision, local_dir):
+        path = local_dir / filename
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(CONTENT)
         return str(path)

@@ -5,6 +5,7 @@ from dydit_jax.checkpoints.adapters import (
     apply_adapter,
     describe_base,
     load_adapter,
+    published_copy,
     save_adapter,
 )
 from dydit_jax.checkpoints.arrays import format_of, read_arrays, write_arrays
@@ -14,6 +15,7 @@ from dydit_jax.checkpoints.autoencoders import (
     read_autoencoder_config,
     save_autoencoder,
 )
+from dydit_jax.checkpoints.places import without_places
 from dydit_jax.checkpoints.runs import (
     CONFIG_FILE,
     CheckpointConfig,
@@ -53,6 +55,7 @@ __all__ = [
     "load_run_params",
     "load_weights",
     "package_versions",
+    "published_copy",
     "read_arrays",
     "read_autoencoder",
     "read_autoencoder_config",
@@ -61,5 +64,6 @@ __all__ = [
     "save_autoencoder",
     "save_weights",
     "split_step",
+    "without_places",
     "write_arrays",
 ]

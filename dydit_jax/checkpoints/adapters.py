@@ -5,11 +5,13 @@ an adapter is nothing; with another one it would be something else, so the check
 """
 
 import functools
+import json
 
 import jax
 
-from dydit_jax.checkpoints.arrays import read_arrays
-from dydit_jax.checkpoints.weights import Weights, checksum, read_weights, require_shapes, write_weights
+from dydit_jax.checkpoints.arrays import format_of, read_arrays, write_arrays
+from dydit_jax.checkpoints.places import without_places
+from dydit_jax.checkpoints.weights import FORMAT, Weights, checksum, read_weights, require_shapes, write_weights
 from dydit_jax.errors import InputError
 from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import fold_constant
@@ -93,3 +95,20 @@ def apply_adapter(adapter: Weights, base: Weights, record: dict) -> Weights:
 @functools.cache
 def _fold(lora):
     return jax.jit(functools.partial(fold_constant, lora=lora))
+
+
+def published_copy(path, out) -> None:
+    """Copy a file of weights or an adapter, its description without any place of this machine.
+
+    Not even those that this machine needs: of an adapter's base, and of the autoencoder that decodes its images.
+
+    Args:
+      path: of weights or an adapter.
+      out: file to write.
+
+    Raises:
+      InputError: as for `load_weights` and `save_weights`.
+    """
+    leaves, metadata = read_arrays(path, ADAPTER_FORMAT if format_of(path) == ADAPTER_FORMAT else FORMAT)
+    described = without_places(json.loads(metadata["description"]))
+    write_arrays(out, leaves, metadata | dict(description=json.dumps(described, sort_keys=True)))

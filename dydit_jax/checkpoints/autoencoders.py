@@ -7,6 +7,7 @@ import dataclasses
 import json
 
 from dydit_jax.checkpoints.arrays import format_of, read_arrays, read_metadata, write_arrays
+from dydit_jax.checkpoints.places import without_places
 from dydit_jax.errors import InputError, some_of
 from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_params
 from dydit_jax.records import read_record
@@ -19,7 +20,7 @@ RECORD_KEY = "autoencoder"
 def save_autoencoder(path, autoencoder: Autoencoder, about: dict) -> None:
     """Write an autoencoder and what made it, whole or not at all."""
     record = json.dumps(dataclasses.asdict(autoencoder.config))
-    metadata = {"format": AUTOENCODER_FORMAT, RECORD_KEY: record, "about": json.dumps(about)}
+    metadata = {"format": AUTOENCODER_FORMAT, RECORD_KEY: record, "about": json.dumps(without_places(about))}
     write_arrays(path, flatten(autoencoder.params), metadata)
 
 

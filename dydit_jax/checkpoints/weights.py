@@ -11,6 +11,7 @@ import json
 import numpy as np
 
 from dydit_jax.checkpoints.arrays import read_arrays, write_arrays
+from dydit_jax.checkpoints.places import without_places
 from dydit_jax.diffusion.process import Process, process_sections, read_process
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
@@ -85,8 +86,8 @@ def load_weights(path) -> Weights:
 
 
 def write_weights(path, weights: Weights, file_format: str, **others) -> None:
-    """Write parameters and what describes them; `others` are JSON beside it."""
-    described = dict(others, about=weights.about, **process_sections(weights.process))
+    """Write parameters and what describes them, `about` without places; `others` are JSON beside it."""
+    described = dict(others, about=without_places(weights.about), **process_sections(weights.process))
     for name in ("model", "sampling", "lora"):
         if getattr(weights, name) is not None:
             described[name] = dataclasses.asdict(getattr(weights, name))

@@ -25,7 +25,14 @@ from dydit_jax.convert.autoencoders import (
     with_record,
 )
 from dydit_jax.convert.detect import LABEL_TABLE, SPACES, detect_config
-from dydit_jax.convert.diffusers_layout import is_diffusers, read_class_names, weights_file, with_original_names
+from dydit_jax.convert.diffusers_layout import (
+    OTHER_FEATURES,
+    has_features_of_dit,
+    is_diffusers,
+    read_class_names,
+    weights_file,
+    with_original_names,
+)
 from dydit_jax.convert.evidence import GUESS, Evidence, gather_evidence
 from dydit_jax.convert.ordering import order_by_magnitude
 from dydit_jax.convert.tables import convert_state_dict, require_complete
@@ -190,8 +197,12 @@ def _in_words(config: dict, process: str) -> str:
 
 
 @own_settings()
-def convert(request: Conversion) -> Report:
+def convert(request: Conversion, *, origin: str = "") -> Report:
     """Convert a PyTorch file.
+
+    Args:
+      request: what to convert, and how.
+      origin: the address that the file was fetched from, for the record; "" where the user has it.
 
     Returns:
       The report; if the output is a folder it is also written there as JSON.
@@ -205,10 +216,15 @@ def convert(request: Conversion) -> Report:
         raise InputError(f"{target} exists; give --overwrite to replace it.")
     path = weights_file(request.source)
     file = read_torch_file(path, weights=request.weights)
+    foreign = is_diffusers(file.tensors) and not has_features_of_dit(path)
     file = dataclasses.replace(file, tensors=_arranged(file.tensors))
     require_floats(file.tensors)
     evidence = gather_evidence(path, file.options, request.said)
+    if foreign:
+        evidence.doubts.append(OTHER_FEATURES)
+        logger.warning("%s", OTHER_FEATURES)
     about = dict(source=epath.Path(request.source).name, weights=request.weights, versions=package_versions())
+    about |= dict(origin=origin) if origin else {}
     difference = config = None
     if is_autoencoder(file.tensors):
         autoencoder = _converted_autoencoder(file.tensors, evidence, request)

@@ -51,6 +51,12 @@ WEIGHTS_FILES = tuple(
         "{}.fp16.bin",
     )
 )
+# Folders whose weights come from DiT's own training; and what a config of ours says of their features of the timestep.
+FROM_DIT, FEATURES_KEY = ("DiT-XL-2-256", "DiT-XL-2-512"), "_downscale_freq_shift"
+OTHER_FEATURES = (
+    "weights that were trained with diffusers, and not only brought there as facebook/DiT-XL-2-256 was, have learned "
+    "other features of the timestep than DiT's and draw worse here; no file says which these are"
+)
 NULL_CLASS = 1000  # of DiTPipeline, whatever the number of classes
 MLP_RATIO = 4
 VERSION = "0.30.0"  # of diffusers, since which the classes have these names
@@ -128,6 +134,18 @@ def read_class_names(source) -> list[str]:
 def is_diffusers(tensors: Mapping[str, np.ndarray]) -> bool:
     """Return whether tensors by name are a transformer of diffusers'."""
     return any(name.startswith("transformer_blocks.") for name in tensors)
+
+
+def has_features_of_dit(path) -> bool:
+    """Return whether weights are known to be trained on DiT's features of the timestep: by their folder, or by us.
+
+    Args:
+      path: of the file of weights.
+    """
+    path = Path(path)
+    config = path.with_name(CONFIG_FILE)
+    made_here = config.is_file() and read_json(config, remedy="copy the folder again").get(FEATURES_KEY) == 0
+    return made_here or any(part in FROM_DIT for part in path.parts)
 
 
 def with_original_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -240,6 +258,7 @@ def transformer_config(config: DiTConfig) -> dict:
         norm_type="ada_norm_zero",
         norm_elementwise_affine=False,
         norm_eps=1e-6,
+        **{FEATURES_KEY: 0},
     )
 
 

@@ -1,10 +1,11 @@
-"""Checkpoints by address: hf://owner/name, hf://owner/name/<file or folder>, and plain https addresses.
+"""Checkpoints by address: hf://owner/name[/<file or folder>][@<revision>], and plain https addresses.
 
 Naming one is asking for it: it is fetched once, checked as a published file is (`published`), converted where it is not
 ours, and found without a network from then on. A repository may hold weights of ours, a `DiTPipeline` of diffusers, one
-of its models, or files that are named one by one. A plain address may end with #sha256=<checksum>.
+of its models, or files that are named one by one. A revision is a branch, a tag or a commit, "main" where none is
+named; all files of an address are those of one commit. A plain address may end with #sha256=<checksum>.
 
-    <cache>/hub/<owner>/<name>/...           files, as they are there, with their checksums
+    <cache>/hub/<owner>/<name>/<commit>/...  files, as they are there, with their checksums
     <cache>/addresses/<name of the file>...  files of plain addresses
     <...>.converted.safetensors              what was made of them
     <cache>/addresses/<digest>.json          where an address was found to lead
@@ -35,12 +36,13 @@ def is_address(text) -> bool:
     return str(text).startswith((HUB, *PLAIN))
 
 
-def local_file(address: str, convert: Callable[[Path, Path], None]) -> Path:
+def local_file(address: str, convert: Callable[[Path, Path, str], None]) -> Path:
     """Return the file of ours that an address leads to, fetching and converting it if it is not there.
 
     Args:
       address: see the module.
-      convert: writes weights of ours; is given the source, a file or a folder of diffusers', and the file to write.
+      convert: writes weights of ours; is given the source, a file or a folder of diffusers', the file to write, and the
+        address with the commit that it was found to lead to.
 
     Raises:
       InputError: no such repository or file, one that needs a token, another checksum, or nothing to convert.
@@ -49,13 +51,13 @@ def local_file(address: str, convert: Callable[[Path, Path], None]) -> Path:
         return found
     record = _record_of(address)
     with hold_lock(record.with_suffix(".lock"), to=f"to fetch {address}"):
-        source = _fetch_from_hub(address) if address.startswith(HUB) else _fetch_plain(address)
+        source, exact = _fetch_from_hub(address) if address.startswith(HUB) else (_fetch_plain(address), address)
         found = source
         if source.is_dir() or not _is_ours(source):
             found = source.with_name(source.name + CONVERTED)
             if not found.is_file():
-                convert(source, found)
-        write_json(record, dict(address=address, path=str(found)))
+                convert(source, found, exact)
+        write_json(record, dict(address=address, exact=exact, path=str(found)))
     return found
 
 
@@ -106,41 +108,52 @@ def _fetch_plain(address: str) -> Path:
 # --- Hugging Face --------------------------------------------------------------------------------
 
 
-def split_hub_address(address: str) -> tuple[str, str]:
-    """Return the repository and the path in it of hf://owner/name[/path].
+def split_hub_address(address: str) -> tuple[str, str, str]:
+    """Return the repository, the path in it and the revision of hf://owner/name[/path][@revision]; "" for none.
 
     Raises:
       InputError: not of this form.
     """
-    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:/([\w./+-]*))?", address)
-    path = (match[2] or "").strip("/") if match else ""
-    if not match or ".." in address.split("/"):
-        raise InputError(f"{address} must be hf://owner/name, or hf://owner/name/<file or folder in it>.")
-    return match[1], path
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:/([\w./+-]*))?(?:@([\w./+-]+))?", address)
+    if not match or ".." in re.split("[/@]", address):
+        raise InputError(
+            f"{address} must be hf://owner/name, or hf://owner/name/<file or folder in it>; a revision comes last, as "
+            "@<branch, tag or commit>."
+        )
+    return match[1], (match[2] or "").strip("/"), match[3] or ""
 
 
-def _fetch_from_hub(address: str) -> Path:
-    """Fetch what a hub's address leads to; return its file, or the folder of a model of diffusers'."""
-    repository, path = split_hub_address(address)
-    source, files = choose_files(list_files(repository), path, address)
-    folder = cache_folder() / "hub" / repository
+def _fetch_from_hub(address: str) -> tuple[Path, str]:
+    """Fetch what a hub's address leads to.
+
+    Returns:
+      Its file, or the folder of a model of diffusers', and the address with the commit in it.
+    """
+    repository, path, revision = split_hub_address(address)
+    listed, commit = list_files(repository, revision)
+    source, files = choose_files(listed, path, address)
+    folder = cache_folder() / "hub" / repository / commit
     fetch = lambda file: fetch_file(
-        f"{HUB}{repository}/{file}", Published(LICENCE, file, repository=repository), folder / file
+        f"{HUB}{repository}/{file}", Published(LICENCE, file, repository=repository, revision=commit), folder / file
     )
     for file in files:
         fetched = fetch(file)
         if file.endswith(".index.json"):  # its shards lie beside it
-            listed = read_json(fetched, remedy="remove it").get("weight_map")
-            shards = sorted(set(listed.values())) if isinstance(listed, dict) else []
+            places = read_json(fetched, remedy="remove it").get("weight_map")
+            shards = sorted(set(places.values())) if isinstance(places, dict) else []
             for shard in shards:
                 if "/" in shard:
                     raise InputError(f"{address} has an index that lists {shard!r:.80}, which is not in its folder.")
                 fetch(f"{file.rpartition('/')[0]}/{shard}".lstrip("/"))
-    return folder / source
+    return folder / source, f"{HUB}{'/'.join(filter(None, (repository, path)))}@{commit}"
 
 
-def list_files(repository: str) -> list[str]:
-    """Return the names of a repository's files.
+def list_files(repository: str, revision: str) -> tuple[list[str], str]:
+    """Return the names of a repository's files, and the commit that has them.
+
+    Args:
+      repository: owner/name.
+      revision: a branch, a tag or a commit; "" for the hub's default.
 
     Raises:
       InputError: there is none, it needs a token, or no network.
@@ -148,9 +161,13 @@ def list_files(repository: str) -> list[str]:
     import huggingface_hub
 
     try:
-        return [file.rfilename for file in huggingface_hub.HfApi().model_info(repository).siblings or []]
+        found = huggingface_hub.HfApi().model_info(repository, revision=revision or None)
     except Exception as error:  # noqa: BLE001 (the hub's and the network's errors have no common base)
-        raise InputError(f"{HUB}{repository} can't be looked up: {hub_reason(error)}.") from error
+        at = f"@{revision}" if revision else ""
+        raise InputError(f"{HUB}{repository}{at} can't be looked up: {hub_reason(error)}.") from error
+    if not re.fullmatch(r"[0-9a-f]{40}", str(found.sha)):  # it becomes the name of a folder
+        raise InputError(f"{HUB}{repository} has the commit {found.sha!r:.80}, which is none; is HF_ENDPOINT a hub?")
+    return [file.rfilename for file in found.siblings or []], found.sha
 
 
 def choose_files(listed: Sequence[str], path: str, address: str) -> tuple[str, list[str]]:

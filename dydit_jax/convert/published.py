@@ -40,6 +40,7 @@ class Published:
       file: its name there.
       address, repository: where it is.
       query: of the address, behind the file's name.
+      revision: of the repository.
       sha256: the beginning of its checksum, where it is known.
       holds: "model", "autoencoder" or "judge" (the network that `evaluate.py` looks through).
     """
@@ -49,6 +50,7 @@ class Published:
     address: str = ""
     query: str = ""
     repository: str = ""
+    revision: str | None = None
     sha256: str = ""
     holds: str = "model"
 
@@ -167,6 +169,8 @@ def hub_reason(error: Exception) -> str:
         return "there is no such repository, or it is private: then set HF_TOKEN to a token that may read it"
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return "the repository has no such file"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision: a branch, a tag or a commit, and the last part of the address"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -194,8 +198,9 @@ def _fetch_from_hub(entry: Published, partial: Path) -> str | None:
     import huggingface_hub
 
     folder = partial.parent / "hub"
-    copy = Path(huggingface_hub.hf_hub_download(entry.repository, entry.file, local_dir=folder))
-    checksum = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(entry.repository, entry.file)).etag
+    place = dict(repo_id=entry.repository, filename=entry.file, revision=entry.revision)
+    copy = Path(huggingface_hub.hf_hub_download(**place, local_dir=folder))
+    checksum = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(**place)).etag
     copy.replace(partial)
     return checksum
 

@@ -2,10 +2,13 @@
 
 A finished folder is a run's work directory after its last step, a folder of converted weights, or one that
 `--export diffusers` wrote. Only files of the model are sent, in one commit, and nothing is replaced unless asked for.
+What they say of this machine's folders is left out.
 """
 
 import json
 import logging
+import re
+import tempfile
 from pathlib import Path
 
 from dydit_jax.checkpoints import (
@@ -16,8 +19,10 @@ from dydit_jax.checkpoints import (
     format_of,
     load_adapter,
     load_weights,
+    published_copy,
+    without_places,
 )
-from dydit_jax.convert.diffusers_layout import INDEX_FILE
+from dydit_jax.convert.diffusers_layout import AUTOENCODER, INDEX_FILE, SCHEDULER, TRANSFORMER
 from dydit_jax.convert.hub import HUB, split_hub_address
 from dydit_jax.convert.published import hub_reason
 from dydit_jax.errors import InputError, some_of
@@ -30,6 +35,8 @@ logger = logging.getLogger(__name__)
 CARD_FILE, EVALUATION_FILE = "README.md", "evaluation.json"
 METRICS = dict(fid="FID", sfid="sFID", inception_score="Inception score", precision="precision", recall="recall")
 SHOWN_CLASSES = 20
+# Of a folder of DiTPipeline.
+PARTS, FILES = (TRANSFORMER, AUTOENCODER, SCHEDULER), re.compile(r"\w[\w.-]*\.(json|safetensors|bin)")
 FRONT = """---
 library_name: {library}
 pipeline_tag: unconditional-image-generation
@@ -52,21 +59,27 @@ def push(folder, address: str, *, overwrite: bool = False) -> str:
     Raises:
       InputError: a folder that is not finished, files that are there, no right to write, or no network.
     """
+    if not str(address).startswith(HUB) or any(split_hub_address(address)[1:]):
+        raise InputError(f"--push wants hf://owner/name, not {address}.")
+    with tempfile.TemporaryDirectory() as copies:
+        files = finished_files(Path(folder), Path(copies))
+        card = files.pop(CARD_FILE, None) or model_card(Path(folder), files, address).encode()
+        return _send({**files, CARD_FILE: card}, folder, address, overwrite)
+
+
+def _send(files: dict, folder, address: str, overwrite: bool) -> str:
+    """Send files, by name, in one commit; return the address of its page."""
     import huggingface_hub
 
-    if not str(address).startswith(HUB) or split_hub_address(address)[1]:
-        raise InputError(f"--push wants hf://owner/name, not {address}.")
-    repository, files = split_hub_address(address)[0], finished_files(Path(folder))
-    card = files.pop(CARD_FILE, None) or model_card(Path(folder), address).encode()
-    api = huggingface_hub.HfApi()
+    repository, api = split_hub_address(address)[0], huggingface_hub.HfApi()
     try:
         api.create_repo(repository, exist_ok=True)
         there = {file.rfilename for file in api.model_info(repository).siblings or []}
-        taken = sorted(there & {*files, CARD_FILE})
+        taken = sorted(there & files.keys())
         if taken and not overwrite:
             raise InputError(f"{address} has {some_of(taken)} already; give --overwrite to replace it.")
         add = huggingface_hub.CommitOperationAdd
-        operations = [add(name, content) for name, content in {**files, CARD_FILE: card}.items()]
+        operations = [add(name, content) for name, content in files.items()]
         commit = api.create_commit(repository, operations, commit_message="Add the model")
     except InputError:
         raise
@@ -76,36 +89,42 @@ def push(folder, address: str, *, overwrite: bool = False) -> str:
     return str(commit.commit_url)
 
 
-def finished_files(folder: Path) -> dict:
+def finished_files(folder: Path, copies: Path) -> dict:
     """Return the files of a finished folder's model by their names in it.
+
+    Args:
+      folder: see the module. What else lies in it stays here.
+      copies: a folder for weights of ours that this machine's folders are taken out of.
 
     Raises:
       InputError: a folder that is none, or not finished.
     """
     if (folder / INDEX_FILE).is_file():
-        found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-        return {path.relative_to(folder).as_posix(): str(path) for path in found}
+        found = [folder / INDEX_FILE, folder / CARD_FILE]
+        found += [path for part in PARTS for path in sorted((folder / part).glob("*")) if FILES.fullmatch(path.name)]
+        return {path.relative_to(folder).as_posix(): str(path) for path in found if path.is_file()}
     if not (folder / WEIGHTS_FILE).is_file():
         raise InputError(
             f"{folder} is not finished: it has neither {WEIGHTS_FILE}, which the last step of a training writes, nor "
             f"{INDEX_FILE}."
         )
-    return {WEIGHTS_FILE: str(folder / WEIGHTS_FILE)}
+    published_copy(folder / WEIGHTS_FILE, copies / WEIGHTS_FILE)
+    return {WEIGHTS_FILE: str(copies / WEIGHTS_FILE)}
 
 
 # --- The card ------------------------------------------------------------------------------------
 
 
-def model_card(folder: Path, address: str) -> str:
-    """Write the card of a finished folder, in Markdown."""
-    is_pipeline = (folder / INDEX_FILE).is_file()
+def model_card(folder: Path, files: dict, address: str) -> str:
+    """Write the card of a finished folder, in Markdown, from its files that are sent."""
+    is_pipeline = INDEX_FILE in files
     front = FRONT.format(library="diffusers" if is_pipeline else "dydit-jax")
     name = address.rpartition("/")[2]
-    parts = [_pipeline_use(address)] if is_pipeline else _parts(folder / WEIGHTS_FILE, address)
+    parts = [_pipeline_use(address)] if is_pipeline else _parts(files[WEIGHTS_FILE], address)
     return "\n".join([front, f"# {name}\n", *parts, *_measured(folder)])
 
 
-def _parts(path: Path, address: str) -> list[str]:
+def _parts(path: str, address: str) -> list[str]:
     is_adapter = format_of(path) == ADAPTER_FORMAT
     weights, base = load_adapter(path) if is_adapter else (load_weights(path), {})
     config, about = weights.model, weights.about
@@ -150,7 +169,7 @@ def _made(about: dict) -> str:
         data = (config.get("data") or {}).get("name")
         lines.append(f"Trained for {about.get('step')} steps on data of the kind `{data}`{start}.")
     if about.get("source"):
-        lines.append(f"Converted from `{about['source']}`.")
+        lines.append(f"Converted from `{about.get('origin') or about['source']}`.")
     versions = ", ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
     if versions:
         lines.append(f"Versions: {versions}.")
@@ -166,7 +185,7 @@ def _measured(folder: Path) -> list[str]:
     if not path.is_file():
         return []
     rows = []
-    for record in read_json(path, kind=list):
+    for record in without_places(read_json(path, kind=list)):
         values = [f"{name} {record[key]:.4g}" for key, name in METRICS.items() if record.get(key) is not None]
         reference = (record.get("reference") or {}).get("name", "nothing")
         images = (record.get("samples") or {}).get("count")
