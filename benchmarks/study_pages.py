@@ -5,14 +5,14 @@ from collections.abc import Mapping
 
 import numpy as np
 from studies import deviation, difference, table_header, table_line
-from study_models import DYNAMIC, LAMBDAS, NARROWER, QUESTIONS, SHALLOWER, STATIC, TRAINED_ON
+from study_models import DYNAMIC, LAMBDAS, NARROWER, QUESTIONS, SHALLOWER, STATIC, TRAINED_ON, VARIANTS
 
 from dydit_jax.drawing.style import FAINT, INK, LINES, OPEN, SMALL, count_ticks, in_style, new_figure
 from dydit_jax.models.cost import format_count
 
 MEASURES = {"accuracy": 3, "distance": 2, "precision": 3, "recall": 3}  # with their decimal places
 MEASURED = 2.0  # deviations from which on a difference counts
-TITLE_COLUMNS = 62
+TITLE_COLUMNS = 58
 SINGLE = (STATIC, TRAINED_ON, NARROWER, SHALLOWER)  # models that are a point of the figure, not of a line
 
 
@@ -115,7 +115,9 @@ def nearness(found: Mapping, model: str, other: str) -> str:
     counted = difference(*pair)["deviations"]
     if counted is None:
         return ""
-    return "nearer than" if counted < -MEASURED else "farther than" if counted > MEASURED else "as near as"
+    if abs(counted) <= MEASURED:
+        return "as near to real ones as"
+    return "nearer to real ones than" if counted < 0 else "farther from real ones than"
 
 
 def cost_finding(found: Mapping) -> str:
@@ -127,7 +129,7 @@ def cost_finding(found: Mapping) -> str:
         return "Fréchet distance to real pictures, over cost"
     if len(set(words.values())) == 1:
         return f"At its cost, a DyDiT's pictures are {words[NARROWER]} those of narrower and shallower static models"
-    compared = ", ".join(f"{words[name]} those of {what}" for name, what in others.items())
+    compared = " and ".join(f"{words[name]} those of {what}" for name, what in others.items())
     return f"At its cost, a DyDiT's pictures are {compared}"
 
 
@@ -162,11 +164,11 @@ def draw_cost(found: Mapping):
 def part_differences(found: Mapping) -> dict[str, dict]:
     """Return the differences in distance of the pairs whose models leave out a part of what a DyDiT learns."""
     measured = set(models_of(found))
-    pairs = [pair for question in QUESTIONS for pair in question.pairs if pair[0].startswith(("DyDiT,", "schedule,"))]
+    pairs = [pair for question in QUESTIONS for pair in question.pairs if pair[0] in VARIANTS]
     return {
         model: difference(*(means(found, name, "distance") for name in (model, other))) | dict(other=other)
         for model, other in pairs
-        if model != DYNAMIC and {model, other} <= measured
+        if {model, other} <= measured
     }
 
 

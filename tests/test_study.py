@@ -1,7 +1,11 @@
-"""The study runs the most important first, goes on where it was stopped, and says what its numbers say."""
+"""The study runs the most important first, goes on where it was stopped, and says what its numbers say.
+
+So does the Pareto page, whose points can be drawn again.
+"""
 
 import importlib
 import json
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +17,10 @@ from absl import flags
 from conftest import ROOT
 from flax import nnx
 
-from dydit_jax.checkpoints import WEIGHTS_FILE
+from dydit_jax.checkpoints import WEIGHTS_FILE, Weights, save_weights
+from dydit_jax.cli import sample as sample_command
+from dydit_jax.diffusion.process import Diffusion
+from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
 from dydit_jax.models.routing import TIME_ROUTERS, TOKEN_ROUTERS
 
@@ -27,7 +34,7 @@ def modules():
     before, loaded = [dict(registry) for registry in registries], set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        names = ("study", "study_models", "study_pages", "study_routers", "studies")
+        names = ("study", "study_models", "study_pages", "study_routers", "studies", "pareto", "pareto_page")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for registry, entries in zip(registries, before):
         registry.clear()
@@ -35,7 +42,7 @@ def modules():
     for name in set(flags.FLAGS) - known:
         delattr(flags.FLAGS, name)
     for name in set(sys.modules) - loaded:
-        if name.partition("_")[0] in ("study", "studies", "judge"):
+        if name.partition("_")[0] in ("study", "studies", "judge", "pareto"):
             del sys.modules[name]
     flags.FLAGS.unparse_flags()
 
@@ -207,7 +214,9 @@ def test_tables_hold_means_and_both_deviations(modules, found):
 
 def test_titles_say_what_the_numbers_say(modules, found):
     pages = modules.study_pages
-    expected = "nearer than those of a narrower static model, as near as those of a shallower one"
+    expected = (
+        "nearer to real ones than those of a narrower static model and as near to real ones as those of a shallower one"
+    )
     assert pages.cost_finding(found) == f"At its cost, a DyDiT's pictures are {expected}"
     # sqrt(0.141^2 + 0.2^2) = 0.245 for two seeds beside three.
     differences = pages.part_differences(found)
@@ -230,3 +239,95 @@ def test_figures_are_drawn_from_what_there_is(modules, found):
             "DyDiT, heads off",
             "DyDiT, groups off",
         ]
+
+
+# --- The Pareto page -----------------------------------------------------------------------------
+
+
+def test_points_are_sixty_and_each_is_drawn_again_by_its_command(modules, monkeypatch):
+    points = modules.pareto.all_points()
+    assert len(points) == len({point.name for point in points}) == 60
+    assert {point.mode for point in points} == {"fast", "gated", "complete"}
+    requests = []
+    monkeypatch.setattr(sample_command, "sample", requests.append)
+    for point in (points[0], points[-1], next(point for point in points if point.guidance == "interval")):
+        settings = dict(num_images=2000, mode=point.mode, batch_size=64)
+        words = shlex.split(modules.pareto.command(point, "runs/x", "out/y", settings))
+        monkeypatch.setattr(sys, "argv", words[1:])
+        sample_command.main()
+        asked = SamplingConfig(**requests[-1].overrides)
+        assert asked == SamplingConfig(**point.overrides)
+        assert (requests[-1].num_images, requests[-1].mode, requests[-1].out) == (2000, point.mode, "out/y")
+
+
+def made_points() -> list[dict]:
+    """Return points of the Pareto page: cost, seconds and distance of a static and of two dynamic models."""
+    common = dict(solver="ddim, 50", guidance="none", passes=50, accuracy=0.9)
+    rows = [
+        ("static", "complete", 4e9, 0.04, 0.5),
+        ("DyDiT, lambda 0.5", "fast", 2e9, 0.05, 0.6),
+        ("DyDiT, lambda 0.3", "fast", 1e9, 0.01, 0.8),
+        ("DyDiT, lambda 0.3", "complete", 4e9, 0.04, 0.9),
+    ]
+    names = ("model", "mode", "macs", "seconds", "distance")
+    return [common | dict(zip(names, row)) for row in rows]
+
+
+def test_front_holds_what_nothing_beats(modules):
+    page, points = modules.pareto_page, made_points()
+    assert [point["distance"] for point in page.front(points, "macs")] == [0.8, 0.6, 0.5]
+    assert [point["distance"] for point in page.front(points, "seconds")] == [0.8, 0.5]
+    assert page.finding(points, "macs") == "By MACs, 2 of 3 points that nothing beats are dynamic"
+    assert page.finding(points[1:3], "seconds") == "By seconds, all 2 points that nothing beats are dynamic"
+    lines = page.table(points).splitlines()
+    assert len(lines) == 2 + 3 and lines[2].startswith(
+        "| DyDiT, lambda 0.3 | ddim, 50 | none | fast | 50 | 1000 | 10.0 |"
+    )
+    assert lines[2].endswith("| 0.900 | 0.80 | MACs, seconds |") and lines[3].endswith("| 0.60 | MACs |")
+    of_macs, of_seconds = page.draw(points).axes
+    assert len(of_macs.lines) == len(of_seconds.lines) == 1 + 4
+
+
+def test_page_measures_the_models_that_are_there(modules, given, tmp_path, monkeypatch):
+    given("--num_images=2000")
+    monkeypatch.setattr(modules.pareto, "save_figure", lambda path, figure: None)
+    with pytest.raises(InputError, match="No model in .* has been trained; start with benchmarks/study.py"):
+        modules.pareto.main()
+    study = modules.study_models.STUDIES["digits"]
+    folder = modules.study.Training(study, "static", 0).folder
+    folder.mkdir(parents=True)
+    (folder / WEIGHTS_FILE).write_text("")
+    measured = []
+
+    def measure(point, checkpoint, judge):
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(point)
+        return made_points()[0] | dict(solver=point.solver, guidance=point.guidance, mode=point.mode)
+
+    monkeypatch.setattr(modules.pareto, "measure", measure)
+    monkeypatch.setitem(modules.pareto.STUDIES, "digits", modules.study_models.Study(study.contestants, dict, None))
+    with pytest.raises(KeyboardInterrupt):
+        modules.pareto.main()
+    measured[:0] = [None]  # lets it go on
+    modules.pareto.main()
+    assert len(measured) == 1 + 12 and len(set(measured)) == 1 + 12  # of the static model, each once
+    assert len(json.loads((tmp_path / "pareto.json").read_text())["points"]) == 12
+    assert (tmp_path / "pareto.md").read_text().startswith("| model |")
+
+
+@pytest.mark.slow
+def test_a_point_is_drawn_judged_and_timed(modules, given, tiny, tmp_path):
+    given("--num_images=12", "--timed_images=4", "--rounds=2")
+    model, params = tiny
+    weights = Weights(model.config, Diffusion(), SamplingConfig(clip=1.0), params, {})
+    save_weights(tmp_path / WEIGHTS_FILE, weights)
+    point = modules.pareto.Point("DyDiT, lambda 0.5", "unipc, logsnr:6", "interval", "fast")
+    judge = SimpleNamespace(measure=lambda images, labels: dict(distance=float(np.abs(images).max())))
+    row = modules.pareto.measure(point, tmp_path / WEIGHTS_FILE, judge)
+    assert row["distance"] <= 1 and 6 < row["passes"] < 12 and row["macs"] < row["passes"] * model.config.macs.complete
+    assert len(row["seconds_of_rounds"]) == 2 and row["seconds"] > 0
+    folder = tmp_path / "pareto" / point.name
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "cost.json", "samples.npz"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["num_images"] == 12 and manifest["sampling"]["guidance_interval"] == [100, 700]
