@@ -32,6 +32,17 @@ def test_every_config_is_valid_and_explains_itself(name):
     assert "python train.py --config" in text.split('"""')[1]
 
 
+@pytest.mark.parametrize("rival", ["fashion_narrow", "fashion_shallow"])
+def test_static_rivals_cost_what_the_dydit_costs_and_see_as_many_images(rival):
+    ours, parent, theirs = (read_experiment(config_of(name)) for name in ("fashion_dydit", "fashion_dit", rival))
+    macs = ours.model.macs
+    blocks = macs.layers * (macs.attention + macs.mlp)
+    dynamic = macs.fixed + macs.routers + ours.loss.budget * blocks
+    assert theirs.model.macs.complete == pytest.approx(dynamic, rel=0.05)
+    assert theirs.train.steps == theirs.optimizer.decay_steps == parent.train.steps + ours.train.steps
+    assert theirs.data == parent.data == ours.data
+
+
 def test_default_config_lists_every_knob():
     config = config_of("default")
     for section, cls in config_sections().items():

