@@ -1,15 +1,18 @@
 """Every platform's form of attention computes the same, alone and inside the reference model."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import relative_error
+from jax.test_util import check_grads
 
 from dydit_jax.errors import InputError
 from dydit_jax.models.attention import PLATFORMS, attend
+from dydit_jax.models.dit import rematerialised
 from dydit_jax.models.layers import layer_norm, modulate, modulated_norm_thrice
 
 
@@ -44,6 +47,37 @@ def test_gradients_are_the_same(arrays, platform):
         lambda qkv: (attend(arrays[0], qkv, *arrays[2:], platform=platform) ** 2).sum()
     )
     assert relative_error(gradient(platform)(arrays[1]), gradient("cpu")(arrays[1])) < 1e-5
+
+
+def plain(x, qkv, bias, out, gates):
+    """The definition, for the compiler's own gradient."""
+    query, key, value = jnp.einsum("bnd,pdhk->pbhnk", x, qkv) + bias[:, None, :, None]
+    weights = jax.nn.softmax(query @ key.swapaxes(-1, -2) / qkv.shape[-1] ** 0.5)
+    return jnp.einsum("bhnk,hkd->bnd", weights @ value * gates[:, :, None, None], out)
+
+
+def test_gradient_written_by_hand_is_that_of_the_definition(arrays):
+    with jax.enable_x64(True):
+        doubles = [jnp.asarray(np.asarray(array, np.float64)) for array in arrays]
+        on_cpu = functools.partial(attend, platform="cpu")
+        lose = lambda function: lambda *arrays: jnp.sin(function(*arrays)).sum()
+        every = tuple(range(len(doubles)))
+        found, expected = (jax.jit(jax.grad(lose(function), every))(*doubles) for function in (on_cpu, plain))
+        for ours, own in zip(found, expected, strict=True):
+            assert relative_error(ours, own) < 1e-12
+        check_grads(jax.jit(on_cpu), doubles, order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "block", "dots"])
+def test_gradient_is_the_same_whatever_is_kept_for_it(arrays, remat):
+    *weights, gates = arrays
+
+    def lose(x, keep):
+        run = keep(lambda x: attend(x, *weights[1:], gates, platform="cpu"), remat)
+        return (jax.lax.scan(lambda x, _: (x + run(x), None), x, length=2)[0] ** 2).sum()
+
+    compare = lambda x: [jax.grad(lose)(x, keep) for keep in (rematerialised, lambda function, _: function)]
+    assert relative_error(*jax.jit(compare)(weights[0])) < 1e-6
 
 
 def test_reference_model_is_the_same_as_written_for_a_tpu(golden_v2):

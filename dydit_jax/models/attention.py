@@ -2,7 +2,8 @@
 
 The same arithmetic three times, each with its axes in an order that needs no copies:
 
-    cpu   plain matrix products; the division by the softmax's sum comes last, on N * K numbers instead of N * N
+    cpu   plain matrix products; the division by the softmax's sum comes last, on N * K numbers instead of N * N; a
+          gradient of its own, without a copy of the weights
     tpu   three einsums straight into [B,H,K,N], tokens last: a reshape of [B,N,H*K] would move every value once more
     gpu   plain matrix products that take their biases along; between them cuDNN's fused attention where it accepts the
           head size and the dtype, XLA's own kernels elsewhere
@@ -15,11 +16,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from dydit_jax.errors import require_known
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 TRIAL_TOKENS = 64
+ATTENDED = "attended"  # the name of what heads return, for rematerialisation
 
 
 def attend(x, qkv, bias, out, gates, *, platform: str):
@@ -45,22 +48,75 @@ def attend(x, qkv, bias, out, gates, *, platform: str):
 
 
 def _attend_cpu(x, qkv, bias, out, gates):
-    batch, tokens, width = x.shape
+    batch, tokens, _ = x.shape
     heads, size, _ = jax.tree.leaves(out)[0].shape
 
     def project(kernel, bias):
-        projected = x @ kernel.reshape(width, heads * size) + bias.reshape(*bias.shape[:-2], heads * size)
+        projected = multiply(x, kernel.reshape(-1, heads * size)) + bias.reshape(*bias.shape[:-2], heads * size)
         return projected.reshape(batch, tokens, heads, size).swapaxes(1, 2)  # [B,H,N,K]
 
-    query, key, value = map(project, qkv, bias)
-    scores = jnp.einsum("bhnk,bhmk->bhnm", query * (1 / math.sqrt(size)), key).astype(jnp.float32)  # [B,H,N,N]
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    attended = jnp.einsum("bhnm,bhmk->bhnk", weights.astype(x.dtype), value)  # [B,H,N,K]
-    # The gate goes into the scale of each token: a pass over all values less.
-    scale = (1 if gates is None else gates[:, :, None, None]) / weights.sum(-1, keepdims=True)  # [B,H,N,1]
-    attended = (attended * scale).astype(x.dtype)
+    attended = _weigh_values(*map(project, qkv, bias))  # [B,H,N,K]
+    if gates is not None:
+        attended = attended * gates[:, :, None, None].astype(x.dtype)
     attended = attended.swapaxes(1, 2).reshape(batch, tokens, heads * size)
-    return jax.tree.map(lambda kernel: attended @ kernel.reshape(heads * size, -1), out)
+    return jax.tree.map(lambda kernel: multiply(attended, kernel.reshape(heads * size, -1)), out)
+
+
+def multiply(x, kernel):
+    """Return the product of tokens [...,D] with a kernel [D,E], [...,E], as one of two matrices.
+
+    So that the kernel's gradient is one as well: for a sum over two axes a CPU copies both factors first.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _weigh_values(query, key, value):
+    """Return the values weighed by the softmax of the scores, like all arguments [B,H,N,K].
+
+    The gradient is written by hand. It computes the weights again, with keys first, so that the two largest of its
+    products need no transposed copy of them. There is no second derivative.
+    """
+    return _weigh_values_forward(query, key, value)[0]
+
+
+def _weigh_values_forward(query, key, value):
+    scores = _at_least_float32(jnp.einsum("bhnk,bhmk->bhnm", _scaled(query), key))  # [B,H,N,N]
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    attended = jnp.einsum("bhnm,bhmk->bhnk", weights.astype(value.dtype), value)
+    # The division comes last, on N * K numbers instead of N * N.
+    attended = checkpoint_name((attended / weights.sum(-1, keepdims=True)).astype(value.dtype), ATTENDED)
+    return attended, (query, key, value, attended)
+
+
+def _weigh_values_backward(kept, gradient):
+    query, key, value, attended = kept
+    scaled, dtype = _scaled(query), query.dtype
+    scores = _at_least_float32(jnp.einsum("bhmk,bhnk->bhmn", key, scaled))  # keys first
+    weights = jnp.exp(scores - scores.max(-2, keepdims=True))
+    gradient = gradient / weights.sum(-2)[..., None]  # [B,H,N,K], float32
+    # Of each row the sum of weights times their gradients, from N * K numbers instead of N * N.
+    of_sum = (gradient * attended).sum(-1)[:, :, None]  # [B,H,1,N]
+    gradient = gradient.astype(dtype)
+    of_value = jnp.einsum("bhmn,bhnk->bhmk", weights.astype(dtype), gradient)
+    of_weights = jnp.einsum("bhmk,bhnk->bhmn", value, gradient)
+    of_scores = (weights * (of_weights - of_sum)).astype(dtype)
+    return (
+        _scaled(jnp.einsum("bhmn,bhmk->bhnk", of_scores, key)),
+        jnp.einsum("bhmn,bhnk->bhmk", of_scores, scaled),
+        of_value,
+    )
+
+
+def _at_least_float32(scores):
+    return scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+
+
+def _scaled(query):
+    return query * (1 / math.sqrt(query.shape[-1]))
+
+
+_weigh_values.defvjp(_weigh_values_forward, _weigh_values_backward)
 
 
 def _attend_tpu(x, qkv, bias, out, gates):

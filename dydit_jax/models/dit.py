@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.models.attention import PLATFORMS
+from dydit_jax.models.attention import ATTENDED, PLATFORMS
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.execution import Dense, Masked, MLPStep, TokenExecution, TopK, execution_runs
 from dydit_jax.models.layers import (
@@ -159,17 +159,20 @@ class DiT(nnx.Module):
                 return constrain(stream), gates
 
             run = jax.tree.map(lambda leaf, first=first, last=last: leaf[first:last], layers)
-            tokens, gates = jax.lax.scan(_rematerialised(run_block, model.remat), tokens, run)
+            tokens, gates = jax.lax.scan(rematerialised(run_block, model.remat), tokens, run)
             kept.append(gates)
         routing = Routing(heads, groups, by_layer(jnp.concatenate(kept))) if gated else None
         return self.output(tokens, self.output.modulation(condition), constrain), routing
 
 
-def _rematerialised(function, remat: str):
-    """Wrap a scan body so that the backward pass recomputes it: nothing kept, or the products kept."""
+def rematerialised(function, remat: str):
+    """Wrap a scan body so that the backward pass recomputes it: nothing kept, or products and what heads return."""
     if remat == "none":
         return function
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policies, policy = jax.checkpoint_policies, None
+    if remat == "dots":
+        kept = policies.save_only_these_names(ATTENDED)
+        policy = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, kept)
     # Inside a scan common subexpressions cannot be merged anyway, and preventing it costs time.
     return jax.checkpoint(function, prevent_cse=False, policy=policy)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dydit_jax.models.attention import attend
+from dydit_jax.models.attention import attend, multiply
 from dydit_jax.models.lora import add_updates, expand, has_update, reducing_kernel
 
 TIME_FREQUENCIES = 128  # cosines and as many sines: 256 features
@@ -325,7 +325,8 @@ class MLP(nnx.Module):
             return jnp.broadcast_to(down_bias, x.shape)
         # Plain matrices: compilers fuse and tile [D,G*F] better than two contracted axes.
         up, down = (leaf[...].astype(self.dtype) for leaf in (self.up, self.down))
-        hidden = x.astype(self.dtype) @ up.reshape(width, groups * units)  # [B,N,G*F]
+        product = multiply if self.platform == "cpu" else jnp.matmul
+        hidden = product(x.astype(self.dtype), up.reshape(width, groups * units))  # [B,N,G*F]
         hidden = hidden + self.up_bias[...].astype(self.dtype).reshape(groups * units)
         if has_update(self, "up"):
             reduced = x.astype(self.dtype) @ reducing_kernel(self, "up")
@@ -336,7 +337,7 @@ class MLP(nnx.Module):
         if self.platform == "tpu":
             # Else its compiler makes the GELU part of the product behind it, which then waits for it, once per tile.
             hidden = jax.lax.optimization_barrier(hidden)
-        result = hidden @ down.reshape(groups * units, width) + down_bias
+        result = product(hidden, down.reshape(groups * units, width)) + down_bias
         if has_update(self, "down"):
             reduced = hidden @ reducing_kernel(self, "down").reshape(groups * units, -1)
             result = result + expand(self, "down", reduced, mixture)
