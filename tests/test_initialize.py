@@ -27,7 +27,14 @@ from dydit_jax.models.dit import Model
 from dydit_jax.pipeline import Pipeline
 from dydit_jax.runtime.sharding import make_mesh
 from dydit_jax.training.experiment import read_experiment
-from dydit_jax.training.initialize import NO_ROW, first_params, label_rows, starting_leaves, starting_weights
+from dydit_jax.training.initialize import (
+    NO_ROW,
+    first_params,
+    kept_class_names,
+    label_rows,
+    starting_leaves,
+    starting_weights,
+)
 from dydit_jax.training.update import TrainConfig
 
 CONFIG = DiTConfig(depth=1, width=32, heads=2, patch=4, side=8, channels=1, classes=5, positions="stored")
@@ -196,6 +203,35 @@ def test_stored_positions_are_interpolated_to_another_side(save, caplog):
 
 
 # --- From a folder of class folders --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "theirs, classes, train, expected",
+    [
+        (NAMES, 5, {}, NAMES),  # by number
+        (NAMES, 2, dict(class_map="0:dog,1:1"), ("dog", "bee")),
+        (NAMES, 3, dict(class_map="0:dog,1:1"), ()),  # one is new
+        (NAMES, 2, dict(class_map="0:dog,1:3"), ()),  # two would have one name
+        (NAMES, 3, {}, ()),
+        ((), 5, {}, ()),
+    ],
+)
+def test_classes_of_data_without_names_keep_those_that_they_start_from(save, theirs, classes, train, expected):
+    path = save("start", names=theirs)
+    section = dict(positions="stored", classes=classes)
+    experiment = read_experiment(changed(ONE, model=section, train=dict(init_from=path, **train)))
+    assert kept_class_names(load_checkpoint(path), experiment) == expected
+
+
+@pytest.mark.slow
+def test_names_are_kept_over_a_resumed_run(save, tmp_path):
+    def names_after(steps):
+        sections = dict(train=dict(init_from=save("start", names=NAMES), steps=steps), checkpoint=dict(every_steps=1))
+        sections["data"] = dict(name="synthetic", batch_size=4)
+        train_and_evaluate(changed(STATIC, model=dict(classes=5, positions="stored"), **sections), tmp_path / "run")
+        return [load_checkpoint(tmp_path / place).class_names for place in ("run", "run/weights.safetensors")]
+
+    assert names_after(1) == names_after(2) == [NAMES, NAMES]
 
 
 @pytest.fixture

@@ -65,8 +65,10 @@ def test_folded_updates_equal_those_beside_the_kernels(tiny, kind, platform):
     assert relative_error(run(plain, tiny[1]), beside) > 0.01
 
 
-def test_folded_updates_are_the_formula(tiny):
+@pytest.mark.parametrize("most", [0, 16], ids=["product", "sum"])
+def test_folded_updates_are_the_formula(tiny, most, monkeypatch):
     """W + (alpha / rank) sum_i w_i B_i A, in float64, for every target."""
+    monkeypatch.setattr("dydit_jax.models.lora.MOST_SUMMED", most)
     lora = KINDS["of the timestep"]
     _, params = updated(tiny, lora)
     block = jax.tree.map(lambda leaf: leaf[1], params["blocks"])

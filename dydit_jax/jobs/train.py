@@ -58,7 +58,7 @@ from dydit_jax.runtime.sharding import (
 from dydit_jax.runtime.tracking import Clock, Profile, StallWatchdog, duration
 from dydit_jax.runtime.writers import Writers, open_writers
 from dydit_jax.training.experiment import Experiment, build_update, differences, read_experiment
-from dydit_jax.training.initialize import first_params, frozen_base, starting_leaves, starting_weights
+from dydit_jax.training.initialize import first_params, frozen_base, kept_class_names, starting_leaves, starting_weights
 from dydit_jax.training.objective import passes_at
 from dydit_jax.training.optimizer import build_optimizer
 from dydit_jax.training.update import TrainState, all_finite, batch_shapes, compile_update, init_state
@@ -147,6 +147,7 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
     require_same("dataset", data.fingerprint)
     names = class_names_of(data)
     source = on_all_processes(lambda: starting_leaves(weights, model, experiment, names))
+    names = names or kept_class_names(weights, experiment)
     base = on_all_processes(lambda: frozen_base(weights, source, model, experiment))
     judge = on_all_processes(lambda: open_judge(experiment, mesh))
     with contextlib.ExitStack() as claim:
@@ -157,12 +158,12 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
         about = dict(versions=package_versions(), data=data.fingerprint, class_names=names)
         about |= dict(base=base) if base else {}
         with jax.set_mesh(mesh), run, one_for_all(lambda: about_newest(workdir)):
-            state = _restored_or_first(run, model, experiment, mesh, source, about)
+            state, about = _restored_or_first(run, model, experiment, mesh, source, about)
             _describe(state, workdir, model, mesh)
             parts = Parts(run, workdir, model, experiment, mesh, data, about, judge)
             state = _run_steps(state, parts)
             ema = to_host(state.ema)
-        about = dict(config=config, step=int(state.step), versions=package_versions(), class_names=names)
+        about = dict(config=config, step=int(state.step), **{key: about[key] for key in ("versions", "class_names")})
         if is_main():
             weights = Weights(experiment.model, experiment.process, experiment.sampling, ema, about, lora)
             with checkpoint_named(run, workdir):
@@ -216,7 +217,7 @@ def _describe(state: TrainState, workdir, model: Model, mesh: Mesh) -> None:
 
 
 def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mesh, source: dict, about: dict):
-    """Return the state of the checkpoint to go on from, or that of step 0, in their shards."""
+    """Return the state of the checkpoint to go on from, or of step 0, in their shards, and the next one's `about`."""
     optimizer, trainable = build_optimizer(experiment.optimizer), experiment.train.trainable
     make_state = functools.partial(init_state, optimizer=optimizer)
     trained, frozen = split_params(model.abstract_params(), trainable)
@@ -226,7 +227,7 @@ def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mes
     found = run.resume(_items(shaped))
     if found is None:
         trained, frozen = split_params(first_params(model, experiment, mesh, source), trainable)
-        return dataclasses.replace(jax.jit(make_state, out_shardings=layout)(trained), frozen=frozen)
+        return dataclasses.replace(jax.jit(make_state, out_shardings=layout)(trained), frozen=frozen), about
     step, restored = found
     data, before = about["data"], restored["about"]
     if before.get("base", {}).get("checksum") != about.get("base", {}).get("checksum"):
@@ -243,7 +244,8 @@ def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mes
     logger.info("Continuing from step %d.", step)
     leaves, layout = flatten(frozen), flatten(shardings(mesh, frozen))
     placed = unflatten({name: jax.device_put(source[name], layout[name]) for name in leaves})
-    return TrainState(params=restored["params"], ema=restored["ema"], **restored["rest"], frozen=placed)
+    about = about | dict(class_names=about["class_names"] or before.get("class_names", ()))
+    return TrainState(params=restored["params"], ema=restored["ema"], **restored["rest"], frozen=placed), about
 
 
 def _items(state: TrainState) -> dict:

@@ -340,9 +340,9 @@ class Model:
         return part, lambda layer: nnx.merge(graphs["block"], nnx.State(layer))
 
     def embed_time(self, params, t):
-        """Return the embedding of a timestep, float32 [1,D]."""
+        """Return the embedding of timesteps t [B], float32 [B,D]."""
         part, _ = self._parts(params)
-        return part("time_embed")(jnp.atleast_1d(t))
+        return part("time_embed")(t)
 
     def time_gates(self, params, t):
         """Return what is on at timesteps t [S]: heads [S,L,H] and groups [S,L,G], float32 0 or 1."""

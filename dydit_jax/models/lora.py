@@ -28,11 +28,11 @@ from flax import nnx
 
 from dydit_jax.errors import InputError
 from dydit_jax.records import require_range
-from dydit_jax.trees import flatten, unflatten
 
 # Which part of a block each target lies in. Queries, keys and values are one Linear in DiT, so they share one A.
 TARGETS = {"qkv": "attention", "out": "attention", "up": "mlp", "down": "mlp"}
 MIXTURE = "lora_mixture"
+MOST_SUMMED = 16  # of ranks that are added to a kernel one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,9 @@ def mixture_weights(params: dict, embedding):
 
 def without_updates(blocks: dict) -> dict:
     """Return the parameters of blocks without their low-rank updates."""
-    return unflatten({path: leaf for path, leaf in flatten(blocks).items() if not is_low_rank(path)})
+    kept = lambda part: {name: leaf for name, leaf in part.items() if not is_low_rank(name)}
+    parts = {name: part for name, part in blocks.items() if name != MIXTURE}
+    return {name: kept(part) if name in TARGETS.values() else part for name, part in parts.items()}
 
 
 def fold_constant(params: dict, lora: LoRAConfig) -> dict:
@@ -190,4 +192,11 @@ def fold_block(block: dict, mixture, lora: LoRAConfig) -> dict:
 
 def _add_product(kernel, a, b):
     """Return kernel + a b in the kernel's dtype; a [...,R], b [R,...], float32."""
-    return (kernel.astype(jnp.float32) + jnp.tensordot(a, b, 1, precision="highest")).astype(kernel.dtype)
+    rank = len(b)
+    if rank > MOST_SUMMED:
+        return (kernel.astype(jnp.float32) + jnp.tensordot(a, b, 1, precision="highest")).astype(kernel.dtype)
+    # One pass over the kernel. A product of matrices first writes a b, as large as the kernel, and then reads it again.
+    a, b = a.reshape(-1, rank), b.reshape(rank, -1)
+    parts = (a[:, i, None] * b[i] for i in range(rank))
+    folded = sum(parts, kernel.astype(jnp.float32).reshape(len(a), -1))
+    return folded.astype(kernel.dtype).reshape(kernel.shape)

@@ -20,7 +20,7 @@ from dydit_jax.fast.narrow import DeferredBlocks, fold_gates
 from dydit_jax.fast.plan import Segment
 from dydit_jax.models.dit import Layer, Model
 from dydit_jax.models.execution import TokenExecution, TopK
-from dydit_jax.models.lora import MIXTURE, fold_block, mixture_weights
+from dydit_jax.models.lora import MIXTURE, fold_block, mixture_weights, without_updates
 from dydit_jax.runtime.sharding import BATCH
 from dydit_jax.sampling.guidance import condition_labels, guide
 from dydit_jax.sampling.noise import step_noise
@@ -111,19 +111,19 @@ def _run_on_a_device(inputs: SegmentInputs, *, settings: SegmentSettings):
     model, evaluations = settings.model, settings.evaluations
     blocks, (heads, groups) = inputs.blocks, inputs.gates
     blocks = blocks.narrowed() if isinstance(blocks, DeferredBlocks) else blocks
-    updated = [Layer(block, None, None, execution) for block, execution in zip(blocks, settings.executions)]
-    # The modulations, made ahead, are those of any timestep: no update reaches them.
-    layers = fold_updates(model, inputs.params, updated, inputs.rows.timestep[0])
+    layers = [Layer(block, None, None, execution) for block, execution in zip(blocks, settings.executions)]
+    mixtures = mixtures_ahead(model, inputs.params, layers, inputs.rows.timestep)
+    without = [dataclasses.replace(layer, params=without_updates(layer.params)) for layer in layers]
 
     def run_pass(images):
         state, labels, keys = images
         conditions = condition_labels(labels, evaluations=evaluations, config=model.config)
         betas = 1 / inputs.rows.guidance if model.config.guidance_free else None
-        ahead = modulations_ahead(model, inputs.params, layers, inputs.rows.timestep, conditions, betas)
+        ahead = modulations_ahead(model, inputs.params, without, inputs.rows.timestep, conditions, betas)
 
         def predict(x, row, extra):
-            heads, groups, modulations = extra
-            folded = fold_updates(model, inputs.params, updated, row.timestep)
+            heads, groups, modulations, mixtures = extra
+            folded = fold_updates(model, layers, mixtures)
             beta = 1 / row.guidance if model.config.guidance_free else None
             network = bind_network(model, inputs.params, folded, heads, groups, modulations, beta)
             guidance = dict(scale=row.guidance if evaluations == 2 else None, guided_channels=settings.guided_channels)
@@ -131,7 +131,7 @@ def _run_on_a_device(inputs: SegmentInputs, *, settings: SegmentSettings):
             return output, record_step(settings.executions, tokens)
 
         noise_at = lambda step: step_noise(keys, step, state.xt.shape[1:])
-        extra = heads, groups, ahead
+        extra = heads, groups, ahead, mixtures
         return run_sampler(settings.sampler, state, inputs.rows, extra, predict=predict, noise_at=noise_at)
 
     images, size = (inputs.state, inputs.labels, inputs.keys), microbatch_size(model, evaluations, len(inputs.labels))
@@ -143,16 +143,25 @@ def _run_on_a_device(inputs: SegmentInputs, *, settings: SegmentSettings):
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), state), record
 
 
-def fold_updates(model: Model, params, layers: list[Layer], t) -> list[Layer]:
-    """Return layers with their low-rank updates of timestep t folded into the kernels; without updates, as they are."""
+def mixtures_ahead(model: Model, params, layers: list[Layer], timesteps):
+    """Return the weights of the experts of low-rank updates at all steps of a segment, per layer [S,E]; or None."""
+    if model.lora is None:
+        return None
+    embedding = model.embed_time(params, timesteps)  # [S,D]
+    return [mixture_weights(layer.params[MIXTURE], embedding) for layer in layers]
+
+
+def fold_updates(model: Model, layers: list[Layer], mixtures) -> list[Layer]:
+    """Return layers with their low-rank updates folded into the kernels; without updates, as they are.
+
+    Args:
+      model, layers: what runs.
+      mixtures: weights of the experts at this step, per layer [E].
+    """
     if model.lora is None:
         return layers
-    embedding = model.embed_time(params, t)  # [1,D]
-    folded = []
-    for layer in layers:
-        [mixture] = mixture_weights(layer.params[MIXTURE], embedding)
-        folded.append(dataclasses.replace(layer, params=fold_block(layer.params, mixture, model.lora)))
-    return folded
+    folded = (fold_block(layer.params, mixture, model.lora) for layer, mixture in zip(layers, mixtures, strict=True))
+    return [dataclasses.replace(layer, params=params) for layer, params in zip(layers, folded)]
 
 
 def bind_network(model: Model, params, layers: list[Layer], heads, groups, modulations=None, beta=None):

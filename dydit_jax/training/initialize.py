@@ -154,6 +154,37 @@ def label_rows(source: Weights, classes: int, train: TrainConfig, class_names: S
     """
     theirs, rows = source.model.classes, np.full(classes + 1, NO_ROW)
     rows[classes] = theirs
+    how, pairs = _matched_classes(source, classes, train, class_names)
+    for own, label in pairs.items():
+        rows[own] = label
+    if classes != theirs or len(pairs) < classes or how == "train.class_map":
+        message = "Of %d classes %d start from classes of %s, matched by %s; %d are new (train.new_classes=%s)."
+        new = classes - len(pairs), train.new_classes
+        logger.info(message, classes, len(pairs), train.init_from, how, *new)
+    return rows
+
+
+def kept_class_names(source: Weights | None, experiment: Experiment) -> tuple[str, ...]:
+    """Return names for the classes of data without any: those of the classes that they start from.
+
+    Args:
+      source: from `starting_weights`.
+      experiment: what is trained.
+
+    Returns:
+      By label; empty unless every class starts from another one with a name.
+    """
+    if source is None:
+        return ()
+    classes, theirs = experiment.model.classes, dict(enumerate(source.class_names))
+    _, pairs = _matched_classes(source, classes, experiment.train, ())
+    names = [theirs[pairs[label]] for label in range(classes) if pairs.get(label) in theirs]
+    return tuple(names) if len(names) == len(set(names)) == classes else ()
+
+
+def _matched_classes(source: Weights, classes: int, train: TrainConfig, class_names: Sequence[str]) -> tuple[str, dict]:
+    """Return what classes are matched by, in words, and the source's label of each class that has one."""
+    theirs = source.model.classes
     if train.class_map:
         how, pairs = "train.class_map", _read_class_map(train.class_map, (classes, class_names), source)
     elif class_names and source.class_names:
@@ -166,13 +197,7 @@ def label_rows(source: Weights, classes: int, train: TrainConfig, class_names: S
         how, pairs = "their numbers", {label: label for label in range(classes)}
     else:
         how, pairs = "nothing", {}
-    for own, label in pairs.items():
-        rows[own] = label
-    if classes != theirs or len(pairs) < classes or how == "train.class_map":
-        message = "Of %d classes %d start from classes of %s, matched by %s; %d are new (train.new_classes=%s)."
-        new = classes - len(pairs), train.new_classes
-        logger.info(message, classes, len(pairs), train.init_from, how, *new)
-    return rows
+    return how, pairs
 
 
 def _read_class_map(text: str, own: tuple[int, Sequence[str]], source: Weights) -> dict[int, int]:
