@@ -216,7 +216,8 @@ def analyze_models(study: Study) -> None:
     partial = out.with_name(f"{ANALYSIS}.partial")
     if partial.exists():  # of an analysis that was killed
         partial.rmtree()
-    analyze(Analysis(tuple(str(training.folder) for training in trainings), str(partial), num_examples=1024))
+    folders, examples = tuple(str(training.folder) for training in trainings), min(1024, NUM_IMAGES.value)
+    analyze(Analysis(folders, str(partial), num_examples=examples))
     partial.rename(out)
 
 

@@ -40,6 +40,16 @@ def test_weights_describe_themselves(tmp_path, weights):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["w.safetensors"]
 
 
+def test_weights_in_half_precision_are_half_as_large_and_read_as_float32(tmp_path, weights):
+    for dtype in ("float32", "float16"):
+        save_weights(tmp_path / dtype, weights, dtype=dtype)
+    sizes = [(tmp_path / dtype).stat().st_size for dtype in ("float32", "float16")]
+    assert sizes[0] - sizes[1] >= 0.5 * 4 * sum(leaf.size for leaf in jax.tree.leaves(weights.params))
+    loaded = load_weights(tmp_path / "float16").params
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype("float32")}
+    jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, np.float16(old)), loaded, weights.params)
+
+
 def test_checksum_sees_values_and_names(weights):
     changed = jax.tree.map(lambda leaf: leaf, weights.params)
     changed["label_embed"]["table"] = changed["label_embed"]["table"] + 1e-3

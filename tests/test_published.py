@@ -14,7 +14,7 @@ import pytest
 from conftest import CHECKPOINTS, GOLDEN
 
 from dydit_jax.convert import published
-from dydit_jax.convert.published import PUBLISHED, Published, fetch, fetch_address, require_checksum
+from dydit_jax.convert.published import PUBLISHED, SHIPPED, Published, fetch, fetch_address, require_checksum
 from dydit_jax.errors import InputError
 from dydit_jax.loading import load_checkpoint
 
@@ -215,7 +215,9 @@ def test_without_a_network_the_message_says_what_to_do(name, monkeypatch):
 
 
 def test_unknown_name_lists_the_published_ones():
-    with pytest.raises(InputError, match="known: digits, digits-flow, dit-xl2-256, dit-xl2-512, dydit-xl2-256-0.7"):
+    assert [*SHIPPED][:2] == ["digits", "digits-flow"] and all(file.is_file() for file in SHIPPED.values())
+    names = (*SHIPPED, "dit-xl2-256", "dit-xl2-512", "dydit-xl2-256-0.7")
+    with pytest.raises(InputError, match=f"known: {', '.join(names)}"):
         load_checkpoint("dit-xl3")
 
 

@@ -34,7 +34,7 @@ def modules():
     before, loaded = [dict(registry) for registry in registries], set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        names = ("study", "study_models", "study_pages", "study_routers", "studies", "pareto", "pareto_page")
+        names = ("study", "study_models", "study_pages", "study_routers", "studies", "pareto", "pareto_page", "ship")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for registry, entries in zip(registries, before):
         registry.clear()
@@ -42,7 +42,7 @@ def modules():
     for name in set(flags.FLAGS) - known:
         delattr(flags.FLAGS, name)
     for name in set(sys.modules) - loaded:
-        if name.partition("_")[0] in ("study", "studies", "judge", "pareto"):
+        if name.partition("_")[0] in ("study", "studies", "judge", "pareto", "ship"):
             del sys.modules[name]
     flags.FLAGS.unparse_flags()
 
@@ -331,3 +331,26 @@ def test_a_point_is_drawn_judged_and_timed(modules, given, tiny, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "cost.json", "samples.npz"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["num_images"] == 12 and manifest["sampling"]["guidance_interval"] == [100, 700]
+
+
+# --- What comes with the package -----------------------------------------------------------------
+
+
+def test_a_model_ships_only_as_good_as_its_parent(modules):
+    rows = lambda *distances, **others: [
+        dict(accuracy=0.94, recall=0.6, macs=5e6, distance=d) | others for d in distances
+    ]
+    real, parent = dict(accuracy=0.95, distance=0.1, recall=0.7), rows(1.0, 1.2, macs=10e6)
+    met = lambda model, size=8_000_000: {
+        row["about"].partition(",")[0]: row["met"] for row in modules.ship.conditions(model, parent, real, size)
+    }
+    good = rows(1.3, 1.4)  # 0.25 worse; the bound is 2 sqrt(0.071^2 + 0.141^2) = 0.316
+    assert list(met(good)) == ["accuracy", "distance", "recall", "MACs beside the parent's", "bytes"]
+    assert all(met(good).values())
+    assert not met(rows(1.4, 1.5))["distance"]
+    assert not met(rows(1.3, 1.4, accuracy=0.92))["accuracy"]
+    assert not met(rows(1.3, 1.4, recall=0.59))["recall"]  # neither differs from seed to seed
+    assert not met(rows(1.3, 1.4, macs=5.6e6))["MACs beside the parent's"]
+    assert not met(good, size=8_000_001)["bytes"]
+    text = modules.ship.table(modules.ship.conditions(rows(1.4, 1.5), parent, real, 4_000_000))
+    assert "| distance, loss beside the parent | 0.35 | at most 0.3162 | **no** |" in text

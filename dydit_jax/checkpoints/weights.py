@@ -1,6 +1,7 @@
-"""Weights that describe themselves: one `.safetensors` file, float32, with the configuration in its metadata.
+"""Weights that describe themselves: one `.safetensors` file with the configuration in its metadata.
 
-What is published, shipped and sampled from; reading it can't run code.
+What is published, shipped and sampled from; reading it can't run code. Numbers are float32; a file may hold them in
+half precision, which halves it.
 """
 
 import dataclasses
@@ -8,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 
+import jax
 import numpy as np
 
 from dydit_jax.checkpoints.arrays import read_arrays, write_arrays
@@ -60,21 +62,23 @@ def checksum(params) -> str:
     return digest.hexdigest()
 
 
-def save_weights(path, weights: Weights) -> None:
+def save_weights(path, weights: Weights, *, dtype: str = "float32") -> None:
     """Write weights to one `.safetensors` file.
 
     Args:
       path: the file; its folder is made.
       weights: what to write; `about` must be JSON.
+      dtype: of the numbers in the file, "float32" or "float16".
 
     Raises:
       InputError: a place that can't be written to, or a disk that is full; nothing is left there then.
     """
-    write_weights(path, weights, FORMAT)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), weights.params)
+    write_weights(path, dataclasses.replace(weights, params=params), FORMAT)
 
 
 def load_weights(path) -> Weights:
-    """Read a `.safetensors` file written by `save_weights`.
+    """Read a `.safetensors` file written by `save_weights`; the parameters are float32.
 
     Raises:
       InputError: no such file, another format, a damaged one, or tensors that do not fit the description.
@@ -103,7 +107,7 @@ def read_weights(leaves: dict, metadata: dict) -> tuple[Weights, dict]:
         model=read(DiTConfig, "model"),
         process=read_process(described),
         sampling=read(SamplingConfig, "sampling"),
-        params=unflatten(leaves),
+        params=unflatten({name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}),
         about=described["about"],
         lora=read(LoRAConfig, "lora") if "lora" in described else None,
     )

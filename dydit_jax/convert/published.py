@@ -84,9 +84,14 @@ PUBLISHED = {
     ),
 }
 
-# Models that come with the package, already converted.
-_ASSETS = Path(__file__).parents[1] / "assets"
-SHIPPED = {"digits": _ASSETS / "digits_dydit.safetensors", "digits-flow": _ASSETS / "digits_dysit.safetensors"}
+
+def shipped_models() -> dict[str, Path]:
+    """Return the models that come with the package by name: x_dydit.safetensors is "x", x_dysit "x-flow"."""
+    files = sorted((Path(__file__).parents[1] / "assets").glob("*.safetensors"))
+    return {file.stem.removesuffix("_dydit").replace("_dysit", "-flow"): file for file in files}
+
+
+SHIPPED = shipped_models()
 
 
 def known_names(holds: str) -> list[str]:

@@ -1,0 +1,104 @@
+"""Is the study's DyDiT good enough to come with the package? If so, write it in half precision.
+
+    python benchmarks/ship.py --runs runs/fashion --out dydit_jax/assets/fashion_dydit.safetensors
+
+Of lambda 0.5, the first training seed. What is judged is the file that would be written, on images drawn by its own
+settings, with several seeds of sampling:
+
+    accuracy   at most 2 points below that of real test pictures
+    distance, recall   not worse than the static parent's by more than 2 sqrt(s1^2 + s2^2), s over the sampling seeds
+    MACs       at most 0.55 of the parent's
+    size       at most 8 MB
+
+A file `<data>_dydit.safetensors` among the assets is known by the name `<data>`, and nothing else has to be changed.
+"""
+
+import sys
+
+import numpy as np
+from absl import flags
+from etils import epath
+from studies import difference, measure, provenance, table_header, table_line
+from study import DATA, NUM_IMAGES, RUNS, SAMPLING_SEEDS, Training
+from study_models import DYNAMIC, STATIC, STUDIES
+
+from dydit_jax.checkpoints import save_weights
+from dydit_jax.errors import InputError
+from dydit_jax.loading import load_checkpoint
+from dydit_jax.pipeline import Pipeline
+from dydit_jax.runtime.console import run
+from dydit_jax.runtime.files import write_json
+
+flags.FLAGS.set_default("num_images", 1000)
+flags.FLAGS.set_default("sampling_seeds", 3)
+OUT = flags.DEFINE_string("out", "", "File for the weights.")
+RESULTS = flags.DEFINE_string("results", "", "File for what was measured, JSON; none without it.")
+
+MOST_BYTES, MOST_MACS, MOST_POINTS, MOST_DEVIATIONS = 8_000_000, 0.55, 0.02, 2.0
+
+
+def measure_model(checkpoint, judge) -> list[dict]:
+    """Return what the judge says of a model's images, by its own settings of sampling, seed by seed."""
+    pipeline = Pipeline.load(checkpoint, precision="float32")
+    return [
+        measure(pipeline, judge, pipeline.sampling(), images=NUM_IMAGES.value, seed=seed)
+        for seed in range(SAMPLING_SEEDS.value)
+    ]
+
+
+def conditions(model: list[dict], parent: list[dict], real: dict, size: int) -> list[dict]:
+    """Return the conditions: what it is about, its value, the bound, and whether the value is within it.
+
+    Args:
+      model, parent: rows of the measurements, one for each seed.
+      real: what the judge says of real test pictures.
+      size: of the file in bytes.
+    """
+    values = lambda rows, key: np.array([row[key] for row in rows])
+    least = real["accuracy"] - MOST_POINTS
+    rows = [dict(about="accuracy", value=values(model, "accuracy").mean(), least=least)]
+    for key, worse in (("distance", 1), ("recall", -1)):
+        if key in real:
+            found = difference(values(model, key), values(parent, key))
+            loss, bound = worse * found["by"], MOST_DEVIATIONS * (found["deviation"] or 0)
+            rows.append(dict(about=f"{key}, loss beside the parent", value=loss, most=bound))
+    ratio = values(model, "macs").mean() / values(parent, "macs").mean()
+    rows += [dict(about="MACs beside the parent's", value=ratio, most=MOST_MACS)]
+    rows += [dict(about="bytes", value=size, most=MOST_BYTES)]
+    is_met = lambda row: row.get("least", -np.inf) <= row["value"] <= row.get("most", np.inf)
+    return [dict(row, value=float(row["value"]), met=bool(is_met(row))) for row in rows]
+
+
+def table(rows: list[dict]) -> str:
+    """Return the conditions as Markdown."""
+    lines = table_header("condition", "value", "bound", "met")
+    for row in rows:
+        bound = f"at least {row['least']:.4g}" if "least" in row else f"at most {row['most']:.4g}"
+        lines.append(table_line(row["about"], f"{row['value']:.4g}", bound, "yes" if row["met"] else "**no**"))
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    if not OUT.value:
+        raise InputError("--out is required: a .safetensors file.")
+    study = STUDIES[DATA.value]
+    model, parent = (Training(study, name, 0) for name in (DYNAMIC, STATIC))
+    if not model.has_ended:
+        raise InputError(f"{DYNAMIC} has not been trained in {RUNS.value}; start with benchmarks/study.py.")
+    out, candidate = epath.Path(OUT.value), epath.Path(f"{OUT.value}.candidate.safetensors")
+    save_weights(candidate, load_checkpoint(model.folder), dtype="float16")
+    judge = study.make_judge()
+    measured = dict(model=measure_model(candidate, judge), parent=measure_model(parent.folder, judge))
+    real = judge.measure(*study.real_pictures(NUM_IMAGES.value))
+    rows = conditions(*measured.values(), real, candidate.stat().length)
+    if RESULTS.value:
+        write_json(RESULTS.value, provenance() | dict(measured, real=real, conditions=rows))
+    sys.stdout.write(table(rows))
+    if not all(row["met"] for row in rows):
+        candidate.unlink()
+        raise InputError(f"{model.folder} does not meet all conditions, so {out} was not written.")
+    candidate.replace(out)
+
+
+if __name__ == "__main__":
+    run(main, about=__doc__)
