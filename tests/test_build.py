@@ -6,6 +6,7 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import DYNAMIC, ROOT, changed
 
@@ -120,6 +121,20 @@ def test_routers_have_their_own_learning_rate():
     np.testing.assert_allclose(updates["blocks"]["mlp"]["up"], -1e-3, rtol=1e-4)
     np.testing.assert_allclose(updates["blocks"]["token_router"]["bias_in"], -1e-2, rtol=1e-4)
     np.testing.assert_allclose(updates["head_router"]["kernel"], -1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("limit", [1.0, 100.0])
+def test_clipping_is_that_of_optax(limit, known):
+    optimizer = build_optimizer(OptimizerConfig(learning_rate=1.0, clip_norm=limit))
+    gradients = dict(a=jnp.asarray([3.0, -4.0]), b=jnp.asarray(12.0))  # of norm 13
+    extra = dict(norm=optax.tree.norm(gradients)) if known else {}
+    _, state = optimizer.update(gradients, optimizer.init(gradients), gradients, **extra)
+    clipped, _ = optax.clip_by_global_norm(limit).update(gradients, optax.EmptyState())
+    # After one step the first moment is a tenth of what came in.
+    jax.tree.map(
+        lambda found, wanted: np.testing.assert_allclose(found, 0.1 * wanted, rtol=1e-6), state[1][0].mu, clipped
+    )
 
 
 def test_learning_rate_warms_up_and_decays():

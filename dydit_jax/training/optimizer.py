@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dydit_jax.errors import InputError, require_known
@@ -66,13 +67,26 @@ def build_learning_rate(config: OptimizerConfig):
     return optax.constant_schedule(config.learning_rate)
 
 
-def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Make clipping, AdamW and the routers' own learning rate. Skipping is the trainer's: it keeps the whole state."""
+def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Make clipping, AdamW and the routers' own learning rate. Skipping is the trainer's: it keeps the whole state.
+
+    Its `update` also takes `norm`, the gradients' global norm, where that is known.
+    """
     return optax.chain(
-        optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm),
+        optax.identity() if config.clip_norm is None else _clip(config.clip_norm),
         optax.adamw(build_learning_rate(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
         optax.masked(optax.scale(config.router_multiplier), _is_router),
     )
+
+
+def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Scale gradients of a larger global norm down to it, by a factor: optax's own quotient is a pass of its own."""
+
+    def update(gradients, state, params=None, *, norm=None, **extra):
+        norm = optax.tree.norm(gradients) if norm is None else norm
+        return optax.tree.scale(limit / jnp.maximum(norm, limit), gradients), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _is_router(params):

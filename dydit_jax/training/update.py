@@ -36,6 +36,9 @@ from dydit_jax.training.optimizer import OptimizerConfig, build_learning_rate, b
 logger = logging.getLogger(__name__)
 
 BYTES_PER_GIB = 2**30
+# Squares of gradients are finite, so these are below 2e19, and Adam's step, over its epsilon of 1e-8, is below 2e27
+# learning rates: this one can't take parameters out of float32.
+MAX_RATE = 1e9
 NEW_CLASSES = ("random", "mean")
 
 
@@ -184,12 +187,22 @@ def make_update_fn(
     """
     transform, learning_rate = build_optimizer(optimizer), build_learning_rate(optimizer)
     skip_norm = optimizer.skip_norm or jnp.inf
+    sane_rate = optimizer.learning_rate * max(1.0, optimizer.router_multiplier) < MAX_RATE
     settings = dict(model=model, loss=loss, process=process, passes=passes)
 
     def lose(trained, examples, step, frozen):
         return objective(join_params(trained, frozen), examples, step, **settings)
 
     differentiate = jax.grad(lose, has_aux=True)
+
+    def advance(gradients, norm, params, ema, opt_state):
+        updates, opt_state = transform.update(gradients, opt_state, params, norm=norm)
+        # Behind a barrier they are computed once, and not again for their EMA from copies of all that they come from.
+        params = jax.lax.optimization_barrier(optax.apply_updates(params, updates))
+        return params, optax.incremental_update(params, ema, 1.0 - train.ema_decay), opt_state
+
+    def keep(gradients, norm, *trees):
+        return trees
 
     def update(state: TrainState, batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(make_key(train.seed), state.step)
@@ -200,18 +213,17 @@ def make_update_fn(
             train.accumulate,
         )
         norm = optax.tree.norm(gradients)
-        updates, opt_state = transform.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = optax.incremental_update(params, state.ema, 1.0 - train.ema_decay)
-        # A refused batch leaves no trace but the counter: neither moments nor EMA move. NaN < inf is false. Moments are
-        # finite where the gradients' norm is, parameters where their EMA is: one more pass over one of the four trees.
-        accepted = (norm < skip_norm) & all_finite(ema)
-        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(accepted, new, old))
+        # A refused batch leaves no trace but the counter: neither moments nor EMA move. NaN < inf is false. Whether
+        # what is accepted stays finite is seen before it is written: else all of it would be written and read twice.
+        accepted = (norm < skip_norm) & jnp.isfinite(optax.tree.norm(state.params)) & sane_rate
+        params, ema, opt_state = jax.lax.cond(
+            accepted, advance, keep, gradients, norm, state.params, state.ema, state.opt_state
+        )
         state = TrainState(
             step=state.step + 1,
-            params=keep(params, state.params),
-            ema=keep(ema, state.ema),
-            opt_state=keep(opt_state, state.opt_state),
+            params=params,
+            ema=ema,
+            opt_state=opt_state,
             skipped=state.skipped + jnp.where(accepted, 0, 1),
             skipped_in_a_row=jnp.where(accepted, 0, state.skipped_in_a_row + 1),
             frozen=state.frozen,
