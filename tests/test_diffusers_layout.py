@@ -15,6 +15,7 @@ from dydit_jax.convert.conversion import Conversion, convert
 from dydit_jax.convert.diffusers_layout import (
     OTHER_FEATURES,
     autoencoder_config,
+    read_class_names,
     require_exportable,
     scheduler_config,
     with_original_names,
@@ -227,6 +228,17 @@ def test_folders_that_do_not_fit_end_in_one_error(network, damage, message, tmp_
     with pytest.raises(InputError, match=message):
         convert(Conversion(str(folder.parent), str(tmp_path / "ours")))
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [["a"], "a", {"1": "a"}, {"0": "a", "x": "b"}, {"0": "a", "9" * 5000: "b"}],
+    ids=lambda listed: str(listed)[:20],
+)
+def test_lists_of_classes_that_are_none_end_in_one_error(listed, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps(dict(id2label=listed)))
+    with pytest.raises(InputError, match="has an id2label whose labels are not 0 to"):
+        read_class_names(tmp_path)
 
 
 # --- Out ------------------------------------------------------------------------------------------

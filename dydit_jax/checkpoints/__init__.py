@@ -5,7 +5,7 @@ from dydit_jax.checkpoints.adapters import (
     apply_adapter,
     describe_base,
     load_adapter,
-    published_copy,
+    published_file,
     save_adapter,
 )
 from dydit_jax.checkpoints.arrays import format_of, read_arrays, write_arrays
@@ -55,7 +55,7 @@ __all__ = [
     "load_run_params",
     "load_weights",
     "package_versions",
-    "published_copy",
+    "published_file",
     "read_arrays",
     "read_autoencoder",
     "read_autoencoder_config",

@@ -8,6 +8,7 @@ import functools
 import json
 
 import jax
+from etils import epath
 
 from dydit_jax.checkpoints.arrays import format_of, read_arrays, write_arrays
 from dydit_jax.checkpoints.places import without_places
@@ -97,18 +98,24 @@ def _fold(lora):
     return jax.jit(functools.partial(fold_constant, lora=lora))
 
 
-def published_copy(path, out) -> None:
-    """Copy a file of weights or an adapter, its description without any place of this machine.
+def published_file(path, folder) -> epath.Path:
+    """Return a file of weights or an adapter whose description has no place of this machine: itself, or a copy.
 
-    Not even those that this machine needs: of an adapter's base, and of the autoencoder that decodes its images.
+    In a copy not even those are left that this machine needs: of an adapter's base, and of the autoencoder that decodes
+    its images.
 
     Args:
       path: of weights or an adapter.
-      out: file to write.
+      folder: for the copy.
 
     Raises:
       InputError: as for `load_weights` and `save_weights`.
     """
     leaves, metadata = read_arrays(path, ADAPTER_FORMAT if format_of(path) == ADAPTER_FORMAT else FORMAT)
-    described = without_places(json.loads(metadata["description"]))
-    write_arrays(out, leaves, metadata | dict(description=json.dumps(described, sort_keys=True)))
+    described = json.loads(metadata["description"])
+    published = without_places(described)
+    if published == described:
+        return epath.Path(path)
+    out = epath.Path(folder) / epath.Path(path).name
+    write_arrays(out, leaves, metadata | dict(description=json.dumps(published, sort_keys=True)))
+    return out

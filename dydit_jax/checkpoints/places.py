@@ -1,7 +1,7 @@
 """Places of one machine in what describes weights: a reader elsewhere has no use for them, and they say who made them.
 
 Work directories keep whole paths, since a run goes on from them. A file of weights is passed on, so its record of what
-made it has no folder of that machine; what is pushed to a hub names none at all, see `adapters.published_copy`.
+made it has no folder of that machine; what is pushed to a hub names none at all, see `adapters.published_file`.
 """
 
 import re

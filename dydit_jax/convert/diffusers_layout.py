@@ -57,6 +57,7 @@ OTHER_FEATURES = (
     "weights that were trained with diffusers, and not only brought there as facebook/DiT-XL-2-256 was, have learned "
     "other features of the timestep than DiT's and draw worse here; no file says which these are"
 )
+MOST_DIGITS = 12  # of a label
 NULL_CLASS = 1000  # of DiTPipeline, whatever the number of classes
 MLP_RATIO = 4
 VERSION = "0.30.0"  # of diffusers, since which the classes have these names
@@ -125,7 +126,8 @@ def read_class_names(source) -> list[str]:
     listed = read_json(path, remedy="copy the folder again").get("id2label") if path.is_file() else None
     if not listed:
         return []
-    names = {int(label): str(name) for label, name in dict(listed).items() if str(label).isdecimal()}
+    listed = listed if isinstance(listed, dict) else {"": listed}
+    names = {int(label): str(name) for label, name in listed.items() if label.isdecimal() and len(label) <= MOST_DIGITS}
     if sorted(names) != list(range(len(listed))):
         raise InputError(f"{path} has an id2label whose labels are not 0 to {len(listed) - 1}; mend it, or remove it.")
     return [names[label] for label in range(len(names))]

@@ -140,9 +140,9 @@ def _fetch_from_hub(address: str) -> tuple[Path, str]:
         fetched = fetch(file)
         if file.endswith(".index.json"):  # its shards lie beside it
             places = read_json(fetched, remedy="remove it").get("weight_map")
-            shards = sorted(set(places.values())) if isinstance(places, dict) else []
+            shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
             for shard in shards:
-                if "/" in shard:
+                if "/" in shard or shard.startswith("."):
                     raise InputError(f"{address} has an index that lists {shard!r:.80}, which is not in its folder.")
                 fetch(f"{file.rpartition('/')[0]}/{shard}".lstrip("/"))
     return folder / source, f"{HUB}{'/'.join(filter(None, (repository, path)))}@{commit}"

@@ -19,7 +19,7 @@ from dydit_jax.checkpoints import (
     format_of,
     load_adapter,
     load_weights,
-    published_copy,
+    published_file,
     without_places,
 )
 from dydit_jax.convert.diffusers_layout import AUTOENCODER, INDEX_FILE, SCHEDULER, TRANSFORMER
@@ -108,8 +108,7 @@ def finished_files(folder: Path, copies: Path) -> dict:
             f"{folder} is not finished: it has neither {WEIGHTS_FILE}, which the last step of a training writes, nor "
             f"{INDEX_FILE}."
         )
-    published_copy(folder / WEIGHTS_FILE, copies / WEIGHTS_FILE)
-    return {WEIGHTS_FILE: str(copies / WEIGHTS_FILE)}
+    return {WEIGHTS_FILE: str(published_file(folder / WEIGHTS_FILE, copies))}
 
 
 # --- The card ------------------------------------------------------------------------------------
