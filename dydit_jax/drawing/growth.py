@@ -62,8 +62,10 @@ def draw_frames(seen: np.ndarray, taken_for: np.ndarray, tokens: np.ndarray, tim
 def save_animation(path, frames: Sequence[Image.Image]) -> None:
     """Write frames as a GIF that runs in a circle and rests on its last frame, whole or not at all."""
     durations = [FRAME_MILLISECONDS] * (len(frames) - 1) + [LAST_MILLISECONDS]
-    # One palette for all frames, of the last one, which has all the colours: else they would flicker.
-    first, *others = (frame.quantize(palette=frames[-1].quantize(256)) for frame in frames)
+    # One palette for all frames, of the first and the last one: else colours would flicker.
+    ends = np.concatenate([np.asarray(frames[0]), np.asarray(frames[-1])])
+    palette = Image.fromarray(ends).quantize(256)
+    first, *others = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     with write_atomically(path) as partial, partial.open("wb") as file:
         first.save(file, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
