@@ -24,7 +24,7 @@ import sys
 from absl import flags
 from etils import epath
 from studies import measure, provenance, train_to_end
-from study_models import DYNAMIC, NARROWER, STUDIES, TRAINED_ON, Study, ordered_runs
+from study_models import DYNAMIC, NARROWER, STUDIES, TOP_K, TRAINED_ON, Study, ordered_runs
 from study_pages import draw_cost, draw_parts, plan_table, tables
 
 from dydit_jax.checkpoints import WEIGHTS_FILE
@@ -76,6 +76,8 @@ class Training:
         contestant, settings = self.study.contestants[self.model], {"train.seed": self.seed, "data.seed": self.seed}
         if contestant.start:
             settings["train.init_from"] = str(Training(self.study, contestant.start, 0).folder)
+        if self.model == TOP_K:
+            settings["model.token_capacity"] = (passing_tokens(),)
         if STEPS.value:
             settings |= {"train.steps": STEPS.value, "optimizer.decay_steps": STEPS.value, "optimizer.warmup_steps": 0}
         return settings
@@ -107,6 +109,14 @@ class Training:
     def steps_done(self) -> int:
         """The last step that it has reported."""
         return max((row["step"] for row in self.reports()), default=0)
+
+
+def passing_tokens() -> float:
+    """Return the share of tokens that pass in the DyDiT with a threshold, in whole percent; 0.5 before it is known."""
+    path = epath.Path(RUNS.value) / RESULTS
+    rows = read_json(path)["results"] if path.is_file() else []
+    first = [row["tokens"] for row in rows if (row["model"], row["seed"], row["sampling_seed"]) == (DYNAMIC, 0, 0)]
+    return round(first[0], 2) if first else 0.5
 
 
 def training_macs(experiment: Experiment) -> float:

@@ -22,7 +22,6 @@ RANDOM, TOP_K = "DyDiT, random tokens", "DyDiT, top-k tokens"
 VARIANTS = (NO_HEADS, NO_GROUPS, NO_TOKENS, CONSTANT, RISING, RANDOM, TOP_K)  # of a DyDiT, of its cost
 FLOW, DYNAMIC_FLOW = "SiT", "DySiT, lambda 0.5"
 ONE_PASS = "DyDiT, one pass"
-TOP_K_SHARE = 0.5  # of the tokens of an image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +133,7 @@ def contestants(data: str, *, narrower: Contestant, shallower: Contestant) -> di
         CONSTANT: dynamic(model__time_router="constant", model__token_router="all"),
         RISING: dynamic(model__time_router="rising", model__token_router="all"),
         RANDOM: dynamic(model__token_router="random"),
-        TOP_K: dynamic(model__token_capacity=(TOP_K_SHARE,)),
+        TOP_K: dynamic(),  # of as many tokens as pass in DYNAMIC, once that is known
         FLOW: Contestant(f"{data}_sit"),
         DYNAMIC_FLOW: Contestant(f"{data}_dysit", FLOW),
         ONE_PASS: Contestant(f"{data}_dydit", DYNAMIC, one_pass),

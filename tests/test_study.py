@@ -150,7 +150,7 @@ def stand_ins(modules, monkeypatch):
             raise KeyboardInterrupt
         model, training_seed = pipeline.name
         distance = distance_of(model, training_seed, seed)
-        return dict(accuracy=0.9, distance=distance, macs=4e6, mac_ratio=0.5, passes=1.0)
+        return dict(accuracy=0.9, distance=distance, macs=4e6, mac_ratio=0.5, passes=1.0, tokens=0.804)
 
     names = {modules.study.Training(None, name, seed): (name, seed) for name, seed in modules.study.ordered_runs()}
     load = lambda folder, precision: SimpleNamespace(
@@ -182,6 +182,9 @@ def test_study_goes_on_where_it_was_stopped(modules, given, stand_ins, tmp_path,
     rows = json.loads((tmp_path / "study.json").read_text())["results"]
     assert [(row["model"], row["seed"]) for row in rows[::2]] == modules.study.ordered_runs()
     assert rows[:6] == before["results"] and len(stand_ins) == len(rows) / 2
+    # Top-k has places for as many tokens as pass without: 0.8 of 16.
+    top_k = modules.study.Training(modules.study.STUDIES["digits"], "DyDiT, top-k tokens", 0)
+    assert top_k.experiment.model.capacities == (13,) * 4
     modules.study.main()
     assert len(stand_ins) == len(rows) / 2
     given("--num_images=30")
