@@ -12,7 +12,7 @@ from profiles import SWINGS, profiled_params
 from dydit_jax.checkpoints import WEIGHTS_FILE, Weights, save_autoencoder, save_weights
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.fast.execution.registry import available_executions
+from dydit_jax.fast.execution.registry import available_executions, default_execution
 from dydit_jax.fast.usage import TokenUsage
 from dydit_jax.models import autoencoder
 from dydit_jax.models.config import DiTConfig, published_config
@@ -27,7 +27,7 @@ from dydit_jax.training.experiment import build_update, read_experiment
 from dydit_jax.training.optimizer import build_optimizer
 from dydit_jax.training.update import batch_shapes, compile_update, init_state
 
-__all__ = ["DiTConfig", "Drawn", "Job", "Subject", "Training", "published_config", "write_checkpoint"]
+__all__ = ["DiTConfig", "Drawn", "Job", "Subject", "Training", "other_kernels", "published_config", "write_checkpoint"]
 
 PROFILE = (0.65, 0.65, 0.65)  # of open heads, groups and tokens
 LONG_STEPS = 250  # a shorter run changes its heads and groups at the pace of one of so many
@@ -44,6 +44,7 @@ class Job:
       batch: images at once.
       steps: of DDPM.
       segments: that `fast` cuts them into.
+      way: execution of its tokens; None takes the default.
     """
 
     config: DiTConfig
@@ -51,6 +52,7 @@ class Job:
     batch: int
     steps: int
     segments: int
+    way: str | None = None
 
     @property
     def swings(self) -> float:
@@ -106,6 +108,8 @@ class Subject:
         # One for `fast` and one for the others: as in a job, which narrows its weights from batch to batch.
         self._runs = {mode: SamplingRun(self._model, self._params, **job.settings) for mode in ("fast", "whole")}
         self.plan = self._runs["fast"].plan(job.segments)
+        if job.way is not None:
+            self.take(job.way)
 
     @property
     def about(self) -> dict:
@@ -146,6 +150,13 @@ class Subject:
         samples = run.draw(indices % self.job.config.classes, indices=indices, mode=mode, plan=plan)
         tokens = np.asarray(samples.routing.tokens)
         return Drawn(samples.images, tokens, samples.mean_macs, int(samples.overflow_count.sum()), samples.usage)
+
+
+def other_kernels(job: Job) -> tuple[str, ...]:
+    """Return the executions in kernels for GPUs that this device can run beside the default."""
+    model = Model(job.config, *resolve_precision(job.precision))
+    names = {execution.name for execution in available_executions(model, job.rows)} - {default_execution(model).name}
+    return tuple(sorted(name for name in names if name.startswith("triton")))
 
 
 class Training:

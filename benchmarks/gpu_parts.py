@@ -15,7 +15,7 @@ import gpu_torch
 import gpu_trace
 import jax
 import numpy as np
-from gpu_adapter import GUIDANCE, DiTConfig, Job, Subject, Training, published_config, write_checkpoint
+from gpu_adapter import GUIDANCE, DiTConfig, Job, Subject, Training, other_kernels, published_config, write_checkpoint
 from gpu_results import Session
 
 from dydit_jax.errors import InputError
@@ -333,6 +333,7 @@ def _time_the_rest(session: Session, sizes: Sizes) -> None:
     variants = {f"batch {batch}": dict(batch=batch) for batch in sizes.batches}
     variants["top-k"] = dict(config=dataclasses.replace(job.config, token_capacity=(sizes.capacity,)))
     variants["small model"] = dict(config=sizes.other)
+    variants |= {f"execution {way}": dict(way=way) for way in other_kernels(job)}
     for name, fields in variants.items():
         session.measure(name, time_sampling, dataclasses.replace(job, **fields), sizes.rounds)
     session.measure("first_stage", time_training, sizes, sizes.first_stage_batch)

@@ -19,6 +19,7 @@ from dydit_jax.fast.execution.registry import (
     dense_execution,
     find_execution,
     layer_executions,
+    whole_execution,
 )
 from dydit_jax.fast.narrow import narrow
 from dydit_jax.fast.usage import TokenUsage
@@ -37,7 +38,7 @@ BATCH, TOKENS, WIDTH = 2, 16, 32
 
 def test_all_that_are_registered_are_tested():
     tested = {getattr(case, "values", case)[0] for case in ALL}
-    assert tested == set(EXECUTIONS)
+    assert tested | {"triton_fused"} == set(EXECUTIONS)  # that one in test_triton.py
 
 
 class Router:
@@ -232,6 +233,14 @@ def test_a_run_is_the_gated_one_whatever_is_known(tiny, gated, name, platform):
 
 
 @GPU
+@pytest.mark.slow
+def test_a_run_for_gpus_that_leaves_nothing_out_is_the_gated_one(tiny, gated):
+    fast = draw(dataclasses.replace(tiny[0], platform="gpu"), tiny[1], [1, 2], mode="fast", segments=0)
+    assert relative_error(fast.images, gated.images) < 1e-5
+    np.testing.assert_array_equal(fast.routing.tokens, gated.routing.tokens)
+
+
+@GPU
 def test_a_complete_run_for_gpus_is_the_complete_one(tiny):
     theirs, ours = (
         draw(dataclasses.replace(tiny[0], platform=name), tiny[1], [1, 2], mode="complete") for name in ("gpu", "cpu")
@@ -317,6 +326,9 @@ def test_each_platform_has_its_rule(tiny):
     rule = lambda platform: default_execution(dataclasses.replace(tiny[0], platform=platform)).name
     assert (rule("cpu"), rule("tpu")) == ("switch", "one_hot")
     assert rule("gpu") == ("gather" if triton.triton is None else "triton")
+    whole = lambda platform: whole_execution(dataclasses.replace(tiny[0], platform=platform)).name
+    assert (whole("cpu"), whole("tpu")) == ("masked", "masked")
+    assert whole("gpu") == ("masked" if triton.triton is None else "triton_masked")
 
 
 @pytest.mark.parametrize("name", ["triton", "mosaic"])

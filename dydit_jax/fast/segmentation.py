@@ -42,8 +42,8 @@ class Platform:
 PLATFORMS = {
     # Rounded from S/2 and the digits on a busy Intel Xeon of two cores, float32: `benchmarks/compile.py --constants`.
     "cpu": Platform(whole_seconds=0.3, narrowed_seconds=0.5, macs_per_second=4e10, half_speed_width=32),
-    # Estimated from docs/speed/xl2_h200.json, bfloat16: first calls of 19 s and 104 s, less the steps in them, and its
-    # speeds. Eight programs at once took 0.22 s a block each, one alone takes longer.
+    # Speeds estimated from docs/speed/xl2_h200.json, bfloat16. Seconds rounded from docs/speed/gpu_counts.json: of one
+    # core of a busy Xeon, without choosing algorithms, for which a GPU is needed. They fit the H200's first calls.
     "gpu": Platform(whole_seconds=0.3, narrowed_seconds=0.4, macs_per_second=2.4e14, half_speed_width=450),
     # A guess, half of a v5e's peak; nothing was run on a TPU.
     "tpu": Platform(whole_seconds=0.3, narrowed_seconds=0.4, macs_per_second=5e13, half_speed_width=300),

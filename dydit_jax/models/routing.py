@@ -221,6 +221,10 @@ class MLPTokenRouter(nnx.Module):
         dot = dot_in_three_passes if self.in_passes else functools.partial(jnp.dot, precision=self.precision)
         return jax.nn.relu(dot(x, self.kernel_in[...]) + self.bias_in[...])
 
+    def first_layer(self) -> tuple:
+        """Return the kernel [D,R] and the bias [R] of the first layer."""
+        return self.kernel_in[...], self.bias_in[...]
+
     def last_layer(self) -> tuple:
         """Return the kernel [R] and the bias [1] of the second layer."""
         return self.kernel_out[...][:, 0], self.bias_out[...]

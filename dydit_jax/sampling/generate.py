@@ -28,6 +28,7 @@ from dydit_jax.fast.execution.registry import (
     dense_execution,
     find_execution,
     layer_executions,
+    whole_execution,
 )
 from dydit_jax.fast.narrow import NarrowedBlocks
 from dydit_jax.fast.plan import Plan, Segment, executed_gates, make_plan, whole_segments
@@ -274,6 +275,8 @@ class SamplingRun:
             return dense_execution(self.model)
         if mode == "gated":
             return Masked(self.model.platform)
+        if plan.whole:
+            return whole_execution(self.model)
         # A plan may have been kept by a machine or a JAX that had kernels which this one lacks.
         known = EXECUTIONS.get(plan.execution)
         if known is None or not known.available(self.model, self.images_of_pass(images)):

@@ -184,6 +184,9 @@ def record_step(executions: tuple[TokenExecution, ...], tokens) -> StepRecord:
     """Return the record of a step from its token gates [B,L,N]."""
     # Layers of top-k need no rows of the run's execution; what they are said to need is never compared with anything.
     rule = next((execution for execution in executions if not isinstance(execution, TopK)), executions[0])
+    if rule.platform == "gpu" and rule.routed:
+        # As one array: else each reduction is a kernel that reads those of all layers, and takes long to compile.
+        tokens = jax.lax.optimization_barrier(tokens)
     return StepRecord(tokens.mean(0), jnp.square(tokens.mean(-1)).mean(0), rule.rows_needed(tokens))
 
 

@@ -2,12 +2,12 @@
 
 from dydit_jax.errors import InputError
 from dydit_jax.fast.execution.mosaic import Mosaic
-from dydit_jax.fast.execution.triton import Triton, TritonDense
+from dydit_jax.fast.execution.triton import Triton, TritonDense, TritonFused, TritonMasked
 from dydit_jax.fast.execution.xla import Gather, OneHot, Switch
 from dydit_jax.models.execution import Dense, Masked, TokenExecution, TopK
 from dydit_jax.registry import Registry
 
-BUILT_IN = {execution.name: execution for execution in (Switch, Gather, OneHot, Masked, Triton, Mosaic)}
+BUILT_IN = {execution.name: execution for execution in (Switch, Gather, OneHot, Masked, Triton, TritonFused, Mosaic)}
 EXECUTIONS = Registry("execution", TokenExecution, BUILT_IN, base=TokenExecution)
 # Where several can run, the first is the rule; `autotune` measures.
 DEFAULTS = {"cpu": ("switch",), "gpu": ("triton", "gather"), "tpu": ("one_hot",)}
@@ -48,6 +48,11 @@ def default_execution(model) -> TokenExecution:
 def dense_execution(model) -> TokenExecution:
     """Return the execution of a pass in which all tokens are open."""
     return (TritonDense if TritonDense.available(model, 1) else Dense)(model.platform)
+
+
+def whole_execution(model) -> TokenExecution:
+    """Return the execution of a run of `fast` that leaves nothing out: every token passes each MLP."""
+    return (TritonMasked if TritonMasked.available(model, 1) else Masked)(model.platform)
 
 
 def layer_executions(execution: TokenExecution, config, shares, *, images: int) -> tuple[TokenExecution, ...]:
