@@ -1,16 +1,16 @@
 """The judge of clothes: a small convolutional network that shares nothing with the models.
 
     python benchmarks/fashion_judge.py            # what it says of real pictures
-    python benchmarks/fashion_judge.py --train    # train it again: about 15 minutes on one CPU core
+    python benchmarks/fashion_judge.py --train    # train it again: about 6 minutes of one CPU core
 
 It learns from Fashion-MNIST's training pictures but the last 1000 of each class. These are the reference of the
 distance, precision and recall: the models have learnt from them, the judge has not, so that its features treat them as
 they treat the test set and the samples. "As good as real" is what it says of the test set, with as many pictures.
 
-Recipe: four convolutions, of 5x5 with stride 2 and of 3x3 with strides 1, 2 and 1 (32, 64, 96, 128 channels), then the
-mean over 7x7; shifts by up to 2 pixels, mirrored half of the time; AdamW with a weight decay of 1e-4, batches of 128,
-10 epochs, a learning rate that grows to 3e-3 in the first and falls to 0 by a cosine. The weights are kept beside this
-file in half precision. Of 5000 real test pictures they recognise 0.897, less than the 0.92 that were aimed at.
+Recipe: four convolutions, of 5x5 with stride 2 and of 3x3 with strides 2, 1 and 2 (32, 64, 96, 64 channels), each with
+a batch norm, then a layer of 128; shifts by up to 1 pixel, mirrored half of the time; AdamW with a weight decay of
+0.01, batches of 128, 10 epochs, a learning rate that grows to 3e-3 in the first and falls to 0 by a cosine. The weights
+are kept beside this file in half precision. Of 5000 real test pictures they recognise 0.927.
 """
 
 import sys
@@ -37,26 +37,37 @@ FOLDER = "/usr/share/datasets/fashion-mnist"
 WEIGHTS = epath.Path(__file__).parent / "fashion_judge.safetensors"
 FORMAT = "dydit_jax.fashion_judge.v1"
 CLASSES = 10
-SHIFT = 2
+SHIFT = 1
 BATCH, EPOCHS, LEARNING_RATE = 128, 10, 3e-3
 
 
+class Stage(nnx.Module):
+    """A convolution, a batch norm and a ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(inputs, outputs, (size, size), stride, use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
+
+    def __call__(self, images):
+        """Return [n,side/stride,side/stride,outputs] for [n,side,side,inputs]."""
+        return nnx.relu(self.norm(self.conv(images)))
+
+
 class Network(nnx.Module):
-    """Logits of 28x28 pictures; the mean before the last layer gives the features."""
+    """Logits of 28x28 pictures; the layer before the last gives the features."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.first = nnx.Conv(1, 32, (5, 5), strides=2, rngs=rngs)
-        self.second = nnx.Conv(32, 64, (3, 3), rngs=rngs)
-        self.third = nnx.Conv(64, 96, (3, 3), strides=2, rngs=rngs)
-        self.last = nnx.Conv(96, 128, (3, 3), rngs=rngs)
+        self.first = Stage(1, 32, 5, 2, rngs)
+        self.second = Stage(32, 64, 3, 2, rngs)
+        self.third = Stage(64, 96, 3, 1, rngs)
+        self.last = Stage(96, 64, 3, 2, rngs)
+        self.dense = nnx.Linear(4 * 4 * 64, 128, rngs=rngs)
         self.head = nnx.Linear(128, CLASSES, rngs=rngs)
 
     def features(self, images):
         """Return [n,128] for images float32 [n,28,28,1] in [-1, 1]."""
-        hidden = nnx.relu(self.first(images))  # [n,14,14,32]
-        hidden = nnx.relu(self.second(hidden))  # [n,14,14,64]
-        hidden = nnx.relu(self.third(hidden))  # [n,7,7,96]
-        return nnx.relu(self.last(hidden)).mean((1, 2))  # from [n,7,7,128]
+        hidden = self.last(self.third(self.second(self.first(images))))  # [n,4,4,64]
+        return nnx.relu(self.dense(hidden.reshape(len(images), -1)))
 
     def __call__(self, images):
         """Return [n,10]."""
@@ -75,6 +86,7 @@ class FashionJudge:
         params = unflatten({name: jnp.asarray(leaf, jnp.float32) for name, leaf in arrays.items()})
         self._network = nnx.eval_shape(lambda: Network(nnx.Rngs(0)))
         nnx.update(self._network, nnx.State(params))
+        self._network.eval()
         _, (images, _) = split_classes(*real_pictures(folder, "train"))
         self._reference = self.features(images)
         self._moments = moments(self._reference)
@@ -124,13 +136,14 @@ def train(images, labels, epochs: int = EPOCHS) -> Network:
     network = Network(nnx.Rngs(0))
     steps = len(images) // BATCH
     rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, epochs * steps // 10, epochs * steps)
-    optimizer = nnx.Optimizer(network, optax.adamw(rate, weight_decay=1e-4), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(network, optax.adamw(rate, weight_decay=0.01), wrt=nnx.Param)
     order = np.random.default_rng(0)
     for epoch in counted(range(epochs), epochs, "epoch", "training the judge"):
         shuffled = order.permutation(len(images))
         for step in range(steps):
             rows = shuffled[step * BATCH : (step + 1) * BATCH]
             _step(network, optimizer, images[rows], labels[rows], jax.random.key(epoch * steps + step))
+    network.eval()
     return network
 
 

@@ -69,7 +69,7 @@ def test_the_reference_is_the_last_of_each_class(fashion_judge):
     assert kept.tolist() == labels[:30].tolist() and last_labels.tolist() == labels[30:].tolist()
 
 
-def test_pictures_vary_by_two_pixels_and_mirroring(fashion_judge):
+def test_pictures_vary_by_a_pixel_and_mirroring(fashion_judge):
     import jax
 
     image = np.full((1, 28, 28, 1), -1.0, np.float32)
@@ -77,10 +77,10 @@ def test_pictures_vary_by_two_pixels_and_mirroring(fashion_judge):
     possible = {
         np.roll(turned, (down, right), (0, 1)).tobytes(): (down, right, mirrored)
         for mirrored, turned in enumerate((image[0], image[0, :, ::-1]))
-        for down in range(-2, 3)
-        for right in range(-2, 3)
+        for down in range(-1, 2)
+        for right in range(-1, 2)
     }
-    varied = np.asarray(fashion_judge._varied(np.repeat(image, 500, 0), jax.random.key(0)))
+    varied = np.asarray(fashion_judge._varied(np.repeat(image, 200, 0), jax.random.key(0)))
     assert {possible[one.tobytes()] for one in varied} == set(possible.values())
 
 
@@ -97,7 +97,7 @@ def test_the_kept_weights_are_small_and_whole(fashion_judge):
     from dydit_jax.checkpoints.arrays import read_arrays
 
     arrays, _ = read_arrays(fashion_judge.WEIGHTS, fashion_judge.FORMAT)
-    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float16)} and len(arrays) == 10
+    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float16)} and len(arrays) == 24
     assert fashion_judge.WEIGHTS.stat().length < 600_000
 
 
@@ -105,4 +105,4 @@ def test_the_kept_weights_are_small_and_whole(fashion_judge):
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="The pictures are not there.")
 def test_real_clothes_are_recognised(fashion_judge):
     images, labels = fashion_judge.real_pictures(FOLDER, "test")
-    assert fashion_judge.FashionJudge(FOLDER).measure(images, labels)["accuracy"] >= 0.89
+    assert fashion_judge.FashionJudge(FOLDER).measure(images, labels)["accuracy"] >= 0.92
