@@ -20,10 +20,11 @@ from dydit_jax.training.optimizer import build_optimizer
 from dydit_jax.training.update import accumulate_gradients, all_finite, batch_shapes, compile_update, init_state
 
 
-@pytest.fixture(scope="module")
-def update_parts():
+@pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
+def update_parts(request):
+    """An update as it is written for a platform, run here."""
     experiment = read_experiment(changed(DYNAMIC, mesh=dict(data=4), optimizer=dict(skip_norm=1e3)))
-    model = Model(experiment.model)
+    model = Model(experiment.model, platform=request.param)
     optimizer = build_optimizer(experiment.optimizer)
     state = init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
     return experiment, jax.jit(build_update(experiment, model, ("gated", "complete"))), state
