@@ -67,7 +67,9 @@ def multiply(x, kernel):
 
     So that the kernel's gradient is one as well: for a sum over two axes a CPU copies both factors first.
     """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+    *outer, width = x.shape
+    rows = math.prod(outer)  # not -1, which has no meaning where there is no token
+    return (x.reshape(rows, width) @ kernel).reshape(*outer, kernel.shape[-1])
 
 
 @jax.custom_vjp
