@@ -16,9 +16,7 @@ import time
 if any(argument.startswith("--chip") for argument in sys.argv):
     import tpu_compiler  # before jax: it sets the compiler's flags
 # isort: split
-import ctypes
 import dataclasses
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -120,25 +118,30 @@ def _compare(rows: dict, macs: dict) -> None:
 
 
 def _timed(updates: dict, state, batch, config: DiTConfig) -> dict:
-    """Return the seconds of each kind of step, and the memory that it needs beside its state."""
+    """Return the seconds of each kind of step, and of ours the memory beside the state, by the compiler."""
     fill = lambda tree: jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01).astype(leaf.dtype), tree)
     held = [jax.jit(lambda: fill(state))()]
     batch = jax.jit(lambda: fill(batch))()
 
     def stepping(update) -> Callable:
-        compiled = jax.jit(update, donate_argnums=0)
-
         def step():
-            held[0], _ = compiled(held[0], batch)
+            held[0], _ = update(held[0], batch)
             jax.block_until_ready(held[0])
 
         return step
 
-    steps = {kind: stepping(update) for kind, update in updates.items()}
+    rows, steps = {}, {}
+    for kind, update in updates.items():
+        began = time.perf_counter()
+        compiled = jax.jit(update, donate_argnums=0).lower(held[0], batch).compile()
+        temporary = compiled.memory_analysis().temp_size_in_bytes / 2**30
+        rows[kind] = dict(compile_seconds=time.perf_counter() - began, temporary_gib=temporary, all_seconds=[])
+        steps[kind] = stepping(compiled)
     if PEERS.value:
-        steps |= _peers(config)
-    rows = {kind: dict(all_seconds=[]) for kind in steps}
-    for kind, step in steps.items():  # compiles
+        peers = _peers(config)
+        rows |= {kind: dict(all_seconds=[]) for kind in peers}
+        steps |= peers
+    for kind, step in steps.items():  # PyTorch compiles here
         began = time.perf_counter()
         step()
         rows[kind]["first_step_seconds"] = time.perf_counter() - began
@@ -148,9 +151,8 @@ def _timed(updates: dict, state, batch, config: DiTConfig) -> dict:
             began = time.perf_counter()
             step()
             rows[kind]["all_seconds"].append(time.perf_counter() - began)
-    for kind, row in rows.items():
+    for row in rows.values():
         row["seconds"] = float(np.median(row["all_seconds"]))
-        row["peak_gib_beside_state"] = _peak_gib(steps[kind])
     return rows
 
 
@@ -164,19 +166,6 @@ def _peers(config: DiTConfig) -> dict:
         share_embeddings(network)
         steps[name] = make_training_step(network, wrap(network), config, BATCH_SIZE.value)
     return steps
-
-
-def _peak_gib(step: Callable) -> float | None:
-    """Return the most memory that a step takes beyond what the process held; None where that is not known."""
-    status, reset = (pathlib.Path("/proc/self") / name for name in ("status", "clear_refs"))
-    if jax.default_backend() != "cpu" or not reset.exists():
-        return None
-    read = lambda field: next(int(line.split()[1]) for line in status.read_text().splitlines() if field in line)
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps had is kept for the next ones otherwise, and not counted
-    reset.write_text("5")  # the peak starts again at what is held now
-    before = read("VmRSS")
-    step()
-    return (read("VmHWM") - before) / 2**20
 
 
 def _costed(updates: dict, state, batch) -> dict:

@@ -170,9 +170,14 @@ def words_of(command: str) -> list[str]:
 
 
 def flags_of_script(path) -> set[str]:
-    """Return the flags that a benchmark defines; importing several of them would define some twice."""
-    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    return {call.args[0].value for call in calls if ast.unparse(call.func).startswith("flags.DEFINE")}
+    """Return the flags that a benchmark and its neighbours define; importing several of them would define some twice."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    own = {call.args[0].value for call in calls if ast.unparse(call.func).startswith("flags.DEFINE")}
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    neighbours = [path.with_name(f"{name}.py") for name in names]
+    return own.union(*(flags_of_script(neighbour) for neighbour in neighbours if neighbour.is_file()))
 
 
 def require_flags(words: list[str], typed) -> None:
