@@ -170,7 +170,7 @@ def words_of(command: str) -> list[str]:
 
 
 def flags_of_script(path) -> set[str]:
-    """Return the flags that a benchmark and its neighbours define; importing several of them would define some twice."""
+    """Return the flags that a benchmark and its neighbours define; importing several would define some twice."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     own = {call.args[0].value for call in calls if ast.unparse(call.func).startswith("flags.DEFINE")}
