@@ -3,8 +3,9 @@
     python benchmarks/finetune.py --runs runs/finetune --out docs/finetune.json
 
 A static DiT is trained on folders of the digits 0 to 4. Then the same model is trained on folders of 5 to 9, once from
-these weights with new rows for its classes, once from nothing, at the same constant learning rate. Every so many steps
-images are drawn from the EMA, 100 of each class, and judged as in benchmarks/digits.py, until the accuracy is reached.
+these weights with new rows for its classes, once from nothing: for a few steps, in which the learning rate falls to 0,
+then for more, each a training of its own, until the EMA's images reach the accuracy. There are 100 of each class,
+judged as in benchmarks/digits.py.
 """
 
 import json
@@ -30,8 +31,8 @@ RUNS = flags.DEFINE_string("runs", "runs/finetune", "Folder of the pictures and 
 OUT = flags.DEFINE_string("out", "docs/finetune.json", "File for the results.")
 SOURCE_STEPS = flags.DEFINE_integer("source_steps", 2000, "Steps of training on the digits 0 to 4.")
 MOST_STEPS = flags.DEFINE_integer("most_steps", 2000, "Steps after which a training on 5 to 9 is given up.")
-EVERY_STEPS = flags.DEFINE_integer("every_steps", 200, "Steps between two looks.")
-NUM_IMAGES = flags.DEFINE_integer("num_images", 500, "Images at every look.")
+EVERY_STEPS = flags.DEFINE_integer("every_steps", 200, "Steps that the next training has more.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 500, "Images of a training.")
 SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of the trainings.")
 
 ACCURACY = 0.95
@@ -55,7 +56,7 @@ def config_of(pictures: str, *, steps: int, seed: int, init_from: str = "") -> d
     config = digits_dit.get_config()
     config.model.classes = -1
     config.data.update(name="images", path=pictures, flip=False, seed=seed, batch_size=32)
-    config.optimizer.decay = "constant"
+    config.optimizer.decay_steps = steps
     config.train.update(steps=steps, seed=seed, ema_decay=0.99, init_from=init_from)
     return config.to_dict()
 
@@ -68,22 +69,23 @@ def accuracy_of(workdir: str, judge: Judge) -> float:
     return judge.measure(seen, labels + UNSEEN[0])["accuracy"]
 
 
-def look_at_training(name: str, pictures: str, judge: Judge, *, seed: int, init_from: str) -> list[dict]:
-    """Train until the accuracy is reached or the steps are used up; returns step and accuracy of every look.
+def find_steps(name: str, pictures: str, judge: Judge, *, seed: int, init_from: str) -> list[dict]:
+    """Train longer and longer until the accuracy is reached; returns steps and accuracy of every training.
 
-    Looks are kept beside the work directory: a study that was stopped goes on.
+    They are kept beside the work directories: a study that was stopped goes on.
     """
-    workdir = f"{RUNS.value}/{name.replace(' ', '_')}_{seed}"
-    kept = epath.Path(f"{workdir}.looks.json")
-    looks = json.loads(kept.read_text()) if kept.exists() else []
-    for step in range(EVERY_STEPS.value * (len(looks) + 1), MOST_STEPS.value + 1, EVERY_STEPS.value):
-        if looks and looks[-1]["accuracy"] >= ACCURACY:
+    folder = f"{RUNS.value}/{name.replace(' ', '_')}_{seed}"
+    kept = epath.Path(f"{folder}.trainings.json")
+    trainings = json.loads(kept.read_text()) if kept.exists() else []
+    for steps in range(EVERY_STEPS.value * (len(trainings) + 1), MOST_STEPS.value + 1, EVERY_STEPS.value):
+        if trainings and trainings[-1]["accuracy"] >= ACCURACY:
             break
-        train_and_evaluate(config_of(pictures, steps=step, seed=seed, init_from=init_from), workdir)
-        looks.append(dict(step=step, accuracy=accuracy_of(workdir, judge)))
-        kept.write_text(json.dumps(looks))
-        sys.stderr.write(f"{name}, seed {seed}: {looks[-1]}\n")
-    return looks
+        workdir = f"{folder}_{steps}"
+        train_and_evaluate(config_of(pictures, steps=steps, seed=seed, init_from=init_from), workdir)
+        trainings.append(dict(steps=steps, accuracy=accuracy_of(workdir, judge)))
+        kept.write_text(json.dumps(trainings))
+        sys.stderr.write(f"{name}, seed {seed}: {trainings[-1]}\n")
+    return trainings
 
 
 def main():
@@ -93,8 +95,8 @@ def main():
         source = f"{RUNS.value}/source_{seed}"
         train_and_evaluate(config_of(seen, steps=SOURCE_STEPS.value, seed=seed), source)
         for name, init_from in (("fine-tuned", source), ("from nothing", "")):
-            looks = look_at_training(name, unseen, judge, seed=seed, init_from=init_from)
-            results.append(dict(training=name, seed=seed, looks=looks))
+            trainings = find_steps(name, unseen, judge, seed=seed, init_from=init_from)
+            results.append(dict(start=name, seed=seed, trainings=trainings))
     about = dict(
         command="python " + " ".join(sys.argv),
         machine=f"{platform.machine()}, {jax.devices()[0].device_kind}, {jax.device_count()} device",
@@ -104,9 +106,9 @@ def main():
     )
     epath.Path(OUT.value).write_text(json.dumps(dict(about, results=results), indent=1) + "\n")
     for row in results:
-        last = row["looks"][-1]
+        last = row["trainings"][-1]
         sys.stdout.write(
-            f"{row['training']}, seed {row['seed']}: accuracy {last['accuracy']:.3f} at step {last['step']}\n"
+            f"{row['start']}, seed {row['seed']}: accuracy {last['accuracy']:.3f} in {last['steps']} steps\n"
         )
 
 
