@@ -3,6 +3,8 @@
 PyTorch and diffusers are imported when they are asked for: the benchmarks run without them.
 """
 
+from dydit_jax.convert.diffusers_layout import transformer_config
+
 LEARNING_RATE, EMA_WEIGHT, CLIP_NORM = 1e-4, 1e-4, 1.0
 
 
@@ -10,24 +12,11 @@ def make_network(config):
     """Return diffusers' static DiT.
 
     Args:
-      config: a record with depth, width, heads, patch, side, channels and classes; its routers do not count.
+      config: a `DiTConfig`; its routers do not count.
     """
     from diffusers import DiTTransformer2DModel
 
-    return DiTTransformer2DModel(
-        num_attention_heads=config.heads,
-        attention_head_dim=config.width // config.heads,
-        in_channels=config.channels,
-        out_channels=2 * config.channels,
-        num_layers=config.depth,
-        sample_size=config.side,
-        patch_size=config.patch,
-        num_embeds_ada_norm=config.classes,
-        activation_fn="gelu-approximate",
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-    )
+    return DiTTransformer2DModel.from_config(transformer_config(config))
 
 
 def share_embeddings(network) -> None:
