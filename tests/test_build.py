@@ -64,7 +64,7 @@ def test_default_config_lists_every_knob():
         ("model", "patch", 3, "must divide model.side"),
         ("data", "name", "digit", "Unknown dataset 'digit'; known: digits, idx, images, latents, synthetic, tfds"),
         ("data", "batch_size", 0, "from 1 to"),
-        ("optimizer", "learning_rate", -1.0, "at least 0"),
+        ("optimizer", "learning_rate", -1.0, "from 0.0 to 1000"),
         ("optimizer", "decay", "linear", "known: constant, cosine"),
         ("optimizer", "decay_steps", None, "needs optimizer.decay_steps"),
         ("train", "precision", "half", "known: auto, bfloat16, float32, highest"),

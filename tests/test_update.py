@@ -11,6 +11,7 @@ from conftest import DYNAMIC, STATIC, changed
 
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.terms import LossConfig
+from dydit_jax.errors import InputError
 from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
@@ -44,19 +45,28 @@ def test_bad_batch_is_skipped_counted_and_leaves_no_trace(update_parts, bad):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
 
 
-@pytest.mark.parametrize("ema_decay", [0.9, 1.0])
-def test_update_that_makes_parameters_infinite_is_refused(ema_decay):
-    """The gradient is fine, what the learning rate makes of it is not; an EMA that stands still must not hide it."""
-    experiment = read_experiment(
-        changed(STATIC, optimizer=dict(learning_rate=float("inf")), train=dict(ema_decay=ema_decay))
-    )
+def test_parameters_that_a_step_could_take_out_of_float32_are_not_moved():
+    """Neither is what they and the gradient come from: a rate that could do it is refused by the settings."""
+    experiment = read_experiment(changed(STATIC, optimizer=dict(learning_rate=1e3, router_multiplier=1e6)))
     model = Model(experiment.model)
-    state = init_state(jax.jit(model.init)(jax.random.key(0)), build_optimizer(experiment.optimizer))
+    params = jax.jit(model.init)(jax.random.key(0))
+    update = jax.jit(build_update(experiment, model, ("complete",)))
     batch = dict(image=jnp.ones((8, 8, 8, 1)), label=jnp.arange(8))
-    after, metrics = jax.jit(build_update(experiment, model, ("complete",)))(state, batch)
-    assert bool(jnp.isfinite(metrics["optimizer/gradient_norm"])) and int(after.skipped_in_a_row) == 1
+    state = init_state(params, build_optimizer(experiment.optimizer))
+    after, _ = update(state, batch)
+    assert int(after.skipped) == 0 and bool(all_finite((after.params, after.ema, after.opt_state)))
+    params["output"]["bias"] = jnp.full_like(params["output"]["bias"], 1e19)
+    state = init_state(params, build_optimizer(experiment.optimizer))
+    after, _ = update(state, batch)
+    assert int(after.skipped_in_a_row) == 1
     for name in ("params", "ema", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "router_multiplier", "weight_decay"])
+def test_rates_without_end_are_refused(name):
+    with pytest.raises(InputError, match=f"optimizer.{name} must be from 0.0 to 1"):
+        read_experiment(changed(STATIC, optimizer={name: float("inf")}))
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])

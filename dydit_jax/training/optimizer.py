@@ -14,6 +14,11 @@ LEARNING_RATES = ("constant", "cosine")
 LAST_SHARE = 0.05  # of the peak, where the cosine ends
 
 
+# Nobody wants more, and below them a step can't leave float32: squares of gradients and parameters are finite, so both
+# are below 2e19, and Adam's step, over its epsilon of 1e-8, is below 2e27 learning rates.
+MAX_RATE, MAX_MULTIPLIER, MAX_DECAY = 1e3, 1e6, 1e6
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and what happens to gradients before it.
@@ -42,12 +47,12 @@ class OptimizerConfig:
     skip_norm: float | None = None
 
     def __post_init__(self):
-        require_range("optimizer.learning_rate", self.learning_rate, low=0.0)
-        require_range("optimizer.router_multiplier", self.router_multiplier, low=0.0)
+        require_range("optimizer.learning_rate", self.learning_rate, 0.0, MAX_RATE)
+        require_range("optimizer.router_multiplier", self.router_multiplier, 0.0, MAX_MULTIPLIER)
         require_range("optimizer.warmup_steps", self.warmup_steps, low=0)
         require_range("optimizer.beta1", self.beta1, 0.0, 1.0)
         require_range("optimizer.beta2", self.beta2, 0.0, 1.0)
-        require_range("optimizer.weight_decay", self.weight_decay, low=0.0)
+        require_range("optimizer.weight_decay", self.weight_decay, 0.0, MAX_DECAY)
         require_known("optimizer.decay", self.decay, LEARNING_RATES)
         if self.decay == "cosine" and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
             raise InputError("optimizer.decay 'cosine' needs optimizer.decay_steps above optimizer.warmup_steps.")
