@@ -89,7 +89,7 @@ def find_steps(name: str, pictures: str, judge: Judge, *, seed: int, init_from: 
 
 
 def main():
-    judge, began, results = Judge(), time.monotonic(), []
+    judge, results = Judge(), []
     seen, unseen = write_folders("seen", SEEN), write_folders("unseen", UNSEEN)
     for seed in map(int, SEEDS.value):
         source = f"{RUNS.value}/source_{seed}"
@@ -102,7 +102,6 @@ def main():
         machine=f"{platform.machine()}, {jax.devices()[0].device_kind}, {jax.device_count()} device",
         date=time.strftime("%Y-%m-%d"),
         images=NUM_IMAGES.value,
-        seconds=round(time.monotonic() - began),
     )
     epath.Path(OUT.value).write_text(json.dumps(dict(about, results=results), indent=1) + "\n")
     for row in results:
