@@ -3,7 +3,10 @@
     python benchmarks/study.py --plan                  what would run, in which order, and for how many hours
     python benchmarks/study.py --runs runs/fashion     run it; the same command goes on where it was stopped
 
-Trains the models of `study_models.py` in the order of their importance, one process after the other, and measures each
+Given several times at once, on parts of the cores or on several GPUs, the command shares the work: each takes the next
+model that no other works on. Models this small train faster on one core each than one after the other on two.
+
+Trains the models of `study_models.py` in the order of their importance, each in a process of its own, and measures each
 as soon as it has ended: accuracy, Fréchet distance, precision and recall by the judge, of images without guidance, the
 classes in turn, with several seeds of sampling. Three models of the first question also go through `analyze.py`.
 
@@ -15,11 +18,14 @@ classes in turn, with several seeds of sampling. Three models of the first quest
 Differences are given in units of sqrt(s1^2 + s2^2), s being the standard deviation over training seeds.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
 import statistics
 import sys
+import time
+from collections.abc import Iterator
 
 from absl import flags
 from etils import epath
@@ -33,7 +39,8 @@ from dydit_jax.errors import InputError
 from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.pipeline import Pipeline
 from dydit_jax.runtime.console import run
-from dydit_jax.runtime.files import read_json, write_atomically, write_json
+from dydit_jax.runtime.files import hold_lock, read_json, write_atomically, write_json
+from dydit_jax.runtime.locks import FolderLock
 from dydit_jax.sampling.table import make_table
 from dydit_jax.training.experiment import Experiment, read_experiment
 from dydit_jax.training.objective import passes_at
@@ -49,6 +56,7 @@ RESULTS, TABLES, ANALYSIS = "study.json", "study.md", "analysis"
 ANALYSED = (NARROWER, TRAINED_ON, DYNAMIC)
 FORWARD_AND_BACKWARD = 3  # a gradient costs twice as much as the pass that it is of
 SECONDS_OF_HOUR = 3600
+SECONDS_BETWEEN_LOOKS = 20  # for a model to be free, or for the end of one that it starts from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +79,19 @@ class Training:
         return epath.Path(RUNS.value) / re.sub(r"\W+", "_", self.model).lower() / f"seed_{self.seed}"
 
     @property
+    def start(self) -> "Training | None":
+        """The training that it starts from."""
+        name = self.study.contestants[self.model].start
+        return Training(self.study, name, 0) if name else None
+
+    @property
     def settings(self) -> dict:
         """What is set beside the config."""
-        contestant, settings = self.study.contestants[self.model], {"train.seed": self.seed, "data.seed": self.seed}
-        if contestant.start:
-            settings["train.init_from"] = str(Training(self.study, contestant.start, 0).folder)
+        settings = {"train.seed": self.seed, "data.seed": self.seed}
+        if self.start:
+            settings["train.init_from"] = str(self.start.folder)
         if self.model == TOP_K:
-            settings["model.token_capacity"] = (passing_tokens(),)
+            settings["model.token_capacity"] = (passing_tokens() or 0.5,)
         if STEPS.value:
             settings |= {"train.steps": STEPS.value, "optimizer.decay_steps": STEPS.value, "optimizer.warmup_steps": 0}
         return settings
@@ -86,6 +100,13 @@ class Training:
     def experiment(self) -> Experiment:
         """The whole config, checked."""
         return read_experiment(self.study.contestants[self.model].sections(self.settings))
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether what it starts from has ended, and what it needs has been measured."""
+        if self.model == TOP_K and passing_tokens() is None:
+            return False
+        return self.start is None or self.start.has_ended
 
     @property
     def has_ended(self) -> bool:
@@ -111,12 +132,12 @@ class Training:
         return max((row["step"] for row in self.reports()), default=0)
 
 
-def passing_tokens() -> float:
-    """Return the share of tokens that pass in the DyDiT with a threshold, in whole percent; 0.5 before it is known."""
+def passing_tokens() -> float | None:
+    """Return the share of tokens that pass in the DyDiT with a threshold, in whole percent; None before it is known."""
     path = epath.Path(RUNS.value) / RESULTS
     rows = read_json(path)["results"] if path.is_file() else []
     first = [row["tokens"] for row in rows if (row["model"], row["seed"], row["sampling_seed"]) == (DYNAMIC, 0, 0)]
-    return round(first[0], 2) if first else 0.5
+    return round(first[0], 2) if first else None
 
 
 def training_macs(experiment: Experiment) -> float:
@@ -164,7 +185,7 @@ def plan(study: Study, results: list[dict]) -> str:
 
 
 class Results:
-    """What has been measured, kept at once.
+    """What has been measured, kept at once; other processes may add to it.
 
     Attributes:
       found: the content of `study.json`.
@@ -177,11 +198,28 @@ class Results:
           InputError: results of other images or other data.
         """
         self._path, self._study = epath.Path(RUNS.value) / RESULTS, study
+        self.found = {}
+        self.read()
+
+    def read(self) -> None:
+        """Read what is there by now.
+
+        Raises:
+          InputError: results of other images or other data.
+        """
         about = dict(data=DATA.value, images=NUM_IMAGES.value)
         self.found = read_json(self._path) if self._path.is_file() else dict(about, results=[])
         changed = [key for key in about if self.found[key] != about[key]]
         if changed:
             raise InputError(f"{self._path} was measured otherwise ({', '.join(changed)} differ); name another --runs.")
+
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[None]:
+        """Hold the file, as it is by now, for what is added to `found` within."""
+        with hold_lock(self._path.with_suffix(".lock"), to="to add a result"):
+            self.read()
+            yield
+            write_json(self._path, self.found | provenance())
 
     @property
     def rows(self) -> list[dict]:
@@ -191,19 +229,26 @@ class Results:
     def judge_real(self, judge) -> None:
         """Measure the real test pictures, once."""
         if "real" not in self.found:
-            self.found["real"] = judge.measure(*self._study.real_pictures(NUM_IMAGES.value))
+            real = judge.measure(*self._study.real_pictures(NUM_IMAGES.value))
+            with self.adding():
+                self.found["real"] = real
 
-    def measure(self, training: Training, judge) -> None:
-        """Measure a model with the seeds of sampling that are missing, and write tables and figures anew."""
+    def missing_seeds(self, training: Training) -> list[int]:
+        """Return the seeds of sampling that a model has not been measured with."""
         same = lambda row: (row["model"], row["seed"]) == (training.model, training.seed)
         known = {row["sampling_seed"] for row in self.rows if same(row)}
-        missing = [seed for seed in range(SAMPLING_SEEDS.value) if seed not in known]
+        return [seed for seed in range(SAMPLING_SEEDS.value) if seed not in known]
+
+    def measure(self, training: Training, judge) -> None:
+        """Measure a model with the seeds of sampling that are missing, and write tables and figures again."""
+        self.read()
+        missing = self.missing_seeds(training)
         pipeline = Pipeline.load(training.folder, precision="float32") if missing else None
         for seed in missing:
             settings = dict(images=NUM_IMAGES.value, seed=seed)
             row = measure(pipeline, judge, pipeline.sampling(guidance=1.0), **settings)
-            self.rows.append(dict(model=training.model, seed=training.seed, sampling_seed=seed, **row))
-            write_json(self._path, self.found | provenance())
+            with self.adding():
+                self.rows.append(dict(model=training.model, seed=training.seed, sampling_seed=seed, **row))
         if missing:
             self.write_pages()
 
@@ -221,14 +266,29 @@ def analyze_models(study: Study) -> None:
     """Draw where the work is, by `analyze.py`, once the models for it are there."""
     trainings = [Training(study, model, 0) for model in ANALYSED]
     out = epath.Path(RUNS.value) / ANALYSIS
-    if out.exists() or not all(training.has_ended for training in trainings):
-        return
-    partial = out.with_name(f"{ANALYSIS}.partial")
-    if partial.exists():  # of an analysis that was killed
-        partial.rmtree()
-    folders, examples = tuple(str(training.folder) for training in trainings), min(1024, NUM_IMAGES.value)
-    analyze(Analysis(folders, str(partial), num_examples=examples))
-    partial.rename(out)
+    with hold_lock(out.with_suffix(".lock"), to="to analyze the models"):
+        if out.exists() or not all(training.has_ended for training in trainings):
+            return
+        partial = out.with_name(f"{ANALYSIS}.partial")
+        if partial.exists():  # of an analysis that was killed
+            partial.rmtree()
+        folders, examples = tuple(str(training.folder) for training in trainings), min(1024, NUM_IMAGES.value)
+        analyze(Analysis(folders, str(partial), num_examples=examples))
+        partial.rename(out)
+
+
+def work(training: Training, results: Results, judge) -> bool:
+    """Train a model to its end and measure it; return False, at once, where another process does."""
+    claim = training.folder.with_suffix(".study")
+    claim.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FolderLock(claim))
+        except InputError:
+            return False
+        training.run()
+        results.measure(training, judge)
+    return True
 
 
 def main():
@@ -239,11 +299,15 @@ def main():
         return
     judge = study.make_judge()
     results.judge_real(judge)
-    for model, seed in ordered_runs():
-        training = Training(study, model, seed)
-        training.run()
-        results.measure(training, judge)
-        analyze_models(study)
+    left = [Training(study, *key) for key in ordered_runs()]
+    while left:
+        done = next((training for training in left if training.can_begin and work(training, results, judge)), None)
+        if done is None:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        else:
+            left.remove(done)
+            analyze_models(study)
+    results.read()
     sys.stdout.write(tables(results.found))
 
 

@@ -23,6 +23,7 @@ from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
 from dydit_jax.models.routing import TIME_ROUTERS, TOKEN_ROUTERS
+from dydit_jax.runtime import locks
 
 REAL = dict(accuracy=0.95, distance=0.5)
 
@@ -190,6 +191,28 @@ def test_study_goes_on_where_it_was_stopped(modules, given, stand_ins, tmp_path,
     given("--num_images=30")
     with pytest.raises(InputError, match=r"study\.json was measured otherwise \(images differ\); name another --runs"):
         modules.study.Results(modules.study.STUDIES["digits"])
+
+
+def test_a_model_that_another_process_works_on_is_left_to_it(modules, given, stand_ins, tmp_path, monkeypatch):
+    given("--sampling_seeds=1")
+    monkeypatch.setattr(modules.study.Results, "write_pages", lambda self: None)
+    monkeypatch.setattr(locks, "ENDING_SECONDS", 0.1)
+    taken = modules.study.Training(modules.study.STUDIES["digits"], "static, narrower", 0).folder.with_suffix(".study")
+    taken.mkdir(parents=True)
+    other = locks.FolderLock(taken)
+    other.__enter__()
+    waits = []
+
+    def sleep(seconds):
+        waits.append(len(stand_ins))
+        other.__exit__(None, None, None)
+
+    monkeypatch.setattr(modules.study, "time", SimpleNamespace(sleep=sleep))
+    modules.study.main()
+    everything = modules.study.ordered_runs()
+    assert waits == [len(everything) - 1] and stand_ins[-1] == "static_narrower"
+    rows = json.loads((tmp_path / "study.json").read_text())["results"]
+    assert sorted((row["model"], row["seed"]) for row in rows) == sorted(everything)
 
 
 @pytest.fixture
