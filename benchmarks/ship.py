@@ -3,7 +3,7 @@
     python benchmarks/ship.py --runs runs/fashion --out dydit_jax/assets/fashion_dydit.safetensors
 
 Of lambda 0.5, the first training seed. What is judged is the file that would be written, on images drawn by its own
-settings, with several seeds of sampling:
+settings with --guidance, which becomes the file's default, and several seeds of sampling; its parent by the same:
 
     accuracy   at most 2 points below that of real test pictures
     distance, recall   not worse than the static parent's by more than 2 sqrt(s1^2 + s2^2), s over the sampling seeds
@@ -13,6 +13,7 @@ settings, with several seeds of sampling:
 A file `<data>_dydit.safetensors` among the assets is known by the name `<data>`, and nothing else has to be changed.
 """
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -32,16 +33,17 @@ from dydit_jax.runtime.files import write_json
 flags.FLAGS.set_default("num_images", 1000)
 flags.FLAGS.set_default("sampling_seeds", 3)
 OUT = flags.DEFINE_string("out", "", "File for the weights.")
+GUIDANCE = flags.DEFINE_float("guidance", 1.5, "Scale of guidance, of the images and in the file.")
 RESULTS = flags.DEFINE_string("results", "", "File for what was measured, JSON; none without it.")
 
 MOST_BYTES, MOST_MACS, MOST_POINTS, MOST_DEVIATIONS = 8_000_000, 0.55, 0.02, 2.0
 
 
 def measure_model(checkpoint, judge) -> list[dict]:
-    """Return what the judge says of a model's images, by its own settings of sampling, seed by seed."""
+    """Return what the judge says of a model's images, seed by seed, by its own settings but the guidance."""
     pipeline = Pipeline.load(checkpoint, precision="float32")
     return [
-        measure(pipeline, judge, pipeline.sampling(), images=NUM_IMAGES.value, seed=seed)
+        measure(pipeline, judge, pipeline.sampling(guidance=GUIDANCE.value), images=NUM_IMAGES.value, seed=seed)
         for seed in range(SAMPLING_SEEDS.value)
     ]
 
@@ -86,7 +88,10 @@ def main():
     if not model.has_ended:
         raise InputError(f"{DYNAMIC} has not been trained in {RUNS.value}; start with benchmarks/study.py.")
     out, candidate = epath.Path(OUT.value), epath.Path(f"{OUT.value}.candidate.safetensors")
-    save_weights(candidate, load_checkpoint(model.folder), dtype="float16")
+    weights = load_checkpoint(model.folder)
+    sampling = dataclasses.replace(weights.sampling, guidance=GUIDANCE.value)
+    about = weights.about | dict(class_names=study.class_names)
+    save_weights(candidate, dataclasses.replace(weights, sampling=sampling, about=about), dtype="float16")
     judge = study.make_judge()
     measured = dict(model=measure_model(candidate, judge), parent=measure_model(parent.folder, judge))
     real = judge.measure(*study.real_pictures(NUM_IMAGES.value))

@@ -99,6 +99,7 @@ class Study:
       contestants: the models by name.
       make_judge: returns the judge, with `measure(images, labels)`.
       real_pictures: number -> that many real test pictures, float32 [n,side,side,C] in [-1, 1], and labels [n].
+      class_names: by label.
       macs_per_second: of training on the machine that the configs were made for, two cores: an estimate until
         something has been trained.
     """
@@ -106,6 +107,7 @@ class Study:
     contestants: Mapping[str, Contestant]
     make_judge: Callable
     real_pictures: Callable
+    class_names: tuple[str, ...] = ()
     macs_per_second: float = 25e9
 
 
@@ -157,6 +159,7 @@ STUDIES = {
         contestants("fashion", narrower=Contestant("fashion_narrow"), shallower=Contestant("fashion_shallow")),
         _fashion_judge,
         _fashion_pictures,
+        ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
     ),
     # Easy and quick, to try the command; docs/digits.md is the study of this data.
     "digits": Study(
