@@ -1,6 +1,7 @@
 """Time a training step: static, dynamic, and dynamic with top-k tokens; on this machine, or by the TPU compiler.
 
     python benchmarks/train_step.py --model S/2 --batch_size 8 --peers --out docs/speed/train_s2.json
+    python benchmarks/train_step.py --model fashion_dit --batch_size 32 --peers --out docs/speed/train_fashion.json
     python benchmarks/train_step.py --model XL/2 --batch_size 16 --chip v5e --remats block --out train_xl2_v5e.json
 
 The steps take turns and medians are reported. All of ours train the same state, whose memory each reuses, as in a run.
@@ -17,6 +18,7 @@ if any(argument.startswith("--chip") for argument in sys.argv):
     import tpu_compiler  # before jax: it sets the compiler's flags
 # isort: split
 import dataclasses
+import importlib
 from collections.abc import Callable
 
 import jax
@@ -27,7 +29,7 @@ from etils import epath
 from machines import processor
 from torch_peer import CLIP_NORM, LEARNING_RATE, make_network, make_training_step, share_embeddings
 
-from dydit_jax.models.config import DiTConfig, published_config
+from dydit_jax.models.config import DiTConfig, published_config, read_model
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import REMAT_SETTINGS, resolve_remat
 from dydit_jax.runtime.console import run
@@ -35,7 +37,7 @@ from dydit_jax.training.experiment import build_update, read_experiment
 from dydit_jax.training.optimizer import build_optimizer
 from dydit_jax.training.update import batch_shapes, init_state
 
-MODEL = flags.DEFINE_string("model", "S/2", "A published size.")
+MODEL = flags.DEFINE_string("model", "S/2", "A published size, or the name of a config.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images of a step, on one device.")
 CAPACITY = flags.DEFINE_float("token_capacity", 0.5, "Share of tokens of the top-k step.")
 DEPTH = flags.DEFINE_integer("depth", None, "Blocks of the model; those of its size by default.")
@@ -49,7 +51,7 @@ FORWARDS = 3  # that a step counts as: the gradient is two more
 
 
 def main():
-    config = published_config(MODEL.value, side=32, routers="first_on")
+    config = model_config(MODEL.value)
     config = dataclasses.replace(config, depth=DEPTH.value or config.depth)
     limited = dataclasses.replace(config, token_capacity=(CAPACITY.value,))
     kinds = {
@@ -92,6 +94,14 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(json.dumps(report, indent=2) + "\n")
+
+
+def model_config(name: str) -> DiTConfig:
+    """Return a model with routers, from a published size for 256 px or from the name of a config."""
+    if "/" in name:
+        return published_config(name, side=32, routers="first_on")
+    config = importlib.import_module(f"dydit_jax.configs.{name}").get_config()
+    return dataclasses.replace(read_model(config.model.to_dict()), routers="first_on")
 
 
 def _macs(config: DiTConfig, mode: str) -> float:
