@@ -42,7 +42,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "How often they are timed; the median
 
 RESULTS = "pareto.json"
 SOLVERS = {
-    "ddim, 50": dict(sampler="ddim", steps="50"),
+    "ddpm, 30": dict(sampler="ddpm", steps="30"),
     "sde_dpmpp_2m, 20": dict(sampler="sde_dpmpp_2m", steps="20"),
     "unipc, logsnr:10": dict(sampler="unipc", steps="logsnr:10"),
     "unipc, logsnr:6": dict(sampler="unipc", steps="logsnr:6"),

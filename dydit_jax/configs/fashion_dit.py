@@ -38,7 +38,7 @@ def get_config():
     config.train.ema_decay = 0.999
 
     # Noise in every step forgives a small network its errors: deterministic samplers leave grain in the pictures.
-    config.sampling.update(sampler="sde_dpmpp_2m", steps="20", clip=1.0, guidance=1.0)
+    config.sampling.update(sampler="ddpm", steps="30", clip=1.0, guidance=1.0)
     config.checkpoint.every_steps = 500
 
     return config
