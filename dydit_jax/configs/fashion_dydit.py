@@ -22,9 +22,9 @@ def get_config():
     config.optimizer.learning_rate = 5e-4
     config.optimizer.router_multiplier = 20.0
     config.optimizer.warmup_steps = 100
-    config.optimizer.decay_steps = 4000
+    config.optimizer.decay_steps = 8000
 
-    config.train.steps = 4000
+    config.train.steps = 8000
     config.train.init_from = "runs/fashion_dit"
 
     return config
