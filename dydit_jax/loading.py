@@ -125,19 +125,22 @@ def merge(checkpoint, out, *, base: str = "", overwrite: bool = False) -> epath.
 
 
 def warn_of_start(about: dict) -> None:
-    """Warn where an EMA still holds much of what its training started from: its images are noise, or poor.
+    """Warn where an EMA still holds much of what its training started from: random values, or weights of before.
 
     Args:
       about: of weights; "config" and "step" where they come from a training.
     """
-    decay, step = (about.get("config", {}).get("train") or {}).get("ema_decay"), about.get("step")
+    train, step = about.get("config", {}).get("train") or {}, about.get("step")
+    decay = train.get("ema_decay")
     if decay is None or step is None or decay**step <= LARGE_SHARE:
         return
+    of_start = "its images will be noise, or poor"
+    if train.get("init_from"):
+        of_start = "its images are partly those of the weights before"
     logger.warning(
-        "After %d steps at a decay of %g the EMA still is %.1f %% of what training started from: its images will be "
-        "noise, or poor. Train longer or with a smaller train.ema_decay; of a work directory, --weights=params takes "
-        "the raw parameters.",
-        *(step, decay, 100 * decay**step),
+        "After %d steps at a decay of %g the EMA still is %.1f %% of what training started from: %s. Train longer or "
+        "with a smaller train.ema_decay; of a work directory, --weights=params takes the raw parameters.",
+        *(step, decay, 100 * decay**step, of_start),
     )
 
 

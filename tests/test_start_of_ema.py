@@ -66,7 +66,12 @@ def test_weights_of_a_file_are_warned_of_and_have_no_raw_parameters(tiny, tmp_pa
     weights = Weights(model.config, Diffusion(), SamplingConfig(), params, about)
     save_weights(tmp_path / "weights.safetensors", weights)
     load_checkpoint(tmp_path)
-    assert "the EMA still is 13.5 %" in caplog.text
+    assert "the EMA still is 13.5 % of what training started from: its images will be noise" in caplog.text
+    caplog.clear()
+    about["config"]["train"]["init_from"] = "runs/dit"
+    save_weights(tmp_path / "weights.safetensors", weights)
+    load_checkpoint(tmp_path)
+    assert "13.5 % of what training started from: its images are partly those of the weights before" in caplog.text
     with pytest.raises(InputError, match="--weights=params needs a training's work directory"):
         load_checkpoint(tmp_path, weights="params")
     with pytest.raises(InputError, match="Unknown weights 'raw'; known: ema, params"):
