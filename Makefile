@@ -8,8 +8,7 @@ NEWEST ?= $(PYTHON)
 NEWEST_VENV := .venv-newest
 NEWEST_TESTS := $(addprefix tests/test_,imports.py records.py schedules.py samplers.py distances.py routing.py \
 	sources.py losses.py checkpoints.py generate.py sampling.py)
-DEMO := sample.py --checkpoint digits --labels 0,1,2,3,4,5,6,7,8,9 --rows 10 --routing --growth=10 \
-	--sampling.sampler=ab4 --sampling.steps=quadratic:10
+DEMO := sample.py --checkpoint fashion --labels 0,1,2,3,4,5,6,7,8,9 --rows 6 --routing --growth=5
 
 .PHONY: demo test test-newest nightly lint clean
 

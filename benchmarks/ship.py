@@ -99,9 +99,9 @@ def main():
     if RESULTS.value:
         write_json(RESULTS.value, provenance() | dict(measured, real=real, conditions=rows))
     sys.stdout.write(table(rows))
-    if not all(row["met"] for row in rows):
-        candidate.unlink()
-        raise InputError(f"{model.folder} does not meet all conditions, so {out} was not written.")
+    missed = [row["about"] for row in rows if not row["met"]]
+    if missed:
+        raise InputError(f"Not met: {'; '.join(missed)}. {out} was not written; what was judged is {candidate}.")
     candidate.replace(out)
 
 
