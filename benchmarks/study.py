@@ -4,7 +4,7 @@
     python benchmarks/study.py --runs runs/fashion     run it; the same command goes on where it was stopped
 
 Given several times at once, on parts of the cores or on several GPUs, the command shares the work: each takes the next
-model that no other works on. Models this small train faster on one core each than one after the other on two.
+model that no other works on.
 
 Trains the models of `study_models.py` in the order of their importance, each in a process of its own, and measures each
 as soon as it has ended: accuracy, Fréchet distance, precision and recall by the judge, of images without guidance, the

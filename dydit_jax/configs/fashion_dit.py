@@ -37,7 +37,7 @@ def get_config():
     config.train.steps = 20_000
     config.train.ema_decay = 0.999
 
-    # Noise in every step forgives a small network its errors: deterministic samplers leave grain in the pictures.
+    # The images of deterministic samplers were grainier.
     config.sampling.update(sampler="ddpm", steps="30", clip=1.0, guidance=1.0)
     config.checkpoint.every_steps = 500
 
