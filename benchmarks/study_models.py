@@ -62,7 +62,7 @@ class Question:
     pairs: tuple[tuple[str, str], ...] = ()
 
 
-# The most important first.
+# The most important first, among models of the same seed.
 QUESTIONS = (
     Question("The parent of all that is fine-tuned", (STATIC,), 1),
     Question(
@@ -71,7 +71,7 @@ QUESTIONS = (
         3,
         ((DYNAMIC, NARROWER), (DYNAMIC, SHALLOWER), (DYNAMIC, TRAINED_ON)),
     ),
-    Question("What does a smaller budget cost?", (LAMBDAS[0.3], LAMBDAS[0.7]), 3),
+    Question("What does a smaller budget cost?", (LAMBDAS[0.3], LAMBDAS[0.7]), 2),
     Question(
         "What do heads, groups and tokens bring?",
         (NO_TOKENS, NO_HEADS, NO_GROUPS),
@@ -175,5 +175,15 @@ STUDIES = {
 
 
 def ordered_runs() -> list[tuple[str, int]]:
-    """Return (model, training seed) of all trainings, the most important first; what one starts from precedes it."""
-    return [(name, seed) for question in QUESTIONS for seed in range(question.seeds) for name in question.models]
+    """Return (model, training seed) of all trainings, in their order; what one starts from precedes it.
+
+    A first seed of every model comes before a second of any: every question has an answer early, its spread later.
+    """
+    seeds = range(max(question.seeds for question in QUESTIONS))
+    return [
+        (name, seed)
+        for seed in seeds
+        for question in QUESTIONS
+        if seed < question.seeds
+        for name in question.models
+    ]
