@@ -2,8 +2,9 @@
 
     python benchmarks/ship.py --runs runs/fashion --out dydit_jax/assets/fashion_dydit.safetensors
 
-Of lambda 0.5, the first training seed. What is judged is the file that would be written, on images drawn by its own
-settings with --guidance, which becomes the file's default, and several seeds of sampling; its parent by the same:
+It is of lambda 0.5, trained longer than the DyDiTs that are compared. What is judged is the file that would be
+written, on images drawn by its own settings with --guidance, which becomes the file's default, and several seeds of
+sampling; its parent by the same:
 
     accuracy   at most 2 points below that of real test pictures
     distance, recall   not worse than the static parent's by more than 2 sqrt(s1^2 + s2^2), s over the sampling seeds
@@ -21,7 +22,7 @@ from absl import flags
 from etils import epath
 from studies import difference, measure, provenance, table_header, table_line
 from study import DATA, NUM_IMAGES, RUNS, SAMPLING_SEEDS, Training
-from study_models import DYNAMIC, STATIC, STUDIES
+from study_models import SHIPPED, STATIC, STUDIES
 
 from dydit_jax.checkpoints import save_weights
 from dydit_jax.errors import InputError
@@ -84,9 +85,9 @@ def main():
     if not OUT.value:
         raise InputError("--out is required: a .safetensors file.")
     study = STUDIES[DATA.value]
-    model, parent = (Training(study, name, 0) for name in (DYNAMIC, STATIC))
+    model, parent = (Training(study, name, 0) for name in (SHIPPED, STATIC))
     if not model.has_ended:
-        raise InputError(f"{DYNAMIC} has not been trained in {RUNS.value}; start with benchmarks/study.py.")
+        raise InputError(f"{SHIPPED} has not been trained in {RUNS.value}; start with benchmarks/study.py.")
     out, candidate = epath.Path(OUT.value), epath.Path(f"{OUT.value}.candidate.safetensors")
     weights = load_checkpoint(model.folder)
     sampling = dataclasses.replace(weights.sampling, guidance=GUIDANCE.value)

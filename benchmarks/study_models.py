@@ -22,6 +22,7 @@ RANDOM, TOP_K = "DyDiT, random tokens", "DyDiT, top-k tokens"
 VARIANTS = (NO_HEADS, NO_GROUPS, NO_TOKENS, CONSTANT, RISING, RANDOM, TOP_K)  # of a DyDiT, of its cost
 FLOW, DYNAMIC_FLOW = "SiT", "DySiT, lambda 0.5"
 ONE_PASS = "DyDiT, one pass"
+SHIPPED = "DyDiT, trained longer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Question:
 # The most important first, among models of the same seed.
 QUESTIONS = (
     Question("The parent of all that is fine-tuned", (STATIC,), 1),
+    Question("The model that ships", (SHIPPED,), 1),
     Question(
         "At equal MACs, does a DyDiT beat static models?",
         (DYNAMIC, TRAINED_ON, NARROWER, SHALLOWER),
@@ -111,8 +113,14 @@ class Study:
     macs_per_second: float = 25e9
 
 
-def contestants(data: str, *, narrower: Contestant, shallower: Contestant) -> dict[str, Contestant]:
-    """Return the models of a data set with the configs `<data>_dit`, `_control`, `_dydit`, `_sit` and `_dysit`."""
+def contestants(data: str, *, narrower: Contestant, shallower: Contestant, longer: int) -> dict[str, Contestant]:
+    """Return the models of a data set with the configs `<data>_dit`, `_control`, `_dydit`, `_sit` and `_dysit`.
+
+    Args:
+      data: name of the data set.
+      narrower, shallower: static models of half the MACs.
+      longer: steps of the model that ships, which nothing is compared with.
+    """
     dynamic = lambda **settings: Contestant(
         f"{data}_dydit", STATIC, {key.replace("__", "."): value for key, value in settings.items()}
     )
@@ -129,6 +137,7 @@ def contestants(data: str, *, narrower: Contestant, shallower: Contestant) -> di
         NARROWER: narrower,
         SHALLOWER: shallower,
         **{name: dynamic(loss__budget=budget) for budget, name in LAMBDAS.items()},
+        SHIPPED: dynamic(train__steps=longer, optimizer__decay_steps=longer),
         NO_HEADS: dynamic(model__time_router="open,linear"),
         NO_GROUPS: dynamic(model__time_router="linear,open"),
         NO_TOKENS: dynamic(model__token_router="all"),
@@ -156,7 +165,12 @@ def _fashion_pictures(count: int):
 
 STUDIES = {
     "fashion": Study(
-        contestants("fashion", narrower=Contestant("fashion_narrow"), shallower=Contestant("fashion_shallow")),
+        contestants(
+            "fashion",
+            narrower=Contestant("fashion_narrow"),
+            shallower=Contestant("fashion_shallow"),
+            longer=14_000,
+        ),
         _fashion_judge,
         _fashion_pictures,
         ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
@@ -167,6 +181,7 @@ STUDIES = {
             "digits",
             narrower=Contestant("digits_half"),
             shallower=Contestant("digits_half", settings={"model.depth": 2, "model.width": 96, "model.heads": 6}),
+            longer=5000,
         ),
         Judge,
         lambda count: digits("test"),
@@ -181,9 +196,5 @@ def ordered_runs() -> list[tuple[str, int]]:
     """
     seeds = range(max(question.seeds for question in QUESTIONS))
     return [
-        (name, seed)
-        for seed in seeds
-        for question in QUESTIONS
-        if seed < question.seeds
-        for name in question.models
+        (name, seed) for seed in seeds for question in QUESTIONS if seed < question.seeds for name in question.models
     ]

@@ -105,7 +105,7 @@ def _discretised_log_likelihood(x, mean, log_deviation):
     # loses four digits at t = 0, and the gradient three.
     inside = _log_sinh(above - below) - _log_cosh(above) - _log_cosh(below) - math.log(2.0)
     log_likelihood = jnp.where(
-        x < -0.999, jax.nn.log_sigmoid(2 * above), jnp.where(x > 0.999, jax.nn.log_sigmoid(-2 * below), inside)
+        x < -0.999, _log_sigmoid(2 * above), jnp.where(x > 0.999, _log_sigmoid(-2 * below), inside)
     )
     return jnp.maximum(log_likelihood, math.log(MIN_PROBABILITY))
 
@@ -114,8 +114,17 @@ def _tanh_argument(x):
     return math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)
 
 
+def _log_sigmoid(x):
+    return jnp.minimum(x, 0) - _log_one_plus_exp(-jnp.abs(x))
+
+
 def _log_cosh(x):
-    return jnp.logaddexp(x, -x) - math.log(2.0)
+    return jnp.abs(x) + _log_one_plus_exp(-2 * jnp.abs(x)) - math.log(2.0)
+
+
+def _log_one_plus_exp(x):
+    """Logarithm of 1 + exp(x) of a negative x, within 1e-7. On a CPU log1p takes ten times as long as a logarithm."""
+    return jnp.log(1 + jnp.exp(x))
 
 
 def _log_sinh(x):
