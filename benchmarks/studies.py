@@ -57,8 +57,7 @@ def measure(pipeline: Pipeline, judge, sampling: SamplingConfig, *, images: int,
       What the judge says, and what a pass of the network cost.
     """
     labels = draw_labels(images)
-    # Gated: each model has its own weights, and compiling segments would take longer than sampling.
-    job = DrawJob(labels, np.arange(images), sampling, seed=seed, mode="gated")
+    job = DrawJob(labels, np.arange(images), sampling, seed=seed)
     *_, last = batches = list(pipeline.draw(job))
     pixels = np.concatenate([batch.pixels for batch in batches])
     samples = last.result.samples
