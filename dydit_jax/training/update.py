@@ -182,23 +182,14 @@ def make_update_fn(
       passes: "gated", "complete" or both; see `passes_at`.
       loss, process, optimizer, train: sections of the config.
     """
-    transform, learning_rate = build_optimizer(optimizer), build_learning_rate(optimizer)
-    skip_norm = optimizer.skip_norm or jnp.inf
+    learning_rate, skip_norm = build_learning_rate(optimizer), optimizer.skip_norm or jnp.inf
+    advance_if = _make_advance_fn(build_optimizer(optimizer), ema_decay=train.ema_decay, platform=model.platform)
     settings = dict(model=model, loss=loss, process=process, passes=passes)
 
     def lose(trained, examples, step, frozen):
         return objective(join_params(trained, frozen), examples, step, **settings)
 
     differentiate = jax.grad(lose, has_aux=True)
-
-    def advance(gradients, norm, params, ema, opt_state):
-        updates, opt_state = transform.update(gradients, opt_state, params, norm=norm)
-        # Behind a barrier they are computed once, and not again for their EMA from copies of all that they come from.
-        params = jax.lax.optimization_barrier(optax.apply_updates(params, updates))
-        return params, optax.incremental_update(params, ema, 1.0 - train.ema_decay), opt_state
-
-    def keep(gradients, norm, *trees):
-        return trees
 
     def update(state: TrainState, batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(make_key(train.seed), state.step)
@@ -213,11 +204,7 @@ def make_update_fn(
         # finite norms and the bounds of `OptimizerConfig` what comes out is finite too: it need not be read again.
         accepted = (norm < skip_norm) & jnp.isfinite(optax.tree.norm(state.params))
         before = state.params, state.ema, state.opt_state
-        if model.platform == "cpu":
-            params, ema, opt_state = jax.lax.cond(accepted, advance, keep, gradients, norm, *before)
-        else:  # XLA for GPUs copies what a conditional may change: of XL/2 12.6 GiB beside the state, not 4.1
-            choose = functools.partial(jnp.where, accepted)
-            params, ema, opt_state = jax.tree.map(choose, advance(gradients, norm, *before), before)
+        params, ema, opt_state = advance_if(accepted, gradients, norm, *before)
         state = TrainState(
             step=state.step + 1,
             params=params,
@@ -236,6 +223,30 @@ def make_update_fn(
         return state, metrics
 
     return update
+
+
+def _make_advance_fn(transform: optax.GradientTransformation, *, ema_decay: float, platform: str) -> Callable:
+    """Make the function (accepted, gradients, norm, params, ema, opt_state) -> params, ema, opt_state after a step.
+
+    They are as they were where the batch is not accepted.
+    """
+
+    def advance(gradients, norm, params, ema, opt_state):
+        updates, opt_state = transform.update(gradients, opt_state, params, norm=norm)
+        # Behind a barrier they are computed once, and not again for their EMA from copies of all that they come from.
+        params = jax.lax.optimization_barrier(optax.apply_updates(params, updates))
+        return params, optax.incremental_update(params, ema, 1.0 - ema_decay), opt_state
+
+    def keep(gradients, norm, *before):
+        return before
+
+    def advance_if(accepted, gradients, norm, *before):
+        if platform == "cpu":
+            return jax.lax.cond(accepted, advance, keep, gradients, norm, *before)
+        # XLA for GPUs copies what a conditional may change: of XL/2 12.6 GiB beside the state, not 4.1
+        return jax.tree.map(functools.partial(jnp.where, accepted), advance(gradients, norm, *before), before)
+
+    return advance_if
 
 
 def batch_shapes(model: DiTConfig, size: int) -> dict:
