@@ -202,13 +202,18 @@ def _take_units(part: dict, layer_and_kept, name: str) -> dict:
         unit_of = lambda unit: leaf.at[*place, *(slice(None),) * axis, unit].get(mode="clip")
         return jax.vmap(unit_of, out_axes=axis)(kept)
 
-    axes, taken = UNIT_AXES[name], {}
+    return _narrow_each(part, name, take)
+
+
+def _narrow_each(part: dict, name: str, narrow_leaf) -> dict:
+    """Apply a function (leaf, axis of its units, index into its first axis where it is split) to a part's arrays."""
+    axes, narrowed = UNIT_AXES[name], {}
     for leaf_name, leaf in part.items():
         if leaf_name in SPLIT_QKV:
-            taken[leaf_name] = tuple(take(leaf, axes[leaf_name] - 1, i) for i in range(3))
+            narrowed[leaf_name] = tuple(narrow_leaf(leaf, axes[leaf_name] - 1, i) for i in range(3))
         else:
-            taken[leaf_name] = take(leaf, axes.get(leaf_name))
-    return taken
+            narrowed[leaf_name] = narrow_leaf(leaf, axes.get(leaf_name))
+    return narrowed
 
 
 @jax.jit
@@ -240,13 +245,7 @@ def _cut_units(part: dict, layer_and_kept: np.ndarray, name: str) -> dict:
             array = np.take(array, kept, axis)
         return _placed_as(leaf, array)
 
-    axes, taken = UNIT_AXES[name], {}
-    for leaf_name, leaf in part.items():
-        if leaf_name in SPLIT_QKV:
-            taken[leaf_name] = tuple(cut(leaf, axes[leaf_name] - 1, i) for i in range(3))
-        else:
-            taken[leaf_name] = cut(leaf, axes.get(leaf_name))
-    return taken
+    return _narrow_each(part, name, cut)
 
 
 def _cut_layer(parts: dict, layer: int) -> dict:
