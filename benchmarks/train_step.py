@@ -43,10 +43,12 @@ CAPACITY = flags.DEFINE_float("token_capacity", 0.5, "Share of tokens of the top
 DEPTH = flags.DEFINE_integer("depth", None, "Blocks of the model; those of its size by default.")
 REMATS = flags.DEFINE_list("remats", ["auto"], f"Of {', '.join(REMAT_SETTINGS)}: each is a contestant of its own.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed steps of each kind.")
+STATIC = flags.DEFINE_bool("static", False, "Only the static step.")
 PEERS = flags.DEFINE_bool("peers", False, "Also time diffusers' DiT in PyTorch.")
 CHIP = flags.DEFINE_string("chip", None, "v5e, v6e or v5p: ask the TPU compiler, time nothing.")
 OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
 
+GRADIENT = "static, without its update"
 FORWARDS = 3  # that a step counts as: the gradient is two more
 
 
@@ -60,6 +62,7 @@ def main():
         f"dynamic, top-k {CAPACITY.value}": (limited, ("gated",)),
         "dynamic and complete": (config, ("gated", "complete")),
     }
+    kinds = {kind: kinds[kind] for kind in (["static"] if STATIC.value else kinds)}
     dtype, platform = (jnp.dtype("bfloat16"), "tpu") if CHIP.value else (jnp.dtype("float32"), jax.default_backend())
     sections = dict(
         model=dataclasses.asdict(config),
@@ -80,6 +83,10 @@ def main():
             model = Model(own, dtype, remat=own_remat, platform=platform)
             updates[name] = build_update(experiment, model, passes)
             macs[name] = FORWARDS * BATCH_SIZE.value * sum(_macs(own, mode) for mode in passes)
+    if CHIP.value:
+        # What is left when nobody asks for the new state: gradient and norm. A pod divides the rest among its chips.
+        updates[GRADIENT] = lambda state, batch, update=updates["static"]: update(state, batch)[1]
+        macs[GRADIENT] = macs["static"]
     rows = _costed(updates, state, batch) if CHIP.value else _timed(updates, state, batch, config)
     _compare(rows, macs)
     report = dict(
