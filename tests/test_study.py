@@ -380,3 +380,13 @@ def test_a_model_ships_only_as_good_as_its_parent(modules):
     assert not met(good, size=8_000_001)["bytes"]
     text = modules.ship.table(modules.ship.conditions(rows(1.4, 1.5), parent, real, 4_000_000))
     assert "| distance, loss beside the parent | 0.35 | at most 0.3162 | **no** |" in text
+
+
+# --- The page ------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_the_tables_of_its_results(modules):
+    page = (ROOT / "docs" / "study.md").read_text().splitlines()
+    found, shipped = (json.loads((ROOT / "docs" / name).read_text()) for name in ("study.json", "fashion.json"))
+    written = modules.study_pages.tables(found) + modules.ship.table(shipped["conditions"])
+    assert [line for line in written.splitlines() if line.startswith("|") and line not in page] == []
