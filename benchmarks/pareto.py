@@ -42,10 +42,10 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "How often they are timed; the median
 
 RESULTS = "pareto.json"
 SOLVERS = {
-    "ddpm, 30": dict(sampler="ddpm", steps="30"),
-    "sde_dpmpp_2m, 20": dict(sampler="sde_dpmpp_2m", steps="20"),
-    "unipc, logsnr:10": dict(sampler="unipc", steps="logsnr:10"),
-    "unipc, logsnr:6": dict(sampler="unipc", steps="logsnr:6"),
+    "ddpm, trailing:30": dict(sampler="ddpm", steps="trailing:30"),
+    "sde_dpmpp_2m, trailing:20": dict(sampler="sde_dpmpp_2m", steps="trailing:20"),
+    "unipc, trailing:10": dict(sampler="unipc", steps="trailing:10"),
+    "unipc, trailing:6": dict(sampler="unipc", steps="trailing:6"),
 }
 SCALE = 1.5
 NONE, CONSTANT, INTERVAL = "none", "constant", "interval"
