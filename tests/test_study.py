@@ -348,7 +348,7 @@ def test_a_point_is_drawn_judged_and_timed(modules, given, tiny, tmp_path):
     model, params = tiny
     weights = Weights(model.config, Diffusion(), SamplingConfig(clip=1.0), params, {})
     save_weights(tmp_path / WEIGHTS_FILE, weights)
-    point = modules.pareto.Point("DyDiT, lambda 0.5", "unipc, logsnr:6", "interval", "fast")
+    point = modules.pareto.Point("DyDiT, lambda 0.5", "unipc, trailing:6", "interval", "fast")
     judge = SimpleNamespace(measure=lambda images, labels: dict(distance=float(np.abs(images).max())))
     row = modules.pareto.measure(point, tmp_path / WEIGHTS_FILE, judge)
     assert row["distance"] <= 1 and 6 < row["passes"] < 12 and row["macs"] < row["passes"] * model.config.macs.complete

@@ -32,7 +32,8 @@ class LossConfig:
     Attributes:
       terms: keys of `LOSS_TERMS`.
       weights: one number for each term; empty for 1 throughout.
-      weighting: of each image's squared error: none, or min_snr, by its signal-to-noise ratio up to 5.
+      weighting: of each image's squared error: none, or min_snr, by its signal-to-noise ratio up to 5. That leaves next
+        to nothing for t = 0, where such a model should not be sampled: sampling.steps of "trailing:30" end before it.
       times: how the times of a flow are drawn: uniform, or logit_normal, more often in the middle.
       logit_normal: mean and standard deviation of log(t / (1 - t)) for the latter.
       label_dropout: probability with which a label becomes "no class".
