@@ -56,7 +56,8 @@ def get_config():
     config.loss = ml_collections.ConfigDict()
     config.loss.terms = ("mse", "vb", "budget")
     config.loss.weights = ()  # one for each term; none: 1 throughout
-    config.loss.weighting = "none"  # of an image's squared error by its noise; or min_snr, for diffusion (sample it with trailing steps)
+    # Of an image's squared error by its noise; or min_snr, for diffusion, to be sampled with trailing steps.
+    config.loss.weighting = "none"
     config.loss.times = "uniform"  # how times of a flow are drawn; or logit_normal
     config.loss.logit_normal = (0.0, 1.0)
     config.loss.label_dropout = 0.1
