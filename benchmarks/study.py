@@ -6,7 +6,7 @@
 Given several times at once, on parts of the cores or on several GPUs, the command shares the work: each takes the next
 model that no other works on.
 
-Trains the models of `study_models.py` in the order of their importance, each in a process of its own, and measures each
+Trains the models of `study_models.py`, the most important first, each in a process of its own, and measures each
 as soon as it has ended: accuracy, Fréchet distance, precision and recall by the judge, of images without guidance, the
 classes in turn, with several seeds of sampling. Three models of the first question also go through `analyze.py`.
 
