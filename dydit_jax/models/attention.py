@@ -69,7 +69,34 @@ def multiply(x, kernel):
     """
     *outer, width = x.shape
     rows = math.prod(outer)  # not -1, which has no meaning where there is no token
-    return (x.reshape(rows, width) @ kernel).reshape(*outer, kernel.shape[-1])
+    return _multiply_matrices(x.reshape(rows, width), kernel).reshape(*outer, kernel.shape[-1])
+
+
+@jax.custom_vjp
+def _multiply_matrices(x, kernel):
+    """Return the product of rows [R,D] and a kernel [D,E].
+
+    The kernel's gradient is a product of two factors of which the first is transposed. A CPU takes longer for it
+    where the wider of the two comes first. There is no second derivative.
+    """
+    return x @ kernel
+
+
+def _multiply_matrices_forward(x, kernel):
+    return x @ kernel, (x, kernel)
+
+
+def _multiply_matrices_backward(kept, gradient):
+    x, kernel = kept
+    if x.shape[1] <= gradient.shape[1]:
+        of_kernel = x.T @ gradient
+    else:
+        # Without the barrier the compiler would exchange the two again, to spare the transposition.
+        of_kernel = jax.lax.optimization_barrier(gradient.T @ x).T
+    return gradient @ kernel.T, of_kernel
+
+
+_multiply_matrices.defvjp(_multiply_matrices_forward, _multiply_matrices_backward)
 
 
 @jax.custom_vjp
