@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from dydit_jax.checkpoints import Weights, save_weights
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.jobs.analyze import Analysis, analyze
+from dydit_jax.jobs.analyze import Analysis, analyze, short_names
 from dydit_jax.models.dit import Model
 from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.probe import patch_losses
@@ -76,6 +77,21 @@ def test_pictures_numbers_and_page(checkpoints, tmp_path):
     assert len(tokens) == 2 * 3 * 2 and {row[f"token_{n}"] for row in tokens for n in range(16)} == {"0", "1"}
     assert len(read("dynamic/routing")) == 3 * 2 and len(read("macs")) == 3
     assert_self_contained((out / "report.html").read_text(), pictures=len(names))
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a"], ["a"]),
+        (["runs/a", "runs/b"], ["a", "b"]),
+        (["runs/a/seed_0", "runs/b/seed_0"], ["a", "b"]),
+        (["a/x", "a/y", "b/x"], ["a-x", "a-y", "b-x"]),
+        (["a", "b/a"], ["a", "b-a"]),
+        (["a", "a"], None),
+    ],
+)
+def test_models_are_named_by_what_tells_their_paths_apart(paths, names):
+    assert short_names([Path(path).parts for path in paths]) == names
 
 
 def test_losses_do_not_depend_on_the_batch(checkpoints, tmp_path):

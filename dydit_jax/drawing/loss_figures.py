@@ -8,7 +8,7 @@ from dydit_jax.drawing.style import FAINT, LINES, SMALL, TIMESTEPS, in_style, ne
 
 @in_style
 def draw_losses(timesteps: np.ndarray, losses: dict):
-    """Draw the loss of several models over the timesteps, and below what each lacks to the first.
+    """Draw the loss of several models over the timesteps, and below the difference to the first one in percent.
 
     Args:
       timesteps: from noise to image [T].
@@ -23,7 +23,7 @@ def draw_losses(timesteps: np.ndarray, losses: dict):
     for name, (color, dashes) in zip(names, LINES * len(names)):
         axes[0].plot(timesteps, losses[name].mean(0), linestyle=dashes, color=color, label=name)
         if name != names[0]:
-            gap = losses[name] - losses[names[0]]
+            gap = 100 * (losses[name] - losses[names[0]]) / losses[names[0]].mean(0)
             mean, error = gap.mean(0), 2 * gap.std(0, ddof=1) / len(gap) ** 0.5
             axes[1].plot(timesteps, mean, linestyle=dashes, color=color)
             axes[1].fill_between(timesteps, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
@@ -31,7 +31,9 @@ def draw_losses(timesteps: np.ndarray, losses: dict):
     axes[0].set_title(f"Mean squared error of the prediction, {len(losses[names[0]])} examples")
     if len(names) > 1:
         axes[1].axhline(0, color=FAINT, linewidth=0.8)
-        axes[1].set_title(f"Minus that of {names[0]}; shaded: two standard errors")
+        axes[1].set_yscale("symlog", linthresh=10)  # a few percent can be read beside a multiple
+        axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:+g} %".replace("-", "−") if value else "0")
+        axes[1].set_title(f"Difference to {names[0]}; shaded: two standard errors")
     noise_left(axes[0], timesteps)
     axes[-1].set_xlabel(TIMESTEPS)
     figure.legend(loc="outside lower left", ncols=1)

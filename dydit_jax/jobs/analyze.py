@@ -146,7 +146,7 @@ def analyze(request: Analysis) -> dict:
 
 
 def _named(weights: list[Weights], paths: tuple[str, ...]) -> dict[str, Weights]:
-    """Name models by the shortest ends of their paths that tell them apart.
+    """Name models by what tells their paths apart.
 
     Raises:
       InputError: models of different inputs or processes.
@@ -159,11 +159,20 @@ def _named(weights: list[Weights], paths: tuple[str, ...]) -> dict[str, Weights]
                 f"{path} has inputs {shape(other.model)} (side, channels, classes) and {other.process}, {paths[0]} "
                 f"{shape(first.model)} and {first.process}; losses of the same examples can't be compared."
             )
-    parts = [epath.Path(str(path).removesuffix(".safetensors")).parts for path in paths]
-    depth = next((n for n in range(1, 9) if len({p[-n:] for p in parts}) == len(parts)), None)
-    if depth is None:
+    names = short_names([epath.Path(str(path).removesuffix(".safetensors")).parts for path in paths])
+    if names is None:
         raise InputError(f"--checkpoints names a model twice: {', '.join(paths)}.")
-    return {"-".join(part[-depth:]).strip("/"): model for part, model in zip(parts, weights)}
+    return dict(zip(names, weights))
+
+
+def short_names(paths: list[tuple[str, ...]]) -> list[str] | None:
+    """Return a name for each path, given in parts: the last part by which all differ, else the shortest ends that do.
+
+    None where two paths are the same.
+    """
+    alone = [[path[-depth] for path in paths] for depth in range(1, min(map(len, paths)) + 1)]
+    ends = [["-".join(path[-depth:]) for path in paths] for depth in range(2, max(map(len, paths)) + 1)]
+    return next(([name.strip("/") for name in names] for names in alone + ends if len(set(names)) == len(names)), None)
 
 
 def _examples(request: Analysis, models: dict[str, Weights]) -> dict:
