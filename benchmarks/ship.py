@@ -16,13 +16,15 @@ A file `<data>_dydit.safetensors` among the assets is known by the name `<data>`
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 from absl import flags
 from etils import epath
-from studies import difference, measure, provenance, table_header, table_line
+from studies import deviation, difference, measure, provenance, table_header, table_line
 from study import DATA, NUM_IMAGES, RUNS, SAMPLING_SEEDS, Training
 from study_models import SHIPPED, STATIC, STUDIES
+from study_pages import measures_of
 
 from dydit_jax.checkpoints import save_weights
 from dydit_jax.errors import InputError
@@ -72,7 +74,23 @@ def conditions(model: list[dict], parent: list[dict], real: dict, size: int) -> 
     return [dict(row, value=float(row["value"]), met=bool(is_met(row))) for row in rows]
 
 
-def table(rows: list[dict]) -> str:
+def models_table(found: Mapping) -> str:
+    """Return what was measured of the model, its parent and real pictures as Markdown: mean ± deviation over seeds."""
+    measures = measures_of(found)
+    lines = table_header("", "million MACs", *measures)
+    for name, rows in (("static parent", found["parent"]), (SHIPPED, found["model"])):
+        cells = [_spread(rows, key, places) for key, places in measures.items()]
+        lines.append(table_line(name, f"{np.mean([row['macs'] for row in rows]) / 1e6:.2f}", *cells))
+    real = (f"{found['real'][key]:.{places}f}" for key, places in measures.items())
+    return "\n".join([*lines, table_line("real test pictures", "", *real)]) + "\n"
+
+
+def _spread(rows: list[dict], key: str, places: int) -> str:
+    values = np.array([row[key] for row in rows])
+    return f"{values.mean():.{places}f} ± {deviation(values):.{places}f}"
+
+
+def conditions_table(rows: list[dict]) -> str:
     """Return the conditions as Markdown."""
     lines = table_header("condition", "value", "bound", "met")
     for row in rows:
@@ -97,9 +115,10 @@ def main():
     measured = dict(model=measure_model(candidate, judge), parent=measure_model(parent.folder, judge))
     real = judge.measure(*study.real_pictures(NUM_IMAGES.value))
     rows = conditions(*measured.values(), real, candidate.stat().length)
+    found = measured | dict(real=real, conditions=rows)
     if RESULTS.value:
-        write_json(RESULTS.value, provenance() | dict(measured, real=real, conditions=rows))
-    sys.stdout.write(table(rows))
+        write_json(RESULTS.value, provenance() | found)
+    sys.stdout.write(f"{models_table(found)}\n{conditions_table(rows)}")
     missed = [row["about"] for row in rows if not row["met"]]
     if missed:
         raise InputError(f"Not met: {'; '.join(missed)}. {out} was not written; what was judged is {candidate}.")

@@ -5,6 +5,7 @@ So does the Pareto page, whose points can be drawn again.
 
 import importlib
 import json
+import re
 import shlex
 import sys
 from types import SimpleNamespace
@@ -378,7 +379,7 @@ def test_a_model_ships_only_as_good_as_its_parent(modules):
     assert not met(rows(1.3, 1.4, recall=0.59))["recall"]  # neither differs from seed to seed
     assert not met(rows(1.3, 1.4, macs=5.6e6))["MACs beside the parent's"]
     assert not met(good, size=8_000_001)["bytes"]
-    text = modules.ship.table(modules.ship.conditions(rows(1.4, 1.5), parent, real, 4_000_000))
+    text = modules.ship.conditions_table(modules.ship.conditions(rows(1.4, 1.5), parent, real, 4_000_000))
     assert "| distance, loss beside the parent | 0.35 | at most 0.3162 | **no** |" in text
 
 
@@ -388,5 +389,16 @@ def test_a_model_ships_only_as_good_as_its_parent(modules):
 def test_the_page_holds_the_tables_of_its_results(modules):
     page = (ROOT / "docs" / "study.md").read_text().splitlines()
     found, shipped = (json.loads((ROOT / "docs" / name).read_text()) for name in ("study.json", "fashion.json"))
-    written = modules.study_pages.tables(found) + modules.ship.table(shipped["conditions"])
+    written = modules.study_pages.tables(found) + modules.ship.conditions_table(shipped["conditions"])
+    written += modules.ship.models_table(shipped).split("\n", 1)[1]  # the page's first line says more
     assert [line for line in written.splitlines() if line.startswith("|") and line not in page] == []
+
+
+def test_the_readme_holds_what_was_measured_of_the_model_that_ships(modules):
+    readme = (ROOT / "README.md").read_text()
+    shipped = json.loads((ROOT / "docs" / "fashion.json").read_text())
+    for line in modules.ship.models_table(shipped).splitlines()[2:]:
+        _, macs, accuracy, distance, _, recall = (cell.strip() for cell in line.strip("|").split("|"))
+        macs = f"{float(macs):.1f}" if macs else ""
+        numbers = re.escape(f" {macs} | {accuracy} | {distance} | {recall} |".replace("  ", " "))
+        assert re.search(rf"^\| [^|]+ \|{numbers}$", readme, re.MULTILINE)
