@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dydit_jax.errors import require_known
+from dydit_jax.models.products import PLATFORMS, multiply
 
-PLATFORMS = ("cpu", "gpu", "tpu")
 TRIAL_TOKENS = 64
 ATTENDED = "attended"  # the name of what heads return, for rematerialisation
 
@@ -52,51 +52,16 @@ def _attend_cpu(x, qkv, bias, out, gates):
     heads, size, _ = jax.tree.leaves(out)[0].shape
 
     def project(kernel, bias):
-        projected = multiply(x, kernel.reshape(-1, heads * size)) + bias.reshape(*bias.shape[:-2], heads * size)
+        projected = multiply(x, kernel.reshape(-1, heads * size), platform="cpu") + bias.reshape(
+            *bias.shape[:-2], heads * size
+        )
         return projected.reshape(batch, tokens, heads, size).swapaxes(1, 2)  # [B,H,N,K]
 
     attended = _weigh_values(*map(project, qkv, bias))  # [B,H,N,K]
     if gates is not None:
         attended = attended * gates[:, :, None, None].astype(x.dtype)
     attended = attended.swapaxes(1, 2).reshape(batch, tokens, heads * size)
-    return jax.tree.map(lambda kernel: multiply(attended, kernel.reshape(heads * size, -1)), out)
-
-
-def multiply(x, kernel):
-    """Return the product of tokens [...,D] with a kernel [D,E], [...,E], as one of two matrices.
-
-    So that the kernel's gradient is one as well: for a sum over two axes a CPU copies both factors first.
-    """
-    *outer, width = x.shape
-    rows = math.prod(outer)  # not -1, which has no meaning where there is no token
-    return _multiply_matrices(x.reshape(rows, width), kernel).reshape(*outer, kernel.shape[-1])
-
-
-@jax.custom_vjp
-def _multiply_matrices(x, kernel):
-    """Return the product of rows [R,D] and a kernel [D,E].
-
-    The kernel's gradient is a product of two factors of which the first is transposed. A CPU takes longer for it
-    where the wider of the two comes first. There is no second derivative.
-    """
-    return x @ kernel
-
-
-def _multiply_matrices_forward(x, kernel):
-    return x @ kernel, (x, kernel)
-
-
-def _multiply_matrices_backward(kept, gradient):
-    x, kernel = kept
-    if x.shape[1] <= gradient.shape[1]:
-        of_kernel = x.T @ gradient
-    else:
-        # Without the barrier the compiler would exchange the two again, to spare the transposition.
-        of_kernel = jax.lax.optimization_barrier(gradient.T @ x).T
-    return gradient @ kernel.T, of_kernel
-
-
-_multiply_matrices.defvjp(_multiply_matrices_forward, _multiply_matrices_backward)
+    return jax.tree.map(lambda kernel: multiply(attended, kernel.reshape(heads * size, -1), platform="cpu"), out)
 
 
 @jax.custom_vjp

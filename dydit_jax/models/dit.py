@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.models.attention import ATTENDED, PLATFORMS
+from dydit_jax.models.attention import ATTENDED
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.execution import Dense, Masked, MLPStep, TokenExecution, TopK, execution_runs
 from dydit_jax.models.layers import (
@@ -42,6 +42,7 @@ from dydit_jax.models.layers import (
     unconstrained,
 )
 from dydit_jax.models.lora import MIXTURE, LoRAConfig, Mixture
+from dydit_jax.models.products import PLATFORMS
 from dydit_jax.models.routing import Routers, Routing, find_routers
 from dydit_jax.registry import require_array
 

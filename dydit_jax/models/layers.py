@@ -15,6 +15,7 @@ the residual stream stay in float32.
 Source: DiT, https://arxiv.org/abs/2212.09748, section 3 and figure 3.
 """
 
+import functools
 import math
 
 import jax
@@ -22,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dydit_jax.models.attention import attend, multiply
+from dydit_jax.models.attention import attend
 from dydit_jax.models.lora import add_updates, expand, has_update, reducing_kernel
+from dydit_jax.models.products import multiply, separate
 
 TIME_FREQUENCIES = 128  # cosines and as many sines: 256 features
 MAX_PERIOD = 10_000.0
@@ -325,7 +327,7 @@ class MLP(nnx.Module):
             return jnp.broadcast_to(down_bias, x.shape)
         # Plain matrices: compilers fuse and tile [D,G*F] better than two contracted axes.
         up, down = (leaf[...].astype(self.dtype) for leaf in (self.up, self.down))
-        product = multiply if self.platform == "cpu" else jnp.matmul
+        product = functools.partial(multiply, platform=self.platform)
         hidden = product(x.astype(self.dtype), up.reshape(width, groups * units))  # [B,N,G*F]
         hidden = hidden + self.up_bias[...].astype(self.dtype).reshape(groups * units)
         if has_update(self, "up"):
@@ -336,7 +338,7 @@ class MLP(nnx.Module):
         hidden = jax.nn.gelu(hidden, approximate=True)
         if self.platform == "tpu":
             # Else its compiler makes the GELU part of the product behind it, which then waits for it, once per tile.
-            hidden = jax.lax.optimization_barrier(hidden)
+            hidden = separate(hidden)
         result = product(hidden, down.reshape(groups * units, width)) + down_bias
         if has_update(self, "down"):
             reduced = hidden @ reducing_kernel(self, "down").reshape(groups * units, -1)
