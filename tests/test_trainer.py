@@ -25,7 +25,7 @@ from dydit_jax.checkpoints import save_weights
 from dydit_jax.data import sources
 from dydit_jax.drawing.pictures import draw_grid
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.jobs import ema
+from dydit_jax.jobs import ema, steps
 from dydit_jax.jobs import train as trainer
 from dydit_jax.jobs.train import train_and_evaluate
 from dydit_jax.loading import load_checkpoint
@@ -140,7 +140,7 @@ def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
 def test_run_told_to_stop_saves_its_step_and_goes_on_from_it(tmp_path, monkeypatch):
     whole = train_and_evaluate(changed(STATIC, train=dict(steps=5)), tmp_path / "whole")
 
-    class Told(trainer.PreemptionNotice):
+    class Told(steps.PreemptionNotice):
         def at(self, step):
             if step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -148,7 +148,7 @@ def test_run_told_to_stop_saves_its_step_and_goes_on_from_it(tmp_path, monkeypat
 
     config = changed(STATIC, train=dict(steps=5), checkpoint=dict(every_steps=100))
     with monkeypatch.context() as patch, pytest.raises(StopError, match="step 3 is saved") as stopped:
-        patch.setattr(trainer, "PreemptionNotice", Told)
+        patch.setattr(steps, "PreemptionNotice", Told)
         train_and_evaluate(config, tmp_path / "run")
     assert stopped.value.code == 75
     jax.tree.map(np.testing.assert_array_equal, whole, train_and_evaluate(config, tmp_path / "run"))
@@ -172,7 +172,7 @@ def test_weights_that_are_not_finite_are_not_trained(trained, tmp_path):
 def test_state_that_is_not_finite_is_not_saved(trained, tmp_path, monkeypatch):
     """It comes from memory that fails: an update can't make such a state."""
     shutil.copytree(trained, tmp_path / "run")
-    monkeypatch.setattr(trainer, "all_finite", lambda state: state[2][1][0].count < 6)
+    monkeypatch.setattr(steps, "all_finite", lambda state: state[2][1][0].count < 6)
     with pytest.raises(StopError, match="state of step 6 holds .* newest whole checkpoint is of step 4"):
         train_and_evaluate(changed(STATIC, train=dict(steps=6)), tmp_path / "run")
     assert load_checkpoint(tmp_path / "run").about["step"] == 4
@@ -196,8 +196,8 @@ def test_full_disk_ends_the_run_with_its_newest_checkpoint_named(trained, tmp_pa
         monkeypatch.setattr(files, "_flush", fail)
     drawn = types.SimpleNamespace(images=np.zeros((12, 8, 8, 1)), mean_macs=1.0)
     monkeypatch.setattr(ema.SamplingRun, "draw", lambda *_, **__: drawn)
-    monkeypatch.setattr(trainer, "load_decoder", lambda *_: lambda images: images)
-    monkeypatch.setattr(trainer, "measure_ema", lambda *_: {})
+    monkeypatch.setattr(steps, "load_decoder", lambda *_: lambda images: images)
+    monkeypatch.setattr(steps, "measure_ema", lambda *_: {})
     config = changed(STATIC, train=dict(steps=6), tracking=dict(samples_every_steps=6))
     step = 4 if failing == "metrics.jsonl" else 6
     with pytest.raises(StopError) as stopped:
@@ -219,10 +219,10 @@ def test_changed_dataset_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_checkpoint_moves_to_other_meshes_and_back(trained, tmp_path):
-    for steps, size in ((2, 4), (3, 1), (4, 4)):
+    for last, size in ((2, 4), (3, 1), (4, 4)):
         devices = jax.devices()[:size]
         with mock.patch.object(trainer, "make_mesh", lambda config, devices=devices: make_mesh(config, devices)):
-            config = changed(STATIC, train=dict(steps=steps), mesh=dict(data=1, fsdp=-1))
+            config = changed(STATIC, train=dict(steps=last), mesh=dict(data=1, fsdp=-1))
             state = train_and_evaluate(config, tmp_path / "run")
     near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(near, state.ema, load_checkpoint(trained).params)
