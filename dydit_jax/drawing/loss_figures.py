@@ -5,6 +5,8 @@ import numpy as np
 from dydit_jax.diffusion.process import format_time
 from dydit_jax.drawing.style import FAINT, LINES, SMALL, TIMESTEPS, in_style, new_figure, noise_left, shades
 
+PERCENTS = (0, 5, 10, 20, 50, 100, 200, 500, 1000)  # ticks of a difference
+
 
 @in_style
 def draw_losses(timesteps: np.ndarray, losses: dict):
@@ -17,6 +19,8 @@ def draw_losses(timesteps: np.ndarray, losses: dict):
     Returns:
       A figure.
     """
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     names = list(losses)
     figure = new_figure(5.6 if len(names) > 1 else 3.4)
     axes = figure.subplots(2 if len(names) > 1 else 1, 1, sharex=True, squeeze=False)[:, 0]
@@ -32,6 +36,8 @@ def draw_losses(timesteps: np.ndarray, losses: dict):
     if len(names) > 1:
         axes[1].axhline(0, color=FAINT, linewidth=0.8)
         axes[1].set_yscale("symlog", linthresh=10)  # a few percent can be read beside a multiple
+        axes[1].yaxis.set_major_locator(FixedLocator([sign * value for value in PERCENTS for sign in (-1, 1)]))
+        axes[1].yaxis.set_minor_locator(NullLocator())
         axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:+g} %".replace("-", "−") if value else "0")
         axes[1].set_title(f"Difference to {names[0]}; shaded: two standard errors")
     noise_left(axes[0], timesteps)
