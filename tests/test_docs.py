@@ -391,3 +391,43 @@ def test_tables_hold_the_numbers_of_their_files(row, unit):
         assert row["difference"] == f"{result['largest_difference_to_gated']:.1e}"
     for column in row.keys() & {"batch", "steps"}:
         assert int(row[column]) == result[{"batch": "batch_size"}.get(column, column)], column
+
+
+STEPS = {
+    "static": "static",
+    "second stage": "dynamic",
+    "second stage, top-k at half the tokens": "dynamic, top-k 0.5",
+    "first stage": "dynamic and complete",
+    "static, gradient and norm alone": "static, without its update",
+    "PyTorch eager, static": "torch_eager",
+    "PyTorch compiled, static": "torch_compiled",
+}
+
+
+@pytest.mark.parametrize(
+    ("page", "begins", "files", "keys"),
+    [
+        ("benchmarks.md", "## Training, CPU, Intel", ("train_s2_intel", "train_b2_intel"), "sgpm"),
+        ("speed/README.md", "Two Intel cores with nothing", ("train_s2_intel", "train_b2_intel"), "sgpm"),
+        ("speed/README.md", "**A small model**", ("train_fashion_intel",), "sgp"),
+        ("speed/README.md", "**By the TPU compiler**", ("train_xl2_v5e_products", "train_xl2_v5e"), "ct"),
+    ],
+)
+def test_tables_of_training_steps_hold_the_numbers_of_their_files(page, begins, files, keys):
+    value_of = {
+        "s": lambda row: row["seconds"],
+        "g": lambda row: row["giga_flops_per_second"],
+        "p": lambda row: row.get("times_torch_compiled", {"seconds": 1.0})["seconds"],
+        "m": lambda row: row.get("temporary_gib"),
+        "c": lambda row: 100 * row["scheduled_share_of_peak"],
+        "t": lambda row: row["times_static"]["scheduled"],
+    }
+    text = (ROOT / "docs" / page).read_text()
+    lines = text[text.index(begins) :].split("\n|---")[1].split("\n\n")[0].splitlines()[1:]
+    measured = [json.loads((ROOT / "docs" / "speed" / f"{file}.json").read_text())["rows"] for file in files]
+    assert len(lines) == len(measured[0])
+    for line in lines:
+        name, *cells = (cell.strip().removesuffix(" %") for cell in line.strip("|").split("|"))
+        values = [value_of[key](rows[STEPS[name]]) for rows in measured for key in keys]
+        for cell, value in zip(cells, values, strict=True):
+            assert cell == "" if value is None else is_rounded(cell, value), (name, cell, value)
