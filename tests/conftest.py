@@ -1,6 +1,7 @@
 """What tests share: four CPU devices, a tiny model, and the reference files."""
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
@@ -235,6 +236,14 @@ def fidelity_network():
             elif tensor.dtype.is_floating_point:
                 torch.nn.init.kaiming_normal_(tensor)
     return network, module.interpolate_bilinear_2d_like_tensorflow1x
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """Return a function from the name of a benchmark's module, which is no part of the package, to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module
 
 
 @pytest.fixture

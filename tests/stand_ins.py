@@ -1,12 +1,14 @@
 """What stands in for something too large to be computed in a test."""
 
 import contextlib
+import io
 import types
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from dydit_jax.data.image_sets import open_images
 from dydit_jax.jobs import evaluate as evaluation
@@ -73,3 +75,20 @@ def small_autoencoder(**record) -> Autoencoder:
     config = AutoencoderConfig(**dict(dict(widths=(32, 32, 32, 32), resnets=1), **record))
     draw = np.random.default_rng(0).standard_normal
     return Autoencoder(config, jax.tree.map(lambda leaf: 0.1 * draw(leaf.shape, np.float32), abstract_params(config)))
+
+
+def png(number: int) -> bytes:
+    """Return a file of random pixels, 24 x 20."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def write_pictures(folder, count: int):
+    """Write files of random pixels, in turn into the folders of two classes; return `folder`."""
+    for number in range(count):
+        place = folder / f"class{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.png").write_bytes(png(number))
+    return folder

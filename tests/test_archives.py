@@ -7,7 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from stand_ins import png, write_pictures
 
 from dydit_jax.data import packing
 from dydit_jax.data.archives import open_pictures
@@ -23,20 +23,9 @@ COUNT = 10
 MODEL = DiTConfig(depth=1, width=32, heads=2, patch=2, side=16, channels=3, classes=2)
 
 
-def picture(number: int) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, format="PNG")
-    return file.getvalue()
-
-
 @pytest.fixture
 def folder(tmp_path):
-    for number in range(COUNT):
-        place = tmp_path / "pictures" / f"class{number % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number}.png").write_bytes(picture(number))
-    return tmp_path / "pictures"
+    return write_pictures(tmp_path / "pictures", COUNT)
 
 
 def member(name: str, content: bytes = b"", **fields) -> tuple[tarfile.TarInfo, bytes]:
@@ -114,7 +103,7 @@ def test_wrong_sources_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match="is not a tar archive"):
         prepare_pictures(str(tmp_path / "text.tar"), out)
     with pytest.raises(InputError, match="holds no .tar per class"):
-        prepare_pictures(str(tar_of(tmp_path / "flat.tar", {"a.png": picture(0)})), out)
+        prepare_pictures(str(tar_of(tmp_path / "flat.tar", {"a.png": png(0)})), out)
     with pytest.raises(InputError, match="is not empty"):
         prepare_pictures(str(folder), str(folder))
     (folder / "class0" / "0.png").write_bytes(b"")
@@ -183,7 +172,7 @@ def test_shards_that_are_not_whole_are_made_again(folder, tmp_path, monkeypatch,
 
 def test_other_pictures_and_other_folders_are_refused(folder, tmp_path):
     path = prepare_pictures(str(folder), str(tmp_path / "out"))
-    (folder / "class0" / "new.png").write_bytes(picture(99))
+    (folder / "class0" / "new.png").write_bytes(png(99))
     with pytest.raises(InputError, match="made of other pictures than --source has now"):
         prepare_pictures(str(folder), str(tmp_path / "out"))
     (tmp_path / "out" / "class_pictures" / "1.0.0" / "source.json").unlink()  # of another program
@@ -212,10 +201,10 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on(folder, tmp_path, monke
 
 
 def test_the_same_name_twice_is_kept_twice(tmp_path, caplog):
-    members = [member("a/1.png", picture(1)), member("1.png", picture(2)), member("./1.png", picture(3))]
+    members = [member("a/1.png", png(1)), member("1.png", png(2)), member("./1.png", png(3))]
     tar_of(tmp_path / "tars" / "ants.tar", members)
     found = contents(prepare_pictures(str(tmp_path / "tars"), str(tmp_path / "out")))
-    assert found == [(f"ants/1.png{mark}", picture(n), 0) for n, mark in ((1, ""), (2, "#2"), (3, "#3"))]
+    assert found == [(f"ants/1.png{mark}", png(n), 0) for n, mark in ((1, ""), (2, "#2"), (3, "#3"))]
     assert "1 names occur more than once (ants/1.png); all are kept" in caplog.text
 
 
@@ -232,7 +221,7 @@ def test_the_same_name_twice_is_kept_twice(tmp_path, caplog):
     ],
 )
 def test_members_that_are_no_ordinary_files_are_unreadable_pictures(tmp_path, caplog, fields, reason):
-    members = [member("1.png", picture(1)), member("x.png", **fields), member("2.png", picture(2))]
+    members = [member("1.png", png(1)), member("x.png", **fields), member("2.png", png(2))]
     tar_of(tmp_path / "tars" / "ants.tar", members)
     found = contents(prepare_pictures(str(tmp_path / "tars"), str(tmp_path / "out"), max_bad=1))
     assert [name for name, _, _ in found] == ["ants/1.png", "ants/2.png"]
@@ -242,7 +231,7 @@ def test_members_that_are_no_ordinary_files_are_unreadable_pictures(tmp_path, ca
 
 
 def test_members_larger_than_any_picture_are_not_read(tmp_path):
-    path = tar_of(tmp_path / "tars" / "ants.tar", [member("1.png", picture(1)), member("x.png", b"", size=0)])
+    path = tar_of(tmp_path / "tars" / "ants.tar", [member("1.png", png(1)), member("x.png", b"", size=0)])
     content = bytearray(path.read_bytes())
     info = tarfile.TarInfo("x.png")
     info.size = MAX_BYTES + 1
@@ -262,7 +251,7 @@ def test_members_larger_than_any_picture_are_not_read(tmp_path):
 def test_what_systems_leave_in_tars_is_passed_over_and_the_rest_named(tmp_path, caplog):
     caplog.set_level("INFO")
     names = ["__MACOSX/._1.png", ".ipynb_checkpoints/1.png", "Thumbs.db", "x.avif", "../1.png", "dir.png"]
-    members = [member(name, picture(1)) for name in names[:-1]] + [member("dir.png", type=tarfile.DIRTYPE)]
+    members = [member(name, png(1)) for name in names[:-1]] + [member("dir.png", type=tarfile.DIRTYPE)]
     tar_of(tmp_path / "tars" / "ants.tar", members)
     (tmp_path / "tars" / "._ants.tar").write_bytes(b"")
     (tmp_path / "tars" / "stray.png").write_bytes(b"")
@@ -295,7 +284,7 @@ KINDS = ["cut in a picture", "cut in a header", "flipped header", "end in the mi
 
 @pytest.mark.parametrize("kind", [*KINDS, "compressed", "no tar", "empty"])
 def test_damaged_tars_are_an_error_and_not_the_end(tmp_path, kind):
-    path = tar_of(tmp_path / "tars" / "ants.tar", {f"{n}.png": picture(n) for n in (1, 2, 3)})
+    path = tar_of(tmp_path / "tars" / "ants.tar", {f"{n}.png": png(n) for n in (1, 2, 3)})
     path.write_bytes(damaged(kind, path.read_bytes()))
     with pytest.raises(InputError, match=r"ants.tar is not a tar archive without compression, or it is damaged after"):
         prepare_pictures(str(tmp_path / "tars"), str(tmp_path / "out"))
@@ -303,9 +292,9 @@ def test_damaged_tars_are_an_error_and_not_the_end(tmp_path, kind):
 
 
 def test_tars_that_end_without_their_closing_blocks_are_read_with_a_warning(tmp_path, caplog):
-    path = tar_of(tmp_path / "tars" / "ants.tar", {"1.png": picture(1)})
-    path.write_bytes(path.read_bytes().rstrip(b"\0").ljust(512 * (1 + -(-len(picture(1)) // 512)), b"\0"))
-    assert [found.read() for found in open_pictures(str(tmp_path / "tars")).pictures()] == [picture(1)]
+    path = tar_of(tmp_path / "tars" / "ants.tar", {"1.png": png(1)})
+    path.write_bytes(path.read_bytes().rstrip(b"\0").ljust(512 * (1 + -(-len(png(1)) // 512)), b"\0"))
+    assert [found.read() for found in open_pictures(str(tmp_path / "tars")).pictures()] == [png(1)]
     assert "has no closing blocks; it may have been cut" in caplog.text
 
 
@@ -351,7 +340,7 @@ def test_tars_without_pictures_and_tars_that_would_hang_are_refused(tmp_path):
 
 
 def test_names_are_printable(tmp_path):
-    tar_of(tmp_path / "tars" / "ants.tar", [member("\x1b[2J\udcff\nü.png", picture(1))])
+    tar_of(tmp_path / "tars" / "ants.tar", [member("\x1b[2J\udcff\nü.png", png(1))])
     [(name, _, _)] = contents(prepare_pictures(str(tmp_path / "tars"), str(tmp_path / "out")))
     assert name == r"ants/\x1b[2J\udcff\nü.png"
 
@@ -366,7 +355,7 @@ def test_damaged_examples_count_as_unreadable_pictures(folder, tmp_path, monkeyp
     whole = [opened(0)[index] for index in range(COUNT)]
     shard = tmp_path / "out" / "class_pictures" / "1.0.0" / "class_pictures-train.array_record-00000"
     content = shard.read_bytes()
-    place = content.index(picture(2)[-40:])
+    place = content.index(png(2)[-40:])
     shard.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
     source = opened(1)
     np.testing.assert_array_equal(source[1]["pixels"], whole[2]["pixels"])  # the next one in its place
@@ -384,6 +373,6 @@ def test_damaged_examples_count_as_unreadable_pictures(folder, tmp_path, monkeyp
 def test_labels_outside_the_classes_stop_the_run(folder, tmp_path):
     path = prepare_pictures(str(folder), str(tmp_path / "out"))
     source = open_source(DataConfig(name="tfds", path=path, batch_size=1), MODEL)
-    source._source = [dict(image=picture(0), label=-1)]  # as the test splits of public datasets have
+    source._source = [dict(image=png(0), label=-1)]  # as the test splits of public datasets have
     with pytest.raises(InputError, match=r"Example 0 .* has label -1; labels are whole numbers from 0 to 1"):
         source[0]

@@ -1,7 +1,6 @@
 """The benchmark for GPUs: its parts at tiny sizes, its clock and its file."""
 
 import dataclasses
-import importlib
 import json
 import os
 import subprocess
@@ -15,14 +14,6 @@ from conftest import ROOT
 
 from dydit_jax.errors import InputError
 from dydit_jax.loading import load_checkpoint
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """Return a function from the name of a benchmark's module, which is no part of the package, to it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module
 
 
 def cpu() -> dict:

@@ -1,21 +1,16 @@
 """What the benchmark for GPUs makes of a trace: time, calls and bytes by class of kernel."""
 
 import gzip
-import importlib
 import json
 
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def trace():
-    """Return the module under test, which is no part of the package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("gpu_trace")
+def trace(benchmark):
+    return benchmark("gpu_trace")
 
 
 TEXT = """

@@ -1,18 +1,12 @@
 # ruff: noqa: E501
 """What the text of a compiled program says that it launches, moves and multiplies."""
 
-import importlib
-
 import pytest
-from conftest import ROOT
 
 
 @pytest.fixture(scope="module")
-def hlo():
-    """Return the module under test, which is no part of the package."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield importlib.import_module("hlo")
+def hlo(benchmark):
+    return benchmark("hlo")
 
 
 # A loop of 10 steps: two products of a library, one with a bias, attention, a packing kernel and a fusion that slices.

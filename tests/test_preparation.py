@@ -1,13 +1,11 @@
 """Pictures are packed once: exactly, again after a kill, and verifiably."""
 
-import io
 import json
 import os
 
 import numpy as np
 import pytest
-from PIL import Image
-from stand_ins import mean_for_autoencoder, small_autoencoder
+from stand_ins import mean_for_autoencoder, small_autoencoder, write_pictures
 
 from dydit_jax.checkpoints import read_autoencoder_config, save_autoencoder
 from dydit_jax.data.batches import batches, examples
@@ -27,20 +25,9 @@ from dydit_jax.training.experiment import read_experiment
 COUNT = 10
 
 
-def picture(number: int) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, format="PNG")
-    return file.getvalue()
-
-
 @pytest.fixture
 def folder(tmp_path):
-    for number in range(COUNT):
-        place = tmp_path / "pictures" / f"class{number % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{number}.png").write_bytes(picture(number))
-    return tmp_path / "pictures"
+    return write_pictures(tmp_path / "pictures", COUNT)
 
 
 @pytest.fixture
