@@ -141,8 +141,9 @@ def _model() -> Model:
 
 def _blocks(chip: str, batch: int) -> list[dict]:
     """Cost one block, modulation included."""
-    config, dtype = _model().config, _model().dtype
-    block = nnx.eval_shape(lambda: Block(config, dtype=dtype, platform="tpu", rngs=nnx.Rngs(0)))
+    config, dtype, router = _model().config, _model().dtype, _model().routers.token
+    settings = dict(token_router=router, dtype=dtype, platform="tpu")
+    block = nnx.eval_shape(lambda: Block(config, **settings, rngs=nnx.Rngs(0)))
     graph, weights = nnx.split(block)
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), nnx.to_pure_dict(weights))
     kept = lambda heads, groups: jax.eval_shape(

@@ -1,4 +1,7 @@
-"""Where the TPU's compiler is installed: what a step for a slice gathers, and that products are counted right."""
+"""What is asked of the TPU's compiler; where it is installed, also its answers.
+
+What a step for a slice gathers, and that products are counted right.
+"""
 
 import importlib.util
 import json
@@ -8,7 +11,31 @@ import sys
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+compiled = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+# All programs of two benchmarks are traced, none is compiled.
+TRACED = """
+import sys
+import jax
+import tpu_compiler
+from absl import flags
+
+def trace(function, *arguments, chip):
+    jax.eval_shape(function, *arguments)
+    return tpu_compiler.Cost(1.0, 1.0, 0, (), "")
+
+tpu_compiler.compile_and_cost = trace
+sys.argv = f"benchmark --chips=v5e --chip=v5e --model=S/8 --depth=2 --remats=dots --out={sys.argv[1]}".split()
+import tpu_cost
+flags.FLAGS(sys.argv, known_only=True)
+rows = tpu_cost._blocks("v5e", 16) + tpu_cost._models("v5e", 16)
+for name in ("model", "depth", "out"):
+    delattr(flags.FLAGS, name)
+import train_step
+flags.FLAGS(sys.argv, known_only=True)
+train_step.main()
+print(len(rows))
+"""
 
 # Cycles of three products, the first two of which leave their result in fast memory, over those of their multiply-adds.
 PRODUCTS = """
@@ -41,6 +68,15 @@ print(len(made), all("S(1)" in array for types in made for array in re.findall(r
 """
 
 
+def test_programs_of_the_benchmarks_can_be_traced(tmp_path):
+    command = [sys.executable, "-c", TRACED, str(tmp_path / "steps.json")]
+    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "6"  # a block and the model, each whole and by two executions
+    assert len(json.loads((tmp_path / "steps.json").read_text())["rows"]) == 5
+
+
+@compiled
 @pytest.mark.parametrize("layout", ["data", "fsdp"])
 def test_training_step_compiles_for_a_slice(tmp_path, layout):
     out = tmp_path / "cost.json"
@@ -53,6 +89,7 @@ def test_training_step_compiles_for_a_slice(tmp_path, layout):
     assert ("all-gather" in row["collectives"]) == (layout == "fsdp")
 
 
+@compiled
 def test_a_product_costs_its_macs():
     command = [sys.executable, "-c", PRODUCTS]
     done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=300)
@@ -60,6 +97,7 @@ def test_a_product_costs_its_macs():
     assert float(done.stdout) == pytest.approx(1, rel=1e-3)
 
 
+@compiled
 def test_kernels_keep_tokens_in_fast_memory():
     command = [sys.executable, "-c", KERNELS]
     done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=300)
