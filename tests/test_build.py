@@ -144,9 +144,10 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_what_is_recomputed_follows_the_backend(monkeypatch):
     assert resolve_remat("block") == "block"
-    for backend, expected in (("cpu", "dots"), ("gpu", "none"), ("tpu", "none")):
+    for backend, expected in (("cpu", "dots"), ("gpu", "none"), ("tpu", "dots")):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert resolve_remat("auto") == expected
+    assert resolve_remat("auto", "gpu") == "none"
 
 
 def test_precision_follows_the_backend():

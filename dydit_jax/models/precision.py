@@ -23,14 +23,19 @@ def resolve_precision(name: str) -> tuple[jnp.dtype, str]:
     return jnp.dtype(dtype), "highest" if name == "highest" else "default"
 
 
-def resolve_remat(name: str) -> str:
-    """Return what the backward pass recomputes: "auto" is "dots" on CPUs, "none" elsewhere.
+def resolve_remat(name: str, platform: str | None = None) -> str:
+    """Return what the backward pass recomputes: "auto" is "dots" on CPUs and TPUs, "none" on GPUs.
 
-    On a CPU all that is not a product is computed again in less time than it is written to memory and read back.
+    Where it was measured, all that is not a product is computed again in less time than it is written to memory and
+    read back: docs/speed/README.md.
+
+    Args:
+      name: one of `REMAT_SETTINGS`.
+      platform: one of `PLATFORMS`; None is that of this process.
     """
     require_known("remat", name, REMAT_SETTINGS)
     if name == "auto":
-        name = "dots" if jax.default_backend() == "cpu" else "none"
+        name = "none" if (platform or jax.default_backend()) == "gpu" else "dots"
     return name
 
 
