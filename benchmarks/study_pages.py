@@ -196,6 +196,7 @@ def draw_parts(found: Mapping):
     axis.set_yticks(rows, [f"{name}\nbeside {row['other']}" for name, row in differences.items()], fontsize=SMALL)
     axis.tick_params(color=INK, length=2)
     axis.set(ylim=(len(differences) - 0.5, -0.5))
-    axis.set_xlabel(f"difference in Fréchet distance; bars: {MEASURED:.0f} deviations")
+    bars = f"; bars: {MEASURED:.0f} deviations" if any(spreads) else ""
+    axis.set_xlabel(f"difference in Fréchet distance{bars}")
     figure.suptitle(textwrap.fill(parts_finding(differences), TITLE_COLUMNS), x=0.01, ha="left", fontsize=9.5)
     return figure
