@@ -4,13 +4,15 @@
     python benchmarks/gpu_counts.py --out docs/speed/gpu_counts.json
 
 XLA compiles XL/2 in bfloat16 for an H200 (`gpu_compiler.py`), for `--batch_size` images with guidance; of what comes
-out, launches, bytes and FLOPs are counted (`hlo.py`). These are counts, not times. Three parts:
+out, launches, bytes and FLOPs are counted (`hlo.py`). These are counts, not times. Four parts:
 
     block   one more block: the difference of a network of three and one of two. `fast` keeps 11 of 16 heads and 10 of
             16 groups, and nothing that it keeps is closed at any step
     step    a step of 250 with all blocks; of `fast` one of a segment in the middle of the plan of a profile
             (`profiles.py`); apart from it what the segment's program does once, and the seconds of a processor to lower
             and to compile it: without choosing algorithms of libraries, which needs the GPU
+    train   one block, forward and backward, of a static training step without guidance, by what is kept for its
+            gradient; and the memory beside the state of a step of six blocks
     plan    without compiling: what plans of 1 to 16 segments cost beyond the MACs of what they keep, were products to
             fill whole tiles of 128 columns, with more heads to fill them, and with the widths of one program for all
 
@@ -50,19 +52,22 @@ from dydit_jax.fast.plan import Segment, make_plan, whole_segments
 from dydit_jax.fast.segmentation import Job
 from dydit_jax.fast.usage import TokenUsage
 from dydit_jax.models.config import published_config
-from dydit_jax.models.dit import Model
+from dydit_jax.models.dit import REMATS, Model
 from dydit_jax.models.execution import Masked
 from dydit_jax.runtime.console import run
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.guidance import evaluations_of
 from dydit_jax.sampling.segment import SegmentProgram, SegmentSettings, run_segment, segment_inputs
 from dydit_jax.sampling.table import make_table
+from dydit_jax.training.experiment import build_update, read_experiment
+from dydit_jax.training.optimizer import build_optimizer
+from dydit_jax.training.update import batch_shapes, init_state
 
 # What is counted: `gated` computes all, so does `fast` for few images, "whole"; the others are executions of `fast`.
 RUNS = ("complete", "gated", "whole", "triton", "triton_fused")
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images; the network runs on twice as many.", lower_bound=1)
-PARTS = flags.DEFINE_list("parts", ["block", "step", "plan"], "block, step, plan.")
+PARTS = flags.DEFINE_list("parts", ["block", "step", "train", "plan"], "block, step, train, plan.")
 SHOWN = flags.DEFINE_integer("shown", 0, "Launches to list for each program of a block, those with most bytes first.")
 OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)
 
@@ -71,6 +76,7 @@ HEADS, GROUPS = 11, 10  # that `fast` keeps in a block of the part "block"
 SHARES = (0.65, 0.65, 0.65)  # of heads, groups and tokens that are open
 DEVIATION, CALIBRATED = 0.024, 32  # of the images' shares of open tokens; images of the calibration
 STEPS, GUIDANCE = "250", 1.5
+TRAINED_BLOCKS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +202,27 @@ def count_steps() -> dict:
     return rows | dict(plan=schedule.plan().summary(), plan_of_one_batch=schedule.plan(BATCH_SIZE.value).summary())
 
 
+def count_training() -> dict:
+    """Return the counts of one block of a training step, and the step's memory, by what is kept for the gradient."""
+    config = dataclasses.replace(published_config(MODEL.value, side=32), depth=TRAINED_BLOCKS)
+    sections = dict(
+        model=dataclasses.asdict(config),
+        data=dict(name="synthetic", batch_size=BATCH_SIZE.value),
+        optimizer=dict(learning_rate=1e-4, clip_norm=1.0),
+        train=dict(steps=1),
+    )
+    experiment = read_experiment(sections)
+    make_state = functools.partial(init_state, optimizer=build_optimizer(experiment.optimizer))
+    state, rows = jax.eval_shape(make_state, Model(config).abstract_params()), {}
+    for remat in REMATS:
+        model = Model(config, jnp.dtype("bfloat16"), remat=remat, platform="gpu")
+        update = jax.jit(build_update(experiment, model, ("complete",)), donate_argnums=0)
+        compiled = compile_for_gpu(update, state, batch_shapes(config, BATCH_SIZE.value))
+        of_block, _ = split_by_steps(compiled.text, TRAINED_BLOCKS)
+        rows[remat] = counted(of_block) | dict(temporary_gib=compiled.temporary_bytes / 2**30)
+    return rows
+
+
 def count_plans() -> dict:
     """Return by the number of segments what plans cost beyond the MACs of what they keep, from dimensions alone."""
     schedule, rows = make_schedule(), {}
@@ -233,7 +260,7 @@ def _macs_in_tiles(schedule: Schedule, lengths, heads, groups, tile: int) -> flo
     return float((lengths * (attention + mlp + fixed)).sum())
 
 
-COUNTS = dict(block=count_blocks, step=count_steps, plan=count_plans)
+COUNTS = dict(block=count_blocks, step=count_steps, train=count_training, plan=count_plans)
 
 
 def main():

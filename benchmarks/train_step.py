@@ -79,7 +79,7 @@ def main():
     for remat in REMATS.value:
         for kind, (own, passes) in kinds.items():
             name = kind if remat == REMATS.value[0] else f"{kind}, remat {remat}"
-            model = Model(own, dtype, remat=resolve_remat(remat, platform), platform=platform)
+            model = Model(own, dtype, remat=resolve_remat(remat), platform=platform)
             updates[name] = build_update(experiment, model, passes)
             macs[name] = FORWARDS * BATCH_SIZE.value * sum(_macs(own, mode) for mode in passes)
     if CHIP.value:

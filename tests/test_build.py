@@ -142,12 +142,11 @@ def test_learning_rate_warms_up_and_decays():
     np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(100)], [0, 0.5, 1, 0.05], atol=1e-6)
 
 
-def test_what_is_recomputed_follows_the_backend(monkeypatch):
-    assert resolve_remat("block") == "block"
-    for backend, expected in (("cpu", "dots"), ("gpu", "none"), ("tpu", "dots")):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert resolve_remat("auto") == expected
-    assert resolve_remat("auto", "gpu") == "none"
+def test_products_are_kept_unless_the_config_says_otherwise():
+    assert resolve_remat("auto") == "dots"
+    assert [resolve_remat(name) for name in ("none", "dots", "block")] == ["none", "dots", "block"]
+    with pytest.raises(InputError, match="remat"):
+        resolve_remat("all")
 
 
 def test_precision_follows_the_backend():

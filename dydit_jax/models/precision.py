@@ -23,20 +23,14 @@ def resolve_precision(name: str) -> tuple[jnp.dtype, str]:
     return jnp.dtype(dtype), "highest" if name == "highest" else "default"
 
 
-def resolve_remat(name: str, platform: str | None = None) -> str:
-    """Return what the backward pass recomputes: "auto" is "dots" on CPUs and TPUs, "none" on GPUs.
+def resolve_remat(name: str) -> str:
+    """Return what the backward pass recomputes: "auto" is "dots".
 
-    Where it was measured, all that is not a product is computed again in less time than it is written to memory and
-    read back: docs/speed/README.md.
-
-    Args:
-      name: one of `REMAT_SETTINGS`.
-      platform: one of `PLATFORMS`; None is that of this process.
+    All that is not a product is computed again in less time than it is written to memory and read back, on CPUs by the
+    clock, on TPUs and GPUs by their compilers: docs/speed/README.md.
     """
     require_known("remat", name, REMAT_SETTINGS)
-    if name == "auto":
-        name = "none" if (platform or jax.default_backend()) == "gpu" else "dots"
-    return name
+    return "dots" if name == "auto" else name
 
 
 def build_model(

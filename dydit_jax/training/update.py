@@ -55,8 +55,8 @@ class TrainConfig:
       new_classes: rows of the label table for the other classes: "random", or "mean", the mean of all of `init_from`.
       precision: "bfloat16", "float32", "highest" (float32 products in full, for comparisons) or "auto": bfloat16
         on accelerators, float32 on CPUs.
-      remat: what the backward pass recomputes: "none", "block" (all of a block), "dots" (all but products) or "auto":
-        "dots" on CPUs and TPUs, "none" on GPUs.
+      remat: what the backward pass recomputes: "none", "block" (all of a block), "dots" (all but products) or "auto",
+        which is "dots".
       accumulate: into how many parts a batch is split, computed one after the other to save memory.
       trainable: what is trained: "everything", or some of "routers", "labels" (their table) and "lora" (low-rank
         updates of attention and MLP, see the section `lora`); the rest stays as it is in `init_from`.
