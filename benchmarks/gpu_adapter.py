@@ -177,7 +177,7 @@ class Training:
             train=dict(steps=1),
         )
         experiment = read_experiment(sections)
-        model = build_model(config, precision=precision, mesh=mesh)
+        model = build_model(config, precision=precision, mesh=mesh, remat="auto")
         make_state = lambda: init_state(model.init(jax.random.key(0)), build_optimizer(experiment.optimizer))
         abstract = jax.eval_shape(make_state)
         began = time.perf_counter()
