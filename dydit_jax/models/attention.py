@@ -51,17 +51,17 @@ def _attend_cpu(x, qkv, bias, out, gates):
     batch, tokens, _ = x.shape
     heads, size, _ = jax.tree.leaves(out)[0].shape
 
+    product = functools.partial(multiply, platform="cpu")
+
     def project(kernel, bias):
-        projected = multiply(x, kernel.reshape(-1, heads * size), platform="cpu") + bias.reshape(
-            *bias.shape[:-2], heads * size
-        )
+        projected = product(x, kernel.reshape(-1, heads * size)) + bias.reshape(*bias.shape[:-2], heads * size)
         return projected.reshape(batch, tokens, heads, size).swapaxes(1, 2)  # [B,H,N,K]
 
     attended = _weigh_values(*map(project, qkv, bias))  # [B,H,N,K]
     if gates is not None:
         attended = attended * gates[:, :, None, None].astype(x.dtype)
     attended = attended.swapaxes(1, 2).reshape(batch, tokens, heads * size)
-    return jax.tree.map(lambda kernel: multiply(attended, kernel.reshape(heads * size, -1), platform="cpu"), out)
+    return jax.tree.map(lambda kernel: product(attended, kernel.reshape(heads * size, -1)), out)
 
 
 @jax.custom_vjp
