@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from absl import flags
 from etils import epath
 from studies import measure, provenance, train_to_end
-from study_models import DYNAMIC, NARROWER, STUDIES, TOP_K, TRAINED_ON, Study, ordered_runs
+from study_models import DYNAMIC, NARROWER, OF_A_NUMBER, STUDIES, TRAINED_ON, Study, ordered_runs
 from study_pages import draw_cost, draw_parts, plan_table, tables
 
 from dydit_jax.checkpoints import WEIGHTS_FILE
@@ -90,7 +90,7 @@ class Training:
         settings = {"train.seed": self.seed, "data.seed": self.seed}
         if self.start:
             settings["train.init_from"] = str(self.start.folder)
-        if self.model == TOP_K:
+        if self.model in OF_A_NUMBER:
             settings["model.token_capacity"] = (passing_tokens() or 0.5,)
         if STEPS.value:
             settings |= {"train.steps": STEPS.value, "optimizer.decay_steps": STEPS.value, "optimizer.warmup_steps": 0}
@@ -104,7 +104,7 @@ class Training:
     @property
     def can_begin(self) -> bool:
         """Whether what it starts from has ended, and what it needs has been measured."""
-        if self.model == TOP_K and passing_tokens() is None:
+        if self.model in OF_A_NUMBER and passing_tokens() is None:
             return False
         return self.start is None or self.start.has_ended
 

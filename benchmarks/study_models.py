@@ -19,6 +19,7 @@ DYNAMIC = LAMBDAS[0.5]
 NO_HEADS, NO_GROUPS, NO_TOKENS = (f"DyDiT, {part} off" for part in ("heads", "groups", "tokens"))
 CONSTANT, RISING = "constant schedule", "rising schedule"
 RANDOM, TOP_K = "DyDiT, random tokens", "DyDiT, top-k tokens"
+OF_A_NUMBER = (RANDOM, TOP_K)  # of tokens: as many as pass in the DyDiT with a threshold
 VARIANTS = (NO_HEADS, NO_GROUPS, NO_TOKENS, CONSTANT, RISING, RANDOM, TOP_K)  # of a DyDiT, of its cost
 FLOW, DYNAMIC_FLOW = "SiT", "DySiT, lambda 0.5"
 ONE_PASS = "DyDiT, one pass"
@@ -81,12 +82,13 @@ QUESTIONS = (
         ((NO_HEADS, DYNAMIC), (NO_GROUPS, DYNAMIC), (NO_TOKENS, DYNAMIC)),
     ),
     Question(
-        "Does the routing have to be learnt?",
-        (CONSTANT, RANDOM, RISING),
+        "Do schedules of heads and groups have to be learnt?",
+        (CONSTANT, RISING),
         2,
-        ((CONSTANT, NO_TOKENS), (RISING, NO_TOKENS), (RANDOM, DYNAMIC)),
+        ((CONSTANT, NO_TOKENS), (RISING, NO_TOKENS)),
     ),
     Question("Top-k tokens, or those above a threshold?", (TOP_K,), 2, ((TOP_K, DYNAMIC),)),
+    Question("Does it have to be learnt which tokens pass?", (RANDOM,), 2, ((RANDOM, TOP_K),)),
     Question("The parent of the flow", (FLOW,), 1),
     Question("And as a flow?", (DYNAMIC_FLOW,), 2, ((DYNAMIC_FLOW, DYNAMIC),)),
     Question("Guidance in one pass, for the Pareto page", (ONE_PASS,), 1),
@@ -144,7 +146,7 @@ def contestants(data: str, *, narrower: Contestant, shallower: Contestant, longe
         CONSTANT: dynamic(model__time_router="constant", model__token_router="all"),
         RISING: dynamic(model__time_router="rising", model__token_router="all"),
         RANDOM: dynamic(model__token_router="random"),
-        TOP_K: dynamic(),  # of as many tokens as pass in DYNAMIC, once that is known
+        TOP_K: dynamic(),
         FLOW: Contestant(f"{data}_sit"),
         DYNAMIC_FLOW: Contestant(f"{data}_dysit", FLOW),
         ONE_PASS: Contestant(f"{data}_dydit", DYNAMIC, one_pass),

@@ -4,7 +4,7 @@
                          constant  the same half at every timestep
                          rising    from a quarter at the noise to three quarters at the image
     model.token_router   all       all tokens: this part is off
-                         random    as many tokens as are learnt, but any
+                         random    any tokens, of a number that model.token_capacity fixes
 
 The schedules open half of the units on average, so that heads and groups together cost half of attention and MLP, as at
 lambda 0.5, where all tokens pass.
@@ -85,22 +85,21 @@ class AllTokens(nnx.Module):
 
 @register_token_router("random")
 class RandomTokens(nnx.Module):
-    """Learns how many tokens pass the MLP of a block, but not which: those are drawn anew in each image and step.
+    """Opens any tokens, drawn anew in each image and step; learns nothing.
 
     A router has no generator: what is drawn is the fraction of a phase of many turns along one direction of the token's
-    content. That is as good as uniform, has nothing to do with what the content means, and has no gradient.
+    content. That is as good as uniform and has nothing to do with what the content means.
     """
 
     def __init__(self, *, width: int, dtype, platform: str, rngs: nnx.Rngs):
-        self.bias = nnx.Param(jnp.full((), TOKEN_ROUTER_BIAS))
         self.width = width
 
     def __call__(self, x):
-        """Return logits [B,N] of tokens x [B,N,D]."""
+        """Return logits [B,N] of tokens x [B,N,D], all above the threshold: only their order says something."""
         x = jax.lax.stop_gradient(x.astype(jnp.float32))
         direction = jax.random.normal(jax.random.key(0), (self.width,))
         phase = TURNS * jnp.dot(x, direction, precision="highest") / jnp.linalg.norm(x, axis=-1)
-        return self.bias[...] + SPREAD * (phase - jnp.floor(phase) - 0.5)
+        return TOKEN_ROUTER_BIAS + SPREAD * (phase - jnp.floor(phase) - 0.5)
 
     @staticmethod
     def macs(*, width: int) -> int:
