@@ -7,7 +7,7 @@ NEWEST ?= $(PYTHON)
 # What `pip` brings for another Python is newer. PyTorch is left out, and so are the tests that need it.
 NEWEST_VENV := .venv-newest
 NEWEST_TESTS := $(addprefix tests/test_,imports.py records.py schedules.py samplers.py distances.py routing.py \
-	sources.py losses.py checkpoints.py generate.py sampling.py)
+	sources.py losses.py products.py checkpoints.py generate.py sampling.py)
 DEMO := sample.py --checkpoint fashion --labels 0,1,2,3,4,5,6,7,8,9 --rows 6 --routing --growth=5
 
 .PHONY: demo test test-newest nightly lint clean

@@ -37,6 +37,7 @@ from absl import flags
 from etils import epath
 from hlo import Launch, count, floor_seconds, split_by_steps
 from profiles import swinging_logits
+from training_steps import describe_training
 
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import Sampler, SamplingConfig
@@ -59,9 +60,8 @@ from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.guidance import evaluations_of
 from dydit_jax.sampling.segment import SegmentProgram, SegmentSettings, run_segment, segment_inputs
 from dydit_jax.sampling.table import make_table
-from dydit_jax.training.experiment import build_update, read_experiment
-from dydit_jax.training.optimizer import build_optimizer
-from dydit_jax.training.update import batch_shapes, init_state
+from dydit_jax.training.experiment import build_update
+from dydit_jax.training.update import batch_shapes
 
 # What is counted: `gated` computes all, so does `fast` for few images, "whole"; the others are executions of `fast`.
 RUNS = ("complete", "gated", "whole", "triton", "triton_fused")
@@ -205,15 +205,8 @@ def count_steps() -> dict:
 def count_training() -> dict:
     """Return the counts of one block of a training step, and the step's memory, by what is kept for the gradient."""
     config = dataclasses.replace(published_config(MODEL.value, side=32), depth=TRAINED_BLOCKS)
-    sections = dict(
-        model=dataclasses.asdict(config),
-        data=dict(name="synthetic", batch_size=BATCH_SIZE.value),
-        optimizer=dict(learning_rate=1e-4, clip_norm=1.0),
-        train=dict(steps=1),
-    )
-    experiment = read_experiment(sections)
-    make_state = functools.partial(init_state, optimizer=build_optimizer(experiment.optimizer))
-    state, rows = jax.eval_shape(make_state, Model(config).abstract_params()), {}
+    optimizer, rows = dict(learning_rate=1e-4, clip_norm=1.0), {}
+    experiment, state = describe_training(config, BATCH_SIZE.value, optimizer=optimizer)
     for remat in REMATS:
         model = Model(config, jnp.dtype("bfloat16"), remat=remat, platform="gpu")
         update = jax.jit(build_update(experiment, model, ("complete",)), donate_argnums=0)

@@ -16,8 +16,6 @@ import time
 from tpu_compiler import devices  # before jax
 
 # isort: split
-import dataclasses
-import functools
 import importlib.metadata
 import re
 
@@ -25,14 +23,14 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from etils import epath
+from training_steps import describe_training
 
 from dydit_jax.models.config import published_config
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.console import run
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_constrain_fn, make_mesh, replicated, shardings
-from dydit_jax.training.experiment import build_update, read_experiment
-from dydit_jax.training.optimizer import build_optimizer
-from dydit_jax.training.update import batch_shapes, init_state
+from dydit_jax.training.experiment import build_update
+from dydit_jax.training.update import batch_shapes
 
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
 TOPOLOGIES = flags.DEFINE_list("topologies", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"], "Slices, as chip:shape.")
@@ -78,15 +76,8 @@ def cost(topology: str, layout: str, remat: str, stage: str) -> dict:
     config = published_config(MODEL.value, side=32, routers="none" if stage == "static" else "first_on")
     constrain = make_constrain_fn(mesh)
     model = Model(config, jnp.dtype("bfloat16"), remat=remat, platform="tpu", constrain=constrain)
-    sections = dict(
-        model=dataclasses.asdict(config),
-        data=dict(name="synthetic", batch_size=BATCH_SIZE.value),
-        optimizer=dict(learning_rate=1e-4),
-        train=dict(steps=1, accumulate=ACCUMULATE.value),
-    )
-    experiment = read_experiment(sections)
-    make_state = functools.partial(init_state, optimizer=build_optimizer(experiment.optimizer))
-    abstract = jax.eval_shape(make_state, model.abstract_params())
+    settings = dict(optimizer=dict(learning_rate=1e-4), accumulate=ACCUMULATE.value)
+    experiment, abstract = describe_training(config, BATCH_SIZE.value, **settings)
     places = shardings(mesh, abstract)
     place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     batch = {name: place(leaf, batch_sharding(mesh)) for name, leaf in batch_shapes(config, BATCH_SIZE.value).items()}

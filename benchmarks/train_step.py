@@ -28,14 +28,14 @@ from absl import flags
 from etils import epath
 from machines import processor
 from torch_peer import CLIP_NORM, LEARNING_RATE, make_network, make_training_step, share_embeddings
+from training_steps import describe_training
 
 from dydit_jax.models.config import DiTConfig, published_config, read_model
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import REMAT_SETTINGS, resolve_remat
 from dydit_jax.runtime.console import run
-from dydit_jax.training.experiment import build_update, read_experiment
-from dydit_jax.training.optimizer import build_optimizer
-from dydit_jax.training.update import batch_shapes, init_state
+from dydit_jax.training.experiment import build_update
+from dydit_jax.training.update import batch_shapes
 
 MODEL = flags.DEFINE_string("model", "S/2", "A published size, or the name of a config.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Images of a step, on one device.")
@@ -64,16 +64,8 @@ def main():
     }
     kinds = {kind: kinds[kind] for kind in (["static"] if STATIC.value else kinds)}
     dtype, platform = (jnp.dtype("bfloat16"), "tpu") if CHIP.value else (jnp.dtype("float32"), jax.default_backend())
-    sections = dict(
-        model=dataclasses.asdict(config),
-        data=dict(name="synthetic", batch_size=BATCH_SIZE.value),
-        optimizer=dict(learning_rate=LEARNING_RATE, clip_norm=CLIP_NORM),
-        train=dict(steps=1),
-    )
-    experiment = read_experiment(sections)
-    state = jax.eval_shape(
-        lambda: init_state(Model(config).init(jax.random.key(0)), build_optimizer(experiment.optimizer))
-    )
+    optimizer = dict(learning_rate=LEARNING_RATE, clip_norm=CLIP_NORM)
+    experiment, state = describe_training(config, BATCH_SIZE.value, optimizer=optimizer)
     batch = batch_shapes(config, BATCH_SIZE.value)
     updates, macs = {}, {}
     for remat in REMATS.value:
