@@ -89,9 +89,9 @@ QUESTIONS = (
     ),
     Question("Top-k tokens, or those above a threshold?", (TOP_K,), 2, ((TOP_K, DYNAMIC),)),
     Question("Does it have to be learnt which tokens pass?", (RANDOM,), 2, ((RANDOM, TOP_K),)),
+    Question("Guidance in one pass, for the Pareto page", (ONE_PASS,), 1),
     Question("The parent of the flow", (FLOW,), 1),
     Question("And as a flow?", (DYNAMIC_FLOW,), 2, ((DYNAMIC_FLOW, DYNAMIC),)),
-    Question("Guidance in one pass, for the Pareto page", (ONE_PASS,), 1),
 )
 
 
