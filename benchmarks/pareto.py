@@ -4,7 +4,8 @@
     python benchmarks/pareto.py --runs runs/fashion    measures those that are there; goes on where it was stopped
 
 At most 60 points. Each is a job of `sample.py` of 2000 images, whose manifest says how to draw them again, judged as in
-the study; then 64 images of a job of that size are timed, compiled programs at hand, several times.
+the study. In the end 64 images of every job are timed several times, compiled programs at hand. The points take turns,
+so that a busy minute of the machine is not the fault of one of them.
 
     <runs>/pareto.json               every point, with command, hardware and date
     <runs>/pareto.md, pareto.png     the table of the points that nothing beats, in Markdown, and the figure
@@ -83,6 +84,11 @@ class Point:
         return SOLVERS[self.solver] | GUIDANCES[self.guidance]
 
 
+def point_of(row: dict) -> Point:
+    """Return the point that a row of the results is of."""
+    return Point(*(row[field.name] for field in dataclasses.fields(Point)))
+
+
 def all_points() -> list[Point]:
     """Return the points, the cheapest guidance first."""
     models = {STATIC: "complete", **dict.fromkeys(LAMBDAS.values(), "fast")}
@@ -119,7 +125,7 @@ def estimated_hours(study: Study, points: list[Point]) -> float:
 
 
 def measure(point: Point, checkpoint: epath.Path, judge) -> dict:
-    """Draw the images of a point, let the judge see them, and time some."""
+    """Draw the images of a point, and let the judge see them."""
     out = epath.Path(RUNS.value) / "pareto" / point.name
     settings = dict(num_images=NUM_IMAGES.value, mode=point.mode, batch_size=TIMED_IMAGES.value)
     sample(Request(str(checkpoint), str(out), **settings, overrides=point.overrides))
@@ -128,30 +134,34 @@ def measure(point: Point, checkpoint: epath.Path, judge) -> dict:
         pixels, labels = samples["arr_0"], samples["labels"]
     if (out / "images").exists():  # all of them are in samples.npz
         (out / "images").rmtree()
-    seconds = time_images(point, checkpoint)
     return dict(
         dataclasses.asdict(point),
         **judge.measure(pixels.astype(np.float32) / 127.5 - 1, labels),
         passes=cost["passes_per_image"],
         macs=cost["passes_per_image"] * cost["macs"],
         macs_executed=cost["passes_per_image"] * cost["macs_executed"],
-        seconds=statistics.median(seconds) / TIMED_IMAGES.value,
-        seconds_of_rounds=seconds,
         command=command(point, checkpoint, out, settings),
         images_sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
     )
 
 
-def time_images(point: Point, checkpoint: epath.Path) -> list[float]:
-    """Return the seconds of the first images of a job, without compiling, round by round."""
-    pipeline = Pipeline.load(checkpoint)
+def time_points(points: list[Point], checkpoints: dict[str, epath.Path]) -> list[list[float]]:
+    """Return the seconds of the first images of each point's job, round by round, without compiling.
+
+    Args:
+      points: take turns.
+      checkpoints: by model.
+    """
+    pipelines = {model: Pipeline.load(checkpoints[model]) for model in {point.model for point in points}}
     labels, indices = np.arange(NUM_IMAGES.value) % 10, np.arange(TIMED_IMAGES.value)
-    settings = dict(sampling=pipeline.sampling(**point.overrides), mode=point.mode, batch_size=TIMED_IMAGES.value)
-    rounds = []
-    for _ in range(1 + ROUNDS.value):  # the first one brings the programs
+    seconds = {point: [] for point in points}
+    turns = [point for _ in range(1 + ROUNDS.value) for point in points]
+    for point in counted(turns, len(turns), "batch", "timing"):
+        pipeline = pipelines[point.model]
+        settings = dict(sampling=pipeline.sampling(**point.overrides), mode=point.mode, batch_size=TIMED_IMAGES.value)
         *_, last = pipeline.draw(DrawJob(labels, indices, **settings))
-        rounds.append(last.result.seconds - last.result.compile_seconds)
-    return rounds[1:]
+        seconds[point].append(last.result.seconds - last.result.compile_seconds)
+    return [seconds[point][1:] for point in points]  # the first round brings the programs
 
 
 def command(point: Point, checkpoint: epath.Path, out: epath.Path, settings: dict) -> str:
@@ -171,7 +181,7 @@ def main():
         raise InputError(
             f"{path} was measured otherwise ({', '.join(changed)} differ); remove it, or name other --runs."
         )
-    done = {Point(*(row[field.name] for field in dataclasses.fields(Point))) for row in found["points"]}
+    done = [point_of(row) for row in found["points"]]
     folders = {model: folder_of(study, model) for model in study.contestants}
     missing = [point for point in all_points() if point not in done and folders[point.model]]
     hours = estimated_hours(study, missing)
@@ -184,9 +194,14 @@ def main():
     for point in counted(missing, len(missing), "point", "points"):
         found["points"].append(measure(point, folders[point.model], judge))
         write_json(path, found | provenance())
-        with write_atomically(path.with_suffix(".md")) as partial:
-            partial.write_text(table(found["points"]))
-        save_figure(path.with_suffix(".png"), draw(found["points"]))
+    if all("seconds" in row for row in found["points"]):
+        return
+    for row, seconds in zip(found["points"], time_points([point_of(row) for row in found["points"]], folders)):
+        row |= dict(seconds=statistics.median(seconds) / TIMED_IMAGES.value, seconds_of_rounds=seconds)
+    write_json(path, found | provenance())
+    with write_atomically(path.with_suffix(".md")) as partial:
+        partial.write_text(table(found["points"]))
+    save_figure(path.with_suffix(".png"), draw(found["points"]))
 
 
 if __name__ == "__main__":
