@@ -2,8 +2,8 @@
 
     python benchmarks/digits.py --runs runs --out docs/digits.json --picture docs/images/digits_study.png
 
-Per seed: a static DiT; from it the control (trained on for as many steps as fine-tuning takes) and a DyDiT for each
-lambda; and a static DiT of half the size, trained for as many steps as both stages. Runs that are there already are
+Per seed: a static DiT; from it the control (trained on for the steps that fine-tuning takes) and a DyDiT for each
+lambda; and a static DiT of half the size, trained for the steps of both stages. Runs that are there already are
 continued or reused.
 
 Measured on 1000 images per model, 100 of each class: accuracy of a classifier trained on the real digits, Fréchet

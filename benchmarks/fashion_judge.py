@@ -5,7 +5,7 @@
 
 It learns from Fashion-MNIST's training pictures but the last 1000 of each class. These are the reference of the
 distance, precision and recall: the models have learnt from them, the judge has not, so that its features treat them as
-they treat the test set and the samples. "As good as real" is what it says of the test set, with as many pictures.
+they treat the test set and the samples. "As good as real" is what it says of equally many pictures of the test set.
 
 Recipe: four convolutions, of 5x5 with stride 2 and of 3x3 with strides 2, 1 and 2 (32, 64, 96, 64 channels), each with
 a batch norm, then a layer of 128; shifts by up to 1 pixel, mirrored half of the time; AdamW with a weight decay of
@@ -31,7 +31,7 @@ from dydit_jax.runtime.progress import counted
 from dydit_jax.trees import flatten, unflatten
 
 TRAIN = flags.DEFINE_bool("train", False, "Train the judge and write its weights.")
-NUM_REAL = flags.DEFINE_integer("num_real", 5000, "Test pictures that are judged, as many of each class.")
+NUM_REAL = flags.DEFINE_integer("num_real", 5000, "Test pictures that are judged, in equal numbers of each class.")
 
 FOLDER = "/usr/share/datasets/fashion-mnist"
 WEIGHTS = epath.Path(__file__).parent / "fashion_judge.safetensors"

@@ -66,7 +66,7 @@ from dydit_jax.training.update import batch_shapes
 # What is counted: `gated` computes all, so does `fast` for few images, "whole"; the others are executions of `fast`.
 RUNS = ("complete", "gated", "whole", "triton", "triton_fused")
 MODEL = flags.DEFINE_string("model", "XL/2", "A published size.")
-BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images; the network runs on twice as many.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images; the network runs on twice their number.", lower_bound=1)
 PARTS = flags.DEFINE_list("parts", ["block", "step", "train", "plan"], "block, step, train, plan.")
 SHOWN = flags.DEFINE_integer("shown", 0, "Launches to list for each program of a block, those with most bytes first.")
 OUT = flags.DEFINE_string("out", None, "File for the results.", required=True)

@@ -66,7 +66,7 @@ def full_sizes() -> Sizes:
     return Sizes(
         small=Job(dataclasses.replace(other, depth=4), "highest", batch=8, steps=8, segments=2),
         precisions=("highest", "bfloat16"),
-        # A quarter of a run of 250 steps, which has 16 segments: as many steps in each, and as much padding.
+        # A quarter of a run of 250 steps, which has 16 segments: equally many steps in each, and equal padding.
         sampling=Job(config, "bfloat16", batch=32, steps=64, segments=4),
         traced=Job(config, "bfloat16", batch=32, steps=16, segments=1),
         batches=(8, 64),

@@ -169,7 +169,7 @@ class _Program:
             if within and within[-1].operation == "dynamic-update-slice":
                 inner = {row.name: row.types for row in within}
                 written = size_of(inner.get(within[-1].operands[1], ""))
-        if PACKING.search(name):  # of the tokens only the open ones are read: as many as are written, in another dtype
+        if PACKING.search(name):  # of the tokens only the open ones are read: what is written, in another dtype
             rows = max(sides[0] for _, sides in _arrays(result) if len(sides) == 2)
             [(token_kind, (_, width))] = _arrays(operands[0])
             reads[0] = min(reads[0], BYTES_OF[token_kind] * rows * width)

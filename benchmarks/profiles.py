@@ -1,6 +1,6 @@
 """Weights with routers made to order: a wanted share of heads, groups and tokens, smooth in the timestep.
 
-Speed depends on what is on, not on what the images show, so a network with random weights measures it as well as a
+Speed depends on what is open, not on what the images show, so a network with random weights measures it as well as a
 trained one. The time routers are fitted, by least squares on the embeddings of the run's timesteps, to logits that
 swing slowly; the bias of each token router is set where the wanted share of tokens passes on noised inputs.
 """

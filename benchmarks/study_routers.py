@@ -23,7 +23,7 @@ SPREAD = 30.0  # of the random logits: as far apart as learnt ones, in the noise
 
 
 class Schedule(nnx.Module):
-    """Opens the first units of each layer, as many as a straight line over the timesteps says; learns nothing.
+    """Opens the first units of each layer, whose number rises in a straight line over the timesteps; learns nothing.
 
     Attributes:
       at_noise, at_image: the shares that are open at its ends.
@@ -85,7 +85,7 @@ class AllTokens(nnx.Module):
 
 @register_token_router("random")
 class RandomTokens(nnx.Module):
-    """Opens any tokens, drawn anew in each image and step; learns nothing.
+    """Opens any tokens, drawn again in each image and step; learns nothing.
 
     A router has no generator: what is drawn is the fraction of a phase of many turns along one direction of the token's
     content. That is as good as uniform and has nothing to do with what the content means.

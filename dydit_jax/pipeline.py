@@ -55,8 +55,8 @@ class DrawJob:
       seed: with an image's index it fixes all its noise.
       mode: "fast", "gated" or "complete".
       batch_size: images drawn at once.
-      segments: into how many programs `fast` cuts the schedule, 0 to leave nothing out; None takes as many as the
-        whole job is worth.
+      segments: into how many programs `fast` cuts the schedule, 0 to leave nothing out; None takes the
+        number that suits the whole job.
     """
 
     labels: np.ndarray

@@ -4,7 +4,7 @@
 #     apt-get install --no-install-recommends slurmctld slurmd slurm-client munge iproute2
 #     PYTHON=.venv/bin/python launch/try_slurm.sh
 #
-# Two jobs of two tasks train the same small model on the digits. One is told to stop on the way: it must save, be
+# Two jobs of two tasks train the same small model on the digits. One is asked to stop on the way: it must save, be
 # requeued, go on, and end with the same bytes as the other. Everything lives in a temporary folder and in namespaces of
 # its own: the network is loopback alone, and all processes end with the script, at the latest after LIMIT seconds.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a command until it is done: again when it was told to stop and saved its state, or has lost another process of its
+# Run a command until it is done: again when it was asked to stop and saved its state, or has lost another process of its
 # job (exit code 75; 134 where JAX noticed first that process 0 is gone), never otherwise.
 #
 #     launch/until_done.sh python train.py --config configs/dydit_xl2_07.py --workdir gs://bucket/run

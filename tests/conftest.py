@@ -97,15 +97,15 @@ class Golden:
 
     def __init__(self, name: str):
         self.arrays = np.load(GOLDEN / f"{name}_forward.npz")
-        told = json.loads(bytes(self.arrays["config"]))
+        stored = json.loads(bytes(self.arrays["config"]))
         self.config = DiTConfig(
-            depth=told["depth"],
-            width=told["hidden_size"],
-            heads=told["num_heads"],
-            patch=told["patch_size"],
-            side=told["input_size"],
-            channels=told["in_channels"],
-            classes=told["num_classes"],
+            depth=stored["depth"],
+            width=stored["hidden_size"],
+            heads=stored["num_heads"],
+            patch=stored["patch_size"],
+            side=stored["input_size"],
+            channels=stored["in_channels"],
+            classes=stored["num_classes"],
             routers=LAYOUTS[name],
         )
         self.model = Model(self.config, matmul_precision="highest")

@@ -122,7 +122,7 @@ def test_wrong_requests_are_refused(checkpoints, tmp_path, tiny):
     params = jax.device_get(jax.jit(Model(wide).init)(jax.random.key(0)))
     save_weights(other, Weights(wide, Diffusion(), SamplingConfig(), params, {}))
     out = str(tmp_path / "new")
-    for told, make in (
+    for message, make in (
         ("is not empty", lambda: request(checkpoints, "static", out=str(full))),
         ("names a model twice", lambda: request(checkpoints, "static", "static", out=out)),
         ("--num_examples", lambda: request(checkpoints, "static", out=out, num_examples=1)),
@@ -135,6 +135,6 @@ def test_wrong_requests_are_refused(checkpoints, tmp_path, tiny):
         ("Unknown dataset", lambda: request(checkpoints, "static", out=out, data="birds")),
         ("--labels must be numbers from 0 to 9", lambda: request(checkpoints, "dynamic", out=out, labels=("11",))),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             analyze(make())
         assert not (tmp_path / "new").exists()

@@ -150,7 +150,7 @@ def test_image_without_finite_features_is_named(files):
 
 
 @pytest.mark.parametrize(
-    "arrays, told",
+    "arrays, message",
     [
         (dict(images=pictures(2, 0)), "has no arr_0; it has images"),
         (dict(arr_0=pictures(2, 0).astype(np.float32)), "must be uint8"),
@@ -159,9 +159,9 @@ def test_image_without_finite_features_is_named(files):
         (dict(arr_0=pictures(0, 0)), "must be uint8"),
     ],
 )
-def test_wrong_batches_are_refused(tmp_path, arrays, told):
+def test_wrong_batches_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "wrong.npz", **arrays)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         open_images(tmp_path / "wrong.npz")
 
 

@@ -30,9 +30,9 @@ from dydit_jax.training.objective import objective, run_passes
 @pytest.fixture(scope="module")
 def sit():
     """The reference SiT: (model, params)."""
-    told = json.loads(bytes(np.load(GOLDEN / "sit_forward.npz")["config"]))
-    sizes = dict(depth=told["depth"], width=told["hidden_size"], heads=told["num_heads"], patch=told["patch_size"])
-    config = DiTConfig(**sizes, side=told["input_size"], channels=told["in_channels"], classes=told["num_classes"])
+    saved = json.loads(bytes(np.load(GOLDEN / "sit_forward.npz")["config"]))
+    sizes = dict(depth=saved["depth"], width=saved["hidden_size"], heads=saved["num_heads"], patch=saved["patch_size"])
+    config = DiTConfig(**sizes, side=saved["input_size"], channels=saved["in_channels"], classes=saved["num_classes"])
     params = convert_state_dict(read_torch(GOLDEN / "sit_plain.pt"), config)
     return Model(config, matmul_precision="highest"), params
 

@@ -26,8 +26,8 @@ NULL = 10
 
 
 @pytest.fixture(scope="module")
-def told(tiny):
-    """The tiny model that is told beta, with an embedding of it that is not zero."""
+def conditioned(tiny):
+    """The tiny model that is conditioned on beta, with an embedding of it that is not zero."""
     model, base = tiny
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, guidance_free=True))
     kernel = 0.1 * jax.random.normal(jax.random.key(7), (256, 256))
@@ -43,8 +43,8 @@ def run(model, params, beta=None, mode="gated"):
     return jax.jit(functools.partial(model.apply, mode=mode))(params, *inputs(), beta=beta)
 
 
-def test_fresh_embedding_changes_nothing_and_routers_never_see_it(tiny, told):
-    model, params = told
+def test_fresh_embedding_changes_nothing_and_routers_never_see_it(tiny, conditioned):
+    model, params = conditioned
     before, routing = run(*tiny)
     fresh = params | dict(guidance_embed=dict(kernel=jnp.zeros((256, 256))))
     np.testing.assert_array_equal(run(model, fresh, jnp.full(4, 0.3))[0], before)
@@ -59,9 +59,9 @@ def test_fresh_embedding_changes_nothing_and_routers_never_see_it(tiny, told):
 
 
 @pytest.mark.parametrize("process", ["diffusion", "flow"])
-def test_terms_see_the_mixture_with_the_prediction_without_a_class(told, process):
+def test_terms_see_the_mixture_with_the_prediction_without_a_class(conditioned, process):
     """Beta eps(x, t, y, beta) + (1 - beta) eps(x, t, none, 1), the variance left alone; for velocities too."""
-    model, params = told
+    model, params = conditioned
     loss = dict(guidance_free=True, label_dropout=0.3, terms=("mse", "budget"))
     config = changed(DYNAMIC, loss=loss, model=dict(guidance_free=True), process=dict(name=process))
     config["sampling"] = dict(sampler="ddim", steps="10")
@@ -82,9 +82,9 @@ def test_terms_see_the_mixture_with_the_prediction_without_a_class(told, process
     assert relative_error(seen[..., 1:], own[..., 1:]) < 1e-6
 
 
-def test_prediction_without_a_class_has_no_gradient(told):
+def test_prediction_without_a_class_has_no_gradient(conditioned):
     """Of a batch with labels, the row of "no class" is read by that prediction alone."""
-    model, params = told
+    model, params = conditioned
     config = changed(DYNAMIC, loss=dict(guidance_free=True, complete_steps=0), model=dict(guidance_free=True))
     experiment = read_experiment(config)
     settings = dict(model=model, loss=experiment.loss, process=experiment.process, passes=("gated", "complete"))
@@ -96,8 +96,8 @@ def test_prediction_without_a_class_has_no_gradient(told):
 
 
 @pytest.mark.parametrize("mode", ["fast", "complete"])
-def test_sampling_runs_once_per_step_with_beta_of_the_scale(told, mode):
-    model, params = told
+def test_sampling_runs_once_per_step_with_beta_of_the_scale(conditioned, mode):
+    model, params = conditioned
     sampling = dataclasses.replace(SAMPLING, sampler="ddim", steps="4", guidance=2.5, guidance_interval=(0, 600))
     run = make_run(model, params, sampling=sampling)
     assert run.evaluations.tolist() == [1, 1, 1, 1]
@@ -116,9 +116,9 @@ def test_sampling_runs_once_per_step_with_beta_of_the_scale(told, mode):
     assert relative_error(images, x) < 1e-5
 
 
-def test_scales_below_one_are_refused(told):
+def test_scales_below_one_are_refused(conditioned):
     with pytest.raises(InputError, match="in one pass, for scales from 1 on; sampling.guidance is 0.5. Two passes"):
-        make_run(*told, sampling=dataclasses.replace(SAMPLING, guidance=0.5))
+        make_run(*conditioned, sampling=dataclasses.replace(SAMPLING, guidance=0.5))
 
 
 @pytest.mark.parametrize(
@@ -162,5 +162,5 @@ def test_run_learns_the_embedding_and_says_that_its_model_is_told(base, tmp_path
     assert float(jnp.abs(state.params["guidance_embed"]["kernel"]).max()) > 0
     weights = load_checkpoint(tmp_path / "run")
     assert weights.model.guidance_free
-    with pytest.raises(InputError, match="is told the scale of guidance"):
+    with pytest.raises(InputError, match="is conditioned on the guidance scale"):
         export(Export(tmp_path / "run" / "weights.safetensors", tmp_path / "out.pt"))

@@ -28,7 +28,7 @@ CONFIG = changed(DYNAMIC, data=dict(batch_size=16), mesh=dict(data=2, fsdp=2, te
 SAMPLING = dict(sampler="ddim", steps="2", clip=1.0)
 
 
-def start(action: str, told: dict, count: int = 2, devices: int = 4) -> list[subprocess.Popen]:
+def start(action: str, task: dict, count: int = 2, devices: int = 4) -> list[subprocess.Popen]:
     """Start the processes of a job, each with so many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -42,7 +42,7 @@ def start(action: str, told: dict, count: int = 2, devices: int = 4) -> list[sub
                 str(count),
                 str(number),
                 action,
-                json.dumps(told),
+                json.dumps(task),
             ],
             cwd=ROOT,
             env=dict(os.environ, WORKER_DEVICES=str(devices), PYTHONPATH=str(ROOT)),  # this checkout
@@ -101,9 +101,9 @@ def test_two_processes_go_on_as_if_they_had_not_stopped(trained, tmp_path):
 @pytest.mark.parametrize("batches", [1, pytest.param(4, marks=pytest.mark.slow)])  # four calibrate, and race forms
 def test_two_processes_sample_as_one_does(trained, tmp_path, monkeypatch, batches):
     monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "cache"))
-    told = dict(checkpoint=str(trained), labels=list(range(8)), rows=batches, batch_size=8)
-    finish(start("sample", dict(told, out=str(tmp_path / "two"))))
-    whole = sample(Request(**told, out=str(tmp_path / "one"))).images
+    task = dict(checkpoint=str(trained), labels=list(range(8)), rows=batches, batch_size=8)
+    finish(start("sample", dict(task, out=str(tmp_path / "two"))))
+    whole = sample(Request(**task, out=str(tmp_path / "one"))).images
     for number in range(2):
         np.testing.assert_allclose(np.load(tmp_path / "two" / f"process_{number}.npy"), whole, atol=1e-5)
     assert len(list((tmp_path / "two" / "images").iterdir())) == 8 * batches
@@ -126,7 +126,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
 
 def request_for_latents(pictures) -> dict:
-    """Draw ten pictures of two classes; return what is told of them."""
+    """Draw ten pictures of two classes; return the request for their latents."""
     for number in range(10):
         place = pictures / f"class{number % 2}"
         place.mkdir(parents=True, exist_ok=True)
@@ -135,10 +135,10 @@ def request_for_latents(pictures) -> dict:
 
 
 def test_two_processes_pack_the_latents_of_one(tmp_path):
-    told = request_for_latents(tmp_path / "pictures")
+    task = request_for_latents(tmp_path / "pictures")
     with mean_for_autoencoder():
-        whole = prepare_latents(LatentsRequest(**told, out=str(tmp_path / "one")))
-    finish(start("latents", dict(told, out=str(tmp_path / "two"))))
+        whole = prepare_latents(LatentsRequest(**task, out=str(tmp_path / "one")))
+    finish(start("latents", dict(task, out=str(tmp_path / "two"))))
     for path in whole.iterdir():
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes(), path.name
     verify_latents(tmp_path / "two")
@@ -199,10 +199,10 @@ def test_notice_to_one_process_stops_both_at_the_same_step(tmp_path, number):
 # --- One for all -----------------------------------------------------------------------------------
 
 
-def meet(monkeypatch, count: int, **told) -> list[subprocess.Popen]:
+def meet(monkeypatch, count: int, **task) -> list[subprocess.Popen]:
     """Start processes that do nothing but meet, and wait until they have."""
     monkeypatch.setenv("WORKER_PEERS", json.dumps(dict(BEAT_SECONDS=0.5, SILENT_SECONDS=10.0, GRACE_SECONDS=1.0)))
-    processes = start("meet", told, count, devices=1)
+    processes = start("meet", task, count, devices=1)
     for process in processes:
         while process.stderr.readline() not in ("met\n", ""):
             pass
@@ -256,8 +256,8 @@ def test_full_disk_under_one_process_ends_both(tmp_path, full):
 
 
 def test_another_configuration_of_one_process_ends_both():
-    told = dict(config=[CONFIG, changed(CONFIG, train=dict(seed=1))], workdir=["a", "a"])
-    said = finish(start("train", told), code=2)
+    task = dict(config=[CONFIG, changed(CONFIG, train=dict(seed=1))], workdir=["a", "a"])
+    said = finish(start("train", task), code=2)
     assert all("Process 1 has another configuration" in text for text in said)
 
 
@@ -272,9 +272,9 @@ def test_mistake_of_one_process_ends_both(tmp_path):
         said = finish(start("train", dict(config=[CONFIG] * 2, workdir=[str(path) for path in workdir])), code=2)
         assert all(expected in text for text in said)
     # The process that makes the chunk of a broken picture stops; so does the other one.
-    told = request_for_latents(tmp_path / "pictures")
+    task = request_for_latents(tmp_path / "pictures")
     (tmp_path / "pictures" / "class1" / "9.png").write_bytes(b"broken")
-    said = finish(start("latents", dict(told, out=str(tmp_path / "three"), max_bad=0)), code=2)
+    said = finish(start("latents", dict(task, out=str(tmp_path / "three"), max_bad=0)), code=2)
     assert all("class1/9.png" in text for text in said)
 
 

@@ -122,8 +122,8 @@ def test_a_program_with_code_of_a_user_is_not_kept_and_shared_with_no_other_clas
 def test_a_name_is_the_same_in_another_process():
     here = {}
     exec(NAME_OF_A_SEGMENT, here)
-    told = [sys.executable, "-c", NAME_OF_A_SEGMENT + "sys.stdout.write(name)"]
-    there = subprocess.run(told, cwd=ROOT, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", NAME_OF_A_SEGMENT + "sys.stdout.write(name)"]
+    there = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert there.stdout == here["name"]
 
 

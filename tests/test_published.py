@@ -174,13 +174,13 @@ def test_file_of_the_hub_is_compared_with_the_checksum_that_it_tells(monkeypatch
         path.write_bytes(CONTENT)
         return str(path)
 
-    told = [hashlib.sha256(b"other").hexdigest(), hashlib.sha256(CONTENT).hexdigest()]
+    digests = [hashlib.sha256(b"other").hexdigest(), hashlib.sha256(CONTENT).hexdigest()]
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    metadata = lambda url: types.SimpleNamespace(etag=told.pop(0))
+    metadata = lambda url: types.SimpleNamespace(etag=digests.pop(0))
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", metadata)
     with pytest.raises(InputError, match="was damaged on the way: SHA-256"):
         fetch("thing")
-    assert fetch("thing").read_bytes() == CONTENT and not told
+    assert fetch("thing").read_bytes() == CONTENT and not digests
 
 
 def test_cache_that_cannot_be_written_is_read_or_named(thing, cache):

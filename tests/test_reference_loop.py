@@ -1,6 +1,6 @@
 """Sampling against a loop that is written here: its own schedule in float64, its own formulas, the same keys.
 
-The network is the package's (held to the original elsewhere); what is told to it, what is drawn, what is made of its
+The network is the package's (held to the original elsewhere); what it is given, what is drawn, what is made of its
 output and which gates it ran with are not.
 """
 
@@ -50,16 +50,16 @@ def guide(network, x, t: int, labels, scale: float, null: int):
 
 
 def plain_loop(network, config, sampling: SamplingConfig):
-    """Return the images, the timesteps that the network was told, and the gates that it ran with at each."""
+    """Return the images, the timesteps that the network was given, and the gates that it ran with at each."""
     kept = kept_timesteps(sampling.steps)
     cumulative = np.cumprod(1 - np.linspace(1e-4, 0.02, TRAIN_STEPS))[kept]
     shape = (config.side, config.side, config.channels)
     x = np.stack([normal(i, 0, shape=shape) for i in range(len(LABELS))]).astype(np.float64)
-    told, gates = [], []
+    timesteps, gates = [], []
     for step in reversed(range(len(kept))):
         now, before = cumulative[step], cumulative[step - 1] if step else 1.0
         noise, v, routing = guide(network, x, kept[step], LABELS, sampling.guidance, config.classes)
-        told.append(kept[step])
+        timesteps.append(kept[step])
         gates.append(jax.tree.map(np.asarray, routing))
         x0 = (x - np.sqrt(1 - now) * noise) / np.sqrt(now)
         if sampling.clip is not None:
@@ -77,7 +77,7 @@ def plain_loop(network, config, sampling: SamplingConfig):
         else:
             sigma = sampling.eta * np.sqrt((1 - before) / (1 - now) * beta)
             x = np.sqrt(before) * x0 + np.sqrt(1 - before - sigma**2) * noise + (step > 0) * sigma * drawn
-    return x, told, gates
+    return x, timesteps, gates
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
@@ -89,11 +89,11 @@ def test_sampling_is_the_plain_loop(golden_v2, sampler, steps, eta, guidance):
     sampling = SamplingConfig(sampler=sampler, steps=steps, eta=eta, guidance=guidance, clip=1.0)
     params = jax.tree.map(jnp.asarray, golden_v2.params)
     network = jax.jit(functools.partial(golden_v2.model.apply, params, mode="gated"))
-    images, told, gates = plain_loop(network, golden_v2.config, sampling)
+    images, timesteps, gates = plain_loop(network, golden_v2.config, sampling)
     run = make_run(golden_v2.model, params, sampling=sampling)
     for mode in ("fast", "gated"):
         samples = run.draw(LABELS, seed=SEED, mode=mode)
-        assert samples.timesteps.tolist() == told
+        assert samples.timesteps.tolist() == timesteps
         # What each step executed, against passes that know nothing of a plan.
         for name in ("heads", "groups"):
             wanted = np.stack([getattr(routing, name)[0] for routing in gates])

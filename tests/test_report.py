@@ -56,8 +56,8 @@ def test_page_holds_what_lies_in_the_folder(tmp_path):
         Image.new("L", (8, 8)).save(tmp_path / "images" / f"{number:06d}.png")
     text = write_report(tmp_path).read_text()
     assert_self_contained(text, pictures=1)
-    for told in ("&lt;b&gt;runs", "ddpm, 250 steps", "5.0 G (50.0 %)", "2.5000", "The first images of the set"):
-        assert told in text
+    for words in ("&lt;b&gt;runs", "ddpm, 250 steps", "5.0 G (50.0 %)", "2.5000", "The first images of the set"):
+        assert words in text
 
 
 def write_folder(folder):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: kept, restored bit for bit, damage told from misfit, and passed over."""
+"""Checkpoints of a run: kept, restored bit for bit, damage distinguished from misfit, and passed over."""
 
 import pathlib
 import resource

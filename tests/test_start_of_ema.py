@@ -42,8 +42,8 @@ def test_the_ema_of_a_young_run_is_warned_of(run, caplog):
     workdir, young = run
     found = load_checkpoint(workdir)
     assert not any(leaf.any() for leaf in jax.tree.leaves(found.params))
-    told = "After 400 steps at a decay of 0.9999 the EMA still is 96.1 % of what training started from"
-    assert (told in caplog.text) == young == ("--weights=params" in caplog.text)
+    message = "After 400 steps at a decay of 0.9999 the EMA still is 96.1 % of what training started from"
+    assert (message in caplog.text) == young == ("--weights=params" in caplog.text)
 
 
 def test_raw_parameters_are_read_without_a_word(run, caplog):

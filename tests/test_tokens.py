@@ -133,10 +133,10 @@ def test_limited_model_samples_the_same_fast_and_gated(tiny):
 
 
 @pytest.mark.parametrize(
-    "shares, told", [((0.5, 0.5, 0.5), "one for each of the 2 blocks"), ((0.0,), "above 0"), ((1.5,), "at most 1")]
+    "shares, message", [((0.5, 0.5, 0.5), "one for each of the 2 blocks"), ((0.0,), "above 0"), ((1.5,), "at most 1")]
 )
-def test_impossible_capacities_are_refused(tiny_config, shares, told):
-    with pytest.raises(InputError, match=told):
+def test_impossible_capacities_are_refused(tiny_config, shares, message):
+    with pytest.raises(InputError, match=message):
         dataclasses.replace(tiny_config, token_capacity=shares)
     with pytest.raises(InputError, match="routers"):
         dataclasses.replace(tiny_config, routers="none", token_capacity=(0.5,))

@@ -17,7 +17,7 @@ from dydit_jax.runtime.processes import joined_processes, one_for_all  # noqa: E
 
 
 def meet(error: str) -> None:
-    """Meet the other processes again and again; fail after a while where an error is told."""
+    """Meet the other processes again and again; fail after a while where a message for it is given."""
     with one_for_all(lambda: "The newest whole checkpoint is of step 5."):
         for count in range(10**6):
             multihost_utils.sync_global_devices("again")
@@ -42,38 +42,38 @@ def save(workdir: str, full: int) -> None:
 
 
 def main():
-    port, count, number, action, told = sys.argv[1:]
-    told = json.loads(told)
+    port, count, number, action, task = sys.argv[1:]
+    task = json.loads(task)
     for name, seconds in json.loads(os.environ.get("WORKER_PEERS", "{}")).items():
         setattr(peers, name, seconds)
     with joined_processes(f"localhost:{port}", int(count), int(number)):
         if action == "meet":  # without the imports of the others, which take seconds
-            meet(told.get(number, ""))
+            meet(task.get(number, ""))
         elif action == "save":
-            save(**told)
+            save(**task)
         elif action == "train":
             from dydit_jax.jobs.train import train_and_evaluate
 
-            train_and_evaluate(told["config"][int(number)], told["workdir"][int(number)])
+            train_and_evaluate(task["config"][int(number)], task["workdir"][int(number)])
         elif action == "judge":
             from stand_ins import few_numbers_for_inception
 
             from dydit_jax.jobs.train import train_and_evaluate
 
             with few_numbers_for_inception():
-                train_and_evaluate(told["config"], told["workdir"])
+                train_and_evaluate(task["config"], task["workdir"])
         elif action == "latents":
             from stand_ins import mean_for_autoencoder
 
             from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents
 
             with mean_for_autoencoder():
-                prepare_latents(LatentsRequest(**told))
+                prepare_latents(LatentsRequest(**task))
         else:
             from dydit_jax.jobs.sample import Request, sample
 
-            samples = sample(Request(**told))
-            np.save(f"{told['out']}/process_{number}.npy", samples.images)
+            samples = sample(Request(**task))
+            np.save(f"{task['out']}/process_{number}.npy", samples.images)
 
 
 if __name__ == "__main__":

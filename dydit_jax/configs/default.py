@@ -20,7 +20,7 @@ def get_config():
     config.model.patch = config_dict.placeholder(int)
     config.model.side = 32  # image side / 8 for latents
     config.model.channels = 4
-    config.model.classes = 1000  # -1: as many as the data have
+    config.model.classes = 1000  # -1: the number that the data have
     config.model.mlp_ratio = 4
     config.model.routers = "none"  # none: static DiT; first_on, free: DyDiT
     config.model.positions = "sine_cosine"

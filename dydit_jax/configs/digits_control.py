@@ -1,4 +1,4 @@
-"""The control of digits_dydit: the same static DiT, trained on for as many steps in the same way, no routers.
+"""The control of digits_dydit: the same static DiT, trained on for equally many steps, without routers.
 
     python train.py --config configs/digits_control.py --workdir runs/digits_control
 

@@ -15,7 +15,7 @@ def get_config():
     config.process.name = "flow"
     config.loss.terms = ("mse", "budget")
 
-    # 50 evaluations of the network, as many as digits_dit has. Heun's last one is at the image itself, where there is
+    # 50 evaluations of the network, like digits_dit. Heun's last one is at the image itself, where there is
     # nothing to clip.
     config.sampling.update(sampler="heun", steps="25", clip=None, guidance=1.0)
 

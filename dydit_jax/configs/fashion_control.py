@@ -1,4 +1,4 @@
-"""The control of fashion_dydit: the same static DiT, trained on for as many steps in the same way, no routers.
+"""The control of fashion_dydit: the same static DiT, trained on for equally many steps, without routers.
 
     python train.py --config configs/fashion_control.py --workdir runs/fashion_control
 

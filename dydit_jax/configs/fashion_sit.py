@@ -16,7 +16,7 @@ def get_config():
     config.loss.terms = ("mse", "budget")
     config.loss.weighting = "none"
 
-    # 30 evaluations of the network, as many as fashion_dit has. The last is at the image itself: nothing to clip.
+    # 30 evaluations of the network, like fashion_dit. The last is at the image itself: nothing to clip.
     config.sampling.update(sampler="unipc", steps="30", clip=None, guidance=1.0)
 
     return config

@@ -15,7 +15,7 @@ from dydit_jax.configs import dydit_xl2_05
 def get_config():
     config = dydit_xl2_05.get_config()
 
-    config.model.classes = -1  # as many as the folder has
+    config.model.classes = -1  # the number of folders
     config.data.name = "images"
     config.data.batch_size = 32
     config.data.max_bad = 10

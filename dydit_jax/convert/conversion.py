@@ -263,7 +263,7 @@ def _arranged(tensors: dict) -> dict:
 
 
 def _class_names(source, classes: int) -> list[str]:
-    """Return the names of the classes, where the source is a folder that lists as many."""
+    """Return the names of the classes, where the source is a folder that lists one for each class."""
     names = read_class_names(source)
     return names if len(names) == classes else []
 

@@ -58,7 +58,7 @@ def export(request: Export, load: Callable[..., Weights] = load_weights) -> epat
 
     Raises:
       InputError: unreadable weights, an output that exists, an unknown ending, or a model that the layout can't hold:
-        no other has updates that depend on the timestep, or is told the scale of guidance.
+        no other has updates that depend on the timestep, or is conditioned on the guidance scale.
     """
     out, source = epath.Path(request.out), output_file(request.source)
     if request.layout == "diffusers":
@@ -86,7 +86,7 @@ def _load(load: Callable[..., Weights], source) -> Weights:
     if weights.lora is not None:
         raise InputError(f"{source} has low-rank updates that depend on the timestep; no other layout has them.")
     if weights.model.guidance_free:
-        raise InputError(f"{source} is told the scale of guidance; no other layout has a place for that.")
+        raise InputError(f"{source} is conditioned on the guidance scale; no other layout has a place for that.")
     return weights
 
 

@@ -1,7 +1,7 @@
 """Which timesteps of a training schedule a sampling run evaluates the network at, by name.
 
     "250"               that many, evenly, first and last included
-    "10,20,30"          the schedule in as many equal sections as there are numbers, each keeps its own
+    "10,20,30"          the schedule in equal sections, one per number, each keeps that number
     "ddim50"            every i-th from 0 on, with the smallest i that gives 50
     "trailing:20"       every T / 20 down from the noisiest
     "leading:20"        every (T // 20)-th from 0 on, up to the 20th

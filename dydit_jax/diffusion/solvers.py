@@ -279,7 +279,7 @@ def _unipc_step(path: Path, i: int, x, m: list, newest=None):
     Args:
       path, i: where.
       x: at time i.
-      m: estimates at times i, i - 1, ..., as many as the order.
+      m: estimates at times i, i - 1, ..., one per order.
       newest: estimate at time i + 1, or None.
     """
     log_snr, order = path.log_snr, len(m)

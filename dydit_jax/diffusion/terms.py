@@ -37,8 +37,8 @@ class LossConfig:
       times: how the times of a flow are drawn: uniform, or logit_normal, more often in the middle.
       logit_normal: mean and standard deviation of log(t / (1 - t)) for the latter.
       label_dropout: probability with which a label becomes "no class".
-      guidance_free: train guidance in one pass: the network is told beta, 1 / scale, drawn from 0 to 1, and learns the
-        prediction that guidance of this scale makes of two passes. Needs model.guidance_free.
+      guidance_free: train guidance in one pass: the network is conditioned on beta = 1 / scale, drawn from 0 to 1, and
+        learns the prediction that guidance of this scale makes of two passes. Needs model.guidance_free.
       complete_steps: for how many steps the complete pass is trained beside the gated one; -1 throughout. Without
         routers the only pass is the complete one, and this and the budget play no part.
       budget: lambda, the ratio of MACs that training aims at.

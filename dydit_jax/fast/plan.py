@@ -170,7 +170,7 @@ def make_plan(
       execution: name of how tokens run; a whole plan masks them.
       evaluations: how often the network runs on an image at each step [S]; None for once.
       segments: how many, 0 for a whole plan; None chooses.
-      job: for which as many are chosen as are worth compiling; None for one that never ends. Never more than keep the
+      job: whose length decides how many are worth compiling; None for one that never ends. Never more than keep the
         padding within 2 %, than 16, and than one for four steps.
 
     Returns:

@@ -89,8 +89,8 @@ class Request:
       labels_file: file with one label per line, a number or a name: a set with these labels.
       seed: seed of all noise and of uniform labels, 0 to 2^64 - 1.
       batch_size: images at once; does not change them.
-      mode: "fast" (only what is on is computed), "gated" (computed and multiplied by its gate) or "complete" (all gates
-        open).
+      mode: "fast" (only what is open is computed), "gated" (all is computed and multiplied by its gate) or
+        "complete" (all gates open).
       segments: programs that fast cuts the schedule into, 0 to leave nothing out; by itself it takes as many as are
         worth compiling for so many images.
       token_capacity: share of each image's tokens that pass an MLP at most: one number, or one per block; the

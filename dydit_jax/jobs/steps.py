@@ -53,7 +53,7 @@ def run_steps(state: TrainState, parts: Parts) -> TrainState:
       parts: what the run works with.
 
     Raises:
-      StopError: told to leave, too many bad batches in a row, or a checkpoint that can't be written.
+      StopError: asked to leave, too many bad batches in a row, or a checkpoint that can't be written.
     """
     experiment, mesh, step = parts.experiment, parts.mesh, int(state.step)
     last, tracking = experiment.train.steps, experiment.tracking

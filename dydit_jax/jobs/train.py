@@ -104,7 +104,7 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
 
     Raises:
       InputError: anything wrong with the config or the work directory, before anything is compiled.
-      StopError: told to leave, too many bad batches in a row, or a checkpoint that can't be written.
+      StopError: asked to leave, too many bad batches in a row, or a checkpoint that can't be written.
     """
     if not workdir:
         raise InputError("--workdir is empty; name the folder that this run may write to.")

@@ -35,7 +35,7 @@ class DiTConfig:
       side: side of the square input, in pixels (image side / 8 for latents).
       channels: channels of the input, C; the output has 2C, noise first, then variance.
       classes: number of labels; one more row stands for "no class". 0: an unconditional model, which has only that row;
-        for training, -1 takes as many as the data have.
+        for training, -1 takes the number that the data have.
       mlp_ratio: hidden channels of the MLP per channel of the width.
       routers: "none", "free" or "first_on", see `routing`.
       positions: "sine_cosine", the fixed table that DiT is trained with, or "stored": a table of the checkpoint's own,
@@ -45,8 +45,8 @@ class DiTConfig:
       time_router: key of `TIME_ROUTERS`, or two with a comma between them, for heads and for groups; published models
         have "linear".
       token_router: key of `TOKEN_ROUTERS`; published models have "mlp".
-      guidance_free: whether the network is told beta = 1 / scale of the guidance, and makes the guided prediction in
-        one pass; see `loss.guidance_free`.
+      guidance_free: whether the network is conditioned on beta = 1 / scale of the guidance, and makes the guided
+        prediction in one pass; see `loss.guidance_free`.
       label_init_std, time_init_std: standard deviation of the initial label table and timestep layers.
     """
 

@@ -53,7 +53,7 @@ REMATS = ("none", "block", "dots")
 
 
 class Block(nnx.Module):
-    """One transformer block. Heads and groups are as many as its arrays have."""
+    """One transformer block. It has the heads and groups that its arrays have."""
 
     def __init__(self, config: DiTConfig, *, token_router: type | None, dtype, platform: str, rngs, lora=None):
         self.modulation = Modulation(width=config.width, parts=6, dtype=dtype, platform=platform)
@@ -346,7 +346,7 @@ class Model:
         return part("time_embed")(t)
 
     def time_gates(self, params, t):
-        """Return what is on at timesteps t [S]: heads [S,L,H] and groups [S,L,G], float32 0 or 1."""
+        """Return what is open at timesteps t [S]: heads [S,L,H] and groups [S,L,G], float32 0 or 1."""
         if self.config.routers == "none":
             routing = self.open_routing(t.shape[0])
             return routing.heads, routing.groups

@@ -27,7 +27,7 @@ from dydit_jax.models.attention import attend
 from dydit_jax.models.lora import add_updates, expand, has_update, reducing_kernel
 from dydit_jax.models.products import multiply, separate
 
-TIME_FREQUENCIES = 128  # cosines and as many sines: 256 features
+TIME_FREQUENCIES = 128  # 128 cosines and 128 sines: 256 features
 MAX_PERIOD = 10_000.0
 MAX_BETA = 1000  # what beta = 1 is to the features
 NORM_EPSILON = 1e-6
@@ -221,7 +221,7 @@ class LabelEmbed(nnx.Module):
 
 
 def guided_embedding(time_embed, guidance_embed, t, labels, beta, config):
-    """Return the embedding of timesteps [B,D], with what the network is told of guidance.
+    """Return the embedding of timesteps [B,D], with the guidance that the network is conditioned on.
 
     Args:
       time_embed, guidance_embed: the modules; None for a model without guidance in one pass.

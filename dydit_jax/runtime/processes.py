@@ -161,7 +161,7 @@ def to_host(tree):
 
 
 class PreemptionNotice:
-    """Whether this program has been told to leave: SIGTERM, Ctrl-C, or the platform's maintenance notice.
+    """Whether this program has been asked to leave: SIGTERM, Ctrl-C, or the platform's maintenance notice.
 
     Use as a context. With several processes all of them learn it at the same step.
     """

@@ -166,7 +166,7 @@ class SamplingRun:
 
         Args:
           segments: into how many programs the schedule is cut, 0 to leave nothing out; None decides by itself.
-          images: of the whole job, for which as many segments are chosen as are worth compiling; None for very many.
+          images: of the whole job, which decides how many segments are worth compiling; None for very many.
 
         Returns:
           The plan; with `plan.with_usage(samples.usage)` its capacities are chosen by what those images needed.

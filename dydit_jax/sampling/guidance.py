@@ -1,4 +1,4 @@
-"""Classifier-free guidance: two passes of the network in one, mixed; or one pass of a network that is told the scale.
+"""Classifier-free guidance: two passes mixed, run as one; or one pass of a network that is conditioned on the scale.
 
 Source: https://arxiv.org/abs/2207.12598; that only the first three channels are guided is how the published DiT models
 are sampled.
@@ -56,7 +56,8 @@ def evaluations_per_step(scales) -> np.ndarray:
 def evaluations_of(config: DiTConfig, scales: np.ndarray) -> np.ndarray:
     """Return how often a model runs on an image at each of the scales [S], int [S].
 
-    Once where the model is told the scale and predicts the guided result itself, else as `evaluations_per_step` says.
+    Once where the model is conditioned on the scale and predicts the guided result itself, else as
+    `evaluations_per_step` says.
 
     Raises:
       InputError: a scale below 1 of such a model, which has not seen it.

@@ -42,13 +42,13 @@ class JobPlan:
     """
 
     def __init__(self, run: SamplingRun, checksum: str, *, images: int, segments: int | None = None):
-        """Make the plan, or find that of an earlier job with as many segments, which may know more of the tokens.
+        """Make the plan, or find that of an earlier job with equally many segments, which may know more of the tokens.
 
         Args:
           run: what is sampled.
           checksum: of the weights.
           images: of the whole job.
-          segments: into how many programs the schedule is cut; None takes as many as the job is worth.
+          segments: into how many programs the schedule is cut; None takes the number that suits the job.
 
         Raises:
           InputError: a number of segments that the schedule does not have.

@@ -193,7 +193,7 @@ def record_step(executions: tuple[TokenExecution, ...], tokens) -> StepRecord:
 def microbatch_size(model: Model, evaluations: int, images: int) -> int:
     """Return how many of a device's images go through a segment together, before the next ones do.
 
-    On a TPU as many as keep their attention scores in fast memory, unless that leaves too few for its matrix units.
+    On a TPU the most that keep their attention scores in fast memory, unless that leaves too few for its matrix units.
     Elsewhere all of them.
 
     Args:

@@ -81,7 +81,9 @@ def read_experiment(config: Mapping) -> Experiment:
     make_table(experiment.sampling, experiment.process)
     require_no_class(config, experiment.sampling)
     if experiment.loss.guidance_free and not experiment.model.guidance_free:
-        raise InputError("loss.guidance_free needs model.guidance_free=True: a network that is told the guidance.")
+        raise InputError(
+            "loss.guidance_free needs model.guidance_free=True: a network that is conditioned on the guidance scale."
+        )
     if experiment.loss.guidance_free and not 0 < experiment.loss.label_dropout < 1:
         raise InputError(
             "loss.guidance_free needs a loss.label_dropout between 0 and 1, about 0.1: its target is made with the "

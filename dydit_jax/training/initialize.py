@@ -138,7 +138,7 @@ def label_rows(source: Weights, classes: int, train: TrainConfig, class_names: S
     """Choose the row of a model's label table that each class of another one starts from.
 
     By `train.class_map` where it is given; else by the classes' names where both sides know them; else by their numbers
-    where there are as many; else by nothing.
+    where the numbers of classes are equal; else by nothing.
 
     Args:
       source: the model that training starts from.

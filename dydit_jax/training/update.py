@@ -51,7 +51,8 @@ class TrainConfig:
         that these lack are initialised afresh: the start of fine-tuning a DiT into a DyDiT. Classes and side of the
         images may be others.
       class_map: which class of `init_from` a class starts from: "0:207,1:360" (own:theirs, numbers or names), or a file
-        with such a pair per line. Without it classes are matched by name, or by number where there are as many.
+        with such a pair per line. Without it classes are matched by name, or by number where both have equally
+        many.
       new_classes: rows of the label table for the other classes: "random", or "mean", the mean of all of `init_from`.
       precision: "bfloat16", "float32", "highest" (float32 products in full, for comparisons) or "auto": bfloat16
         on accelerators, float32 on CPUs.
