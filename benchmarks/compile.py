@@ -3,9 +3,9 @@
     python benchmarks/compile.py --model XL/2 --steps 250 --batch_size 2 --out docs/speed/compile_xl2.json
 
 The plan is that of a profile (`profiles.py`), with token shares that spread by one per cent; nothing is run and no
-weights are made. Each start is a process of its own; the first finds the cache of programs empty, the second full. Told
-are the seconds after which each program is there. A run starts as soon as the first one is, and the others are compiled
-meanwhile.
+weights are made. Each start is a process of its own; the first finds the cache of programs empty, the second full. It
+reports after how many seconds each program is there. A run starts as soon as the first one is, and the others are
+compiled meanwhile.
 
     python benchmarks/compile.py --constants --model S/2 --steps ddim20 --batch_size 8
 

@@ -4,10 +4,10 @@
     python benchmarks/start.py --only digits_1,s2_1 --rounds 1 --out start.json
 
 Each run is a process of its own, as a user starts it, and the two modes take turns. Each mode has a cache of its own,
-empty in its first run of a round, full in its second. Told are the least seconds of all rounds, since whatever else a
-machine does only adds to them: those on the clock, and those of the processor, all cores together. The digits model is
-the one that ships; S/2 has random weights with 65 % of heads, groups and tokens open (`profiles.py`), on pixels, DDIM
-with 20 steps. The results are written after every job. A table in Markdown goes to the output.
+empty in its first run of a round, full in its second. It reports the least seconds of all rounds, since whatever else
+a machine does only adds to them: those on the clock, and those of the processor, all cores together. The digits model
+is the one that ships; S/2 has random weights with 65 % of heads, groups and tokens open (`profiles.py`), on pixels,
+DDIM with 20 steps. The results are written after every job. A table in Markdown goes to the output.
 """
 
 import dataclasses

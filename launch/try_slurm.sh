@@ -84,7 +84,7 @@ until [ "$(reports "$folder/stopped/metrics.jsonl")" -ge 20 ]; do sleep 1; done
 scancel --signal=TERM "$job"
 until [ -z "$(squeue --noheader)" ]; do sleep 1; done
 
-grep -E 'Told to stop: step|Continuing from step' "$folder/stopped.log" || fail "The job was not stopped and continued."
+grep -E 'Stopped: step|Continuing from step' "$folder/stopped.log" || fail "The job was not stopped and continued."
 found=$(scontrol show job "$job" | grep -oE 'JobState=\w+|Restarts=[0-9]+' | xargs)
 [ "$found" = "JobState=COMPLETED Restarts=1" ] || fail "The job was not requeued once: $found."
 cmp "$folder/stopped/weights.safetensors" "$folder/straight/weights.safetensors" || fail "The two jobs differ."

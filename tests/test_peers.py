@@ -104,7 +104,7 @@ def test_process_that_finds_nobody_says_so(caplog):
     "error, code, said",
     [
         (InputError("No such folder."), 2, "Process 1: No such folder."),
-        (StopError("Told to stop.", 75), 75, "Process 1: Told to stop."),
+        (StopError("Stopped.", 75), 75, "Process 1: Stopped."),
         (StopError("Too many bad batches."), 1, "Process 1: Too many bad batches."),
         (KeyboardInterrupt(), 130, "Process 1: Stopped by Ctrl-C. Newest: 5."),
         (OSError(28, "No space left on device"), 1, "Process 1: [Errno 28] No space left on device. Newest: 5."),

@@ -192,7 +192,7 @@ def test_notice_to_one_process_stops_both_at_the_same_step(tmp_path, number):
         time.sleep(0.2)
     processes[1].send_signal(number)
     said = finish(processes, code=75)
-    [step] = {text.split("Told to stop: step ")[1].split()[0] for text in said}
+    [step] = {text.split("Stopped: step ")[1].split()[0] for text in said}
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [step]
 
 

@@ -140,7 +140,7 @@ def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
 def test_run_told_to_stop_saves_its_step_and_goes_on_from_it(tmp_path, monkeypatch):
     whole = train_and_evaluate(changed(STATIC, train=dict(steps=5)), tmp_path / "whole")
 
-    class Told(steps.PreemptionNotice):
+    class Stopping(steps.PreemptionNotice):
         def at(self, step):
             if step == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -148,7 +148,7 @@ def test_run_told_to_stop_saves_its_step_and_goes_on_from_it(tmp_path, monkeypat
 
     config = changed(STATIC, train=dict(steps=5), checkpoint=dict(every_steps=100))
     with monkeypatch.context() as patch, pytest.raises(StopError, match="step 3 is saved") as stopped:
-        patch.setattr(steps, "PreemptionNotice", Told)
+        patch.setattr(steps, "PreemptionNotice", Stopping)
         train_and_evaluate(config, tmp_path / "run")
     assert stopped.value.code == 75
     jax.tree.map(np.testing.assert_array_equal, whole, train_and_evaluate(config, tmp_path / "run"))

@@ -175,7 +175,7 @@ class Run:
             reason = " ".join(str(error).split())[:300]
             raise StopError(
                 f"A checkpoint could not be written ({reason}). The newest whole one is of step "
-                f"{self._newest_whole()}; make room, and the same command goes on from it."
+                f"{self._newest_whole()}; make room, and the same command continues from it."
             ) from error
 
     def _newest_whole(self) -> int | None:

@@ -16,7 +16,7 @@ def about_newest(workdir) -> str:
     steps = saved_steps(workdir)
     if not steps:
         return "There is no whole checkpoint yet."
-    return f"The newest whole checkpoint is of step {steps[-1]}; the same command goes on from it."
+    return f"The newest whole checkpoint is of step {steps[-1]}; the same command continues from it."
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def run_steps(state: TrainState, parts: Parts) -> TrainState:
             leaving = notice.at(step)
             records.save(step, state, leaving=leaving)
             if leaving:
-                raise StopError(f"Told to stop: step {step} is saved, the same command goes on from it.", RESTART_CODE)
+                raise StopError(f"Stopped: step {step} is saved, the same command continues from it.", RESTART_CODE)
             records.draw(step, state)
             records.judge(step, state)
         watch.now("the last checkpoint")

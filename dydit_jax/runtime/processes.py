@@ -184,11 +184,11 @@ class PreemptionNotice:
 
     def _hear(self, number, _):
         self._told = True
-        logger.warning("Told to stop (%s): saving after this step.", signal.Signals(number).name)
+        logger.warning("Stopping (%s): saving after this step.", signal.Signals(number).name)
         signal.signal(number, self._before[number])  # the second time means at once
 
     def _pass_on(self, number, _):
-        logger.warning("Told to stop (%s): all processes save the same step.", signal.Signals(number).name)
+        logger.warning("Stopping (%s): all processes save the same step.", signal.Signals(number).name)
         signal.signal(number, self._before[number])
         os.kill(os.getpid(), signal.SIGTERM)
 
