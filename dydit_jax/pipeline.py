@@ -42,6 +42,7 @@ from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.sampling.noise import first_noise, image_keys
 from dydit_jax.sampling.planning import JobPlan
 from dydit_jax.sampling.settings import choose_sampling
+from dydit_jax.sampling.table import warn_of_unlearnt_times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +295,7 @@ class Pipeline:
             mesh = self.mesh if self.mesh.size > 1 else None
             settings = dict(sampling=sampling, process=self.weights.process, mesh=mesh)
             run = SamplingRun(self.model, self._params, **settings)
+            warn_of_unlearnt_times(self.weights.about.get("config", {}), run.table)
             self._params = run.params  # cast and placed once
             self._runs[sampling] = run
         return self._runs[sampling]

@@ -7,6 +7,8 @@
 # VERSION is v2-alpha-tpuv6e for v6e, v2-alpha-tpuv5 for v5p, v2-alpha-tpuv5-lite for v5e, tpu-ubuntu2204-base for v4.
 # FLAGS go to `gcloud compute tpus queued-resources create`: --spot, --reserved, --valid-until-duration=6h.
 #
+# PREPARE is a command that each host runs first, in its home directory: what brings the data, for example.
+#
 # The training is a service of each host: it goes on when this script or its connection ends, and it saves when it is
 # stopped or its host shuts down. The same command again asks for another slice where this one was taken away, and goes
 # on from the last checkpoint.
@@ -36,6 +38,9 @@ until [ "$found" = ACTIVE ]; do
 done
 
 everywhere "test -d dydit-jax || git clone --quiet $REPOSITORY dydit-jax; dydit-jax/launch/install.sh tpu"
+if [ -n "${PREPARE:-}" ]; then
+  everywhere "$PREPARE"
+fi
 # KillMode=mixed: the stop signal goes to until_done.sh alone, which passes it on once; a second one would mean at once.
 everywhere "systemctl is-active --quiet dydit || sudo systemd-run --unit=dydit --collect --uid=\$(id -u) \
   --working-directory=\$HOME/dydit-jax --property=KillMode=mixed --property=TimeoutStopSec=600 \

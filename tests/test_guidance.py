@@ -1,4 +1,4 @@
-"""Guidance is refused where "no class" was never trained, or has no row."""
+"""What a training never showed a model is not sampled unnoticed: "no class", and t = 0 under min_snr."""
 
 import dataclasses
 
@@ -57,6 +57,19 @@ def test_what_was_never_trained_is_refused(dropout, sampling, labels, message):
 def test_weights_that_a_training_started_from_may_have_it(caplog):
     require_no_class(trained(0.0, init_from="dit-xl2-256"), GUIDED, labels=[3], classes=10)
     assert "Whether dit-xl2-256 had, from which it started, is not known." in caplog.text
+
+
+@pytest.mark.parametrize("steps, warned", [("20", True), ("logsnr:5", True), ("ddim5", True), ("trailing:5", False)])
+@pytest.mark.parametrize("weighting", ["min_snr", "none"])
+def test_sampling_down_to_a_timestep_that_was_hardly_learnt_is_warned_of(tiny, caplog, steps, warned, weighting):
+    model, params = tiny
+    about = dict(config=dict(loss=dict(weighting=weighting)))
+    pipeline = Pipeline(Weights(model.config, Diffusion(), SamplingConfig(), params, about))
+    for _ in range(2):
+        pipeline.prepare(pipeline.sampling(sampler="ddim", steps=steps))
+    said = [record for record in caplog.records if "end at t = 0" in record.message]
+    assert len(said) == (warned and weighting == "min_snr")
+    assert not said or "sampling.steps=trailing:5" in said[0].message or steps == "20"
 
 
 def test_a_training_without_label_dropout_is_refused_guided_samples():

@@ -96,6 +96,7 @@ def test_slurm_job_runs_in_a_container(stand_ins):
 POD = dict(NAME="pod", ZONE="z", TYPE="v5litepod-16", VERSION="v2-alpha-tpuv5-lite", REPOSITORY="https://host/r")
 
 
+@pytest.mark.parametrize("prepare", ["", "make data"])
 @pytest.mark.parametrize(
     "states, verbs",
     [
@@ -105,19 +106,21 @@ POD = dict(NAME="pod", ZONE="z", TYPE="v5litepod-16", VERSION="v2-alpha-tpuv5-li
         (["SUSPENDED", "ACTIVE"], ["describe", "delete", "create", "describe"]),
     ],
 )
-def test_pod_is_queued_for_and_started(stand_ins, tmp_path, states, verbs):
+def test_pod_is_queued_for_and_started(stand_ins, tmp_path, states, verbs, prepare):
     (tmp_path / "states").write_text("".join(state + "\n" for state in states))
     pop = f'[ "$4" = describe ] && sed -n 1p {tmp_path}/states && sed -i 1d {tmp_path}/states; true'
     stand_ins("gcloud", pop)
     stand_ins("sleep")
-    done = run("tpu_pod.sh", "--config", "a.py", "--workdir", "gs://bucket/a run", FLAGS="--spot --reserved", **POD)
+    settings = dict(POD, FLAGS="--spot --reserved", PREPARE=prepare)
+    done = run("tpu_pod.sh", "--config", "a.py", "--workdir", "gs://bucket/a run", **settings)
     assert done.returncode == 0, done.stderr
     calls = "\n".join(stand_ins.calls())
     assert re.findall(r"gcloud compute tpus queued-resources (\w+) pod --zone=z", calls) == verbs
     for created in re.findall(r"create pod.*", calls):
         assert "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot --reserved" in created
-    assert calls.count("tpu-vm ssh pod --zone=z --worker=all") == 2
-    assert "install.sh tpu" in calls and "sudo systemd-run --unit=dydit" in calls
+    order = r"install\.sh tpu(.*--command=make data)?.*sudo systemd-run --unit=dydit"
+    assert bool(re.search(order, calls, re.DOTALL)[1]) == bool(prepare)
+    assert calls.count("tpu-vm ssh pod --zone=z --worker=all") == 2 + bool(prepare)
     assert r"train.py --distributed --config a.py --workdir gs://bucket/a\ run" in calls
     assert "journalctl" in done.stdout
 

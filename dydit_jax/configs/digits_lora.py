@@ -4,7 +4,7 @@
 
 Starts from runs/digits_dit (--config.train.init_from=...), whose weights stay as they are: a checkpoint holds the
 routers and the updates. For updates that depend on the timestep: --config.lora.experts=4 --config.lora.rank=4
---config.lora.alpha=4.
+--config.lora.alpha=8.
 """
 
 from dydit_jax.configs import digits_dydit

@@ -85,10 +85,11 @@ class Plan:
 
     def summary(self) -> str:
         """Return the plan as a line for people."""
+        padding = f"padding adds {100 * self.padding:.1f} % to the needed MACs"
         if self.whole:
-            return f"0 segments, nothing is left out, {100 * self.padding:.1f} % of the MACs are padding"
+            return f"0 segments, nothing is left out, {padding}"
         lengths = " + ".join(str(len(segment)) for segment in self.segments)
-        return f"{len(self.segments)} segments of {lengths} steps, {100 * self.padding:.1f} % of the MACs are padding"
+        return f"{len(self.segments)} segments of {lengths} steps, {padding}"
 
     def table(self, timesteps) -> str:
         """Return a line of text per segment: its timesteps, and the share of heads and groups that it keeps and needs.

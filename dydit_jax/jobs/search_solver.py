@@ -36,6 +36,7 @@ from dydit_jax.sampling.guidance import require_no_class
 from dydit_jax.sampling.search import GRIDS, Fit, Teacher, first_positions, number_of_moves, search
 from dydit_jax.sampling.searched import FORMAT, fitted_to, listed
 from dydit_jax.sampling.settings import choose_sampling
+from dydit_jax.sampling.table import warn_of_unlearnt_times
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ def search_solver(request: SearchRequest) -> dict:
     dtype, matmul_precision = resolve_precision(request.precision)
     model = Model(weights.model, dtype, matmul_precision)
     teacher = Teacher(model, weights.params, sampling, weights.process, request.reference, request.seed)
+    warn_of_unlearnt_times(weights.about.get("config", {}), teacher.table)
     if len(teacher.table) < 2 * request.evaluations:
         raise InputError(
             f"--reference={request.reference} has too few timesteps for {request.evaluations} evaluations."

@@ -1,6 +1,8 @@
 """The table of a run: times, solver and guidance of every evaluation of the network, known before the first."""
 
 import dataclasses
+import logging
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -9,6 +11,8 @@ from dydit_jax.diffusion.samplers import SEARCHED, SamplingConfig
 from dydit_jax.diffusion.solvers import SOLVERS, SolverTable, solver_table
 from dydit_jax.errors import InputError
 from dydit_jax.sampling.guidance import guidance_scales
+
+logger = logging.getLogger(__name__)
 
 
 def make_table(sampling: SamplingConfig, process: Process) -> SolverTable:
@@ -32,6 +36,22 @@ def make_table(sampling: SamplingConfig, process: Process) -> SolverTable:
         )
     scales = guidance_scales(sampling, table.timestep, process.time_range())
     return dataclasses.replace(table, guidance=scales.astype(np.float32))
+
+
+def warn_of_unlearnt_times(config: Mapping, table: SolverTable) -> None:
+    """Warn where a run evaluates a model at a time that its training gave hardly any weight: t = 0 under min_snr.
+
+    Args:
+      config: that the model was trained with, as plain dicts; {} where it is not known.
+      table: of the run.
+    """
+    weighting = (config.get("loss") or {}).get("weighting", "none")
+    if weighting == "min_snr" and table.timestep.min() <= 0:
+        logger.warning(
+            "The timesteps end at t = 0, which a model trained with loss.weighting=min_snr has hardly learnt: its "
+            "images may be grainy. Timesteps such as sampling.steps=trailing:%d end before it.",
+            len(table),
+        )
 
 
 def with_weights(table: SolverTable, rows: tuple[tuple[float, ...], ...]) -> SolverTable:

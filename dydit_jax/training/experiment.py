@@ -20,7 +20,7 @@ from dydit_jax.records import read_record, with_current_names
 from dydit_jax.runtime.sharding import MeshConfig
 from dydit_jax.runtime.tracking import TrackingConfig
 from dydit_jax.sampling.guidance import require_no_class
-from dydit_jax.sampling.table import make_table
+from dydit_jax.sampling.table import make_table, warn_of_unlearnt_times
 from dydit_jax.training.optimizer import OptimizerConfig
 from dydit_jax.training.update import TrainConfig, make_update_fn
 
@@ -78,7 +78,7 @@ def read_experiment(config: Mapping) -> Experiment:
     }
     experiment = Experiment(**{field.name: records[field.name] for field in dataclasses.fields(Experiment)})
     _require_meaning(experiment.loss, experiment.process)
-    make_table(experiment.sampling, experiment.process)
+    warn_of_unlearnt_times(config, make_table(experiment.sampling, experiment.process))
     require_no_class(config, experiment.sampling)
     if experiment.loss.guidance_free and not experiment.model.guidance_free:
         raise InputError(
