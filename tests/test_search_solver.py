@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs import search_solver as job
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.jobs.search_solver import SearchRequest, search_solver
+from dydit_jax.models.dit import Model
+from dydit_jax.models.lora import LoRAConfig
 from dydit_jax.sampling.search import Fit, Teacher, first_positions, moves, search
 from dydit_jax.sampling.searched import listed
 from dydit_jax.sampling.settings import PRESETS, choose_sampling
@@ -153,6 +156,23 @@ def test_guidance_is_that_of_the_run(tiny):
     _, labels = teacher.noise(np.arange(3))
     expected = make_run(*tiny, sampling=sampling).draw(np.asarray(labels), mode="gated").images
     assert relative_error(teacher.reference(np.arange(3), lambda _: None)[-1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["guidance in one pass", "updates by the timestep"])
+def test_teacher_draws_what_sampling_draws(tiny, kind):
+    one_pass = kind == "guidance in one pass"
+    config = dataclasses.replace(tiny[0].config, depth=1, guidance_free=one_pass)
+    model = Model(config, lora=None if one_pass else LoRAConfig(rank=2, experts=2))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, model.init(jax.random.key(0)))  # what starts at zero counts, too
+    teacher = Teacher(model, params, dataclasses.replace(OWN, guidance=2.0), Diffusion(), "trailing:3", seed=0)
+    _, labels = teacher.noise(np.arange(2))
+    sampling = dataclasses.replace(teacher.sampling, steps="trailing:3")
+    expected = make_run(model, params, sampling=sampling).draw(np.asarray(labels), mode="gated").images
+    assert relative_error(teacher.draw(teacher.table, np.arange(2)), expected) < 1e-5
+    if one_pass:
+        below = dataclasses.replace(teacher, sampling=dataclasses.replace(teacher.sampling, guidance=0.5))
+        with pytest.raises(InputError, match="for scales from 1 on"):
+            below.draw(below.table, np.arange(2))
 
 
 def test_moves_keep_the_order_and_the_first():

@@ -118,7 +118,7 @@ def search_solver(request: SearchRequest) -> dict:
     sampling = dataclasses.replace(sampling, sampler="ddim", eta=0.0, guidance_scales=None, searched_weights=None)
     require_no_class(weights.about.get("config", {}), sampling, classes=weights.model.classes)
     dtype, matmul_precision = resolve_precision(request.precision)
-    model = Model(weights.model, dtype, matmul_precision)
+    model = Model(weights.model, dtype, matmul_precision, lora=weights.lora)
     teacher = Teacher(model, weights.params, sampling, weights.process, request.reference, request.seed)
     warn_of_unlearnt_times(weights.about.get("config", {}), teacher.table)
     if len(teacher.table) < 2 * request.evaluations:

@@ -20,7 +20,7 @@ from dydit_jax.models.dit import MODES, Model
 from dydit_jax.records import require_range
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import SamplingRun, checked_labels
-from dydit_jax.sampling.guidance import guide
+from dydit_jax.sampling.guidance import condition_scale, evaluations_of, guide
 from dydit_jax.sampling.noise import first_noise, image_keys
 
 MOST_STEPS = 10_000
@@ -99,11 +99,12 @@ def _solve_all(params, first, labels, *, model: Model, mode: str, sampling: Samp
     """Solve from noise [B,side,side,C] at time 0 to the images at 1; returns them and the steps of each [B]."""
     import diffrax
 
-    in_one_pass = model.config.guidance_free
-    beta = jnp.full(1, 1 / sampling.guidance) if in_one_pass else None
+    beta = condition_scale(sampling.guidance, 1, config=model.config)
     network = functools.partial(model.apply, params, mode=mode, beta=beta)
-    scale = sampling.guidance if sampling.is_guided and not in_one_pass else None
-    settings = dict(scale=scale, guided_channels=sampling.guided_channels, config=model.config)
+    twice = evaluations_of(model.config, np.array(sampling.guidance)) == 2
+    settings = dict(
+        scale=sampling.guidance if twice else None, guided_channels=sampling.guided_channels, config=model.config
+    )
 
     def velocity(t, x, label):
         output, _ = guide(network, x[None], t, label[None], **settings)

@@ -72,6 +72,11 @@ def evaluations_of(config: DiTConfig, scales: np.ndarray) -> np.ndarray:
     return np.ones(scales.shape, int)
 
 
+def condition_scale(scale, images: int, *, config: DiTConfig):
+    """Return beta = 1 / scale for each of the images [B], where the model is conditioned on it; else None."""
+    return jnp.full(images, 1 / scale) if config.guidance_free else None
+
+
 def condition_labels(labels, *, evaluations: int, config: DiTConfig):
     """Return the labels that the network runs on: [B], or [2B] with "no class" for the second half."""
     return labels if evaluations == 1 else jnp.concatenate([labels, jnp.full_like(labels, config.null_label)])

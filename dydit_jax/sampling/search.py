@@ -26,7 +26,7 @@ from dydit_jax.diffusion.solvers import MOST_HISTORY, SolverForm, SolverTable
 from dydit_jax.errors import InputError
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.seeds import seed_words
-from dydit_jax.sampling.guidance import guide
+from dydit_jax.sampling.guidance import condition_scale, evaluations_of, guide
 from dydit_jax.sampling.noise import first_noise, image_keys, uniform_labels
 from dydit_jax.sampling.table import make_table
 
@@ -104,9 +104,9 @@ class Teacher:
         return np.asarray(state.x0)
 
     def _run(self, sampler: Sampler, state, labels, rows: SolverTable):
-        guided = bool((rows.guidance != 1.0).any())
-        channels = self.sampling.guided_channels if guided else None
-        return _run_rows(self.params, state, labels, rows, model=self.model, sampler=sampler, guided_channels=channels)
+        evaluations = evaluations_of(self.model.config, rows.guidance).max().item()
+        settings = dict(sampler=sampler, evaluations=evaluations, guided_channels=self.sampling.guided_channels)
+        return _run_rows(self.params, state, labels, rows, model=self.model, **settings)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "classes"))
@@ -114,13 +114,14 @@ def _noise_and_labels(seed, images, *, shape: tuple[int, ...], classes: int):
     return first_noise(image_keys(seed, images), shape), uniform_labels(seed, images, classes)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampler", "guided_channels"))
-def _run_rows(params, state, labels, rows, *, model: Model, sampler: Sampler, guided_channels: str | None):
-    """Run rows of a table; without `guided_channels` the network runs once on each image."""
-    network = functools.partial(model.apply, params, mode="gated")
+@functools.partial(jax.jit, static_argnames=("model", "sampler", "evaluations", "guided_channels"))
+def _run_rows(params, state, labels, rows, *, model: Model, sampler: Sampler, evaluations: int, guided_channels: str):
+    """Run rows of a table, at each of which the network runs `evaluations` times on an image."""
 
     def predict(x, row, _):
-        settings = dict(scale=row.guidance if guided_channels else None, guided_channels=guided_channels)
+        beta = condition_scale(row.guidance, len(labels), config=model.config)
+        network = functools.partial(model.apply, params, mode="gated", beta=beta)
+        settings = dict(scale=row.guidance if evaluations == 2 else None, guided_channels=guided_channels)
         return guide(network, x, row.timestep, labels, **settings, config=model.config)[0], x
 
     return run_sampler(sampler, state, rows, predict=predict, noise_at=None)

@@ -18,7 +18,7 @@ from dydit_jax.models.dit import Model
 from dydit_jax.runtime.processes import to_host
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import SamplingRun, checked_labels
-from dydit_jax.sampling.guidance import guide
+from dydit_jax.sampling.guidance import condition_scale, guide
 from dydit_jax.sampling.noise import first_noise, image_keys, step_noise
 
 
@@ -88,7 +88,7 @@ def trace(
 def run_step(params, state: SamplerState, row: SolverTable, labels, keys, *, settings: StepSettings):
     """Run one row of a table; returns the state after it and the images' token gates [B,L,N]."""
     config = settings.model.config
-    beta = jnp.full(len(labels), 1 / row.guidance) if config.guidance_free else None
+    beta = condition_scale(row.guidance, len(labels), config=config)
     network = functools.partial(settings.model.apply, params, mode=settings.mode, beta=beta)
     guidance = dict(scale=row.guidance if settings.evaluations == 2 else None, guided_channels=settings.guided_channels)
     output, routing = guide(network, state.xt, row.timestep, labels, **guidance, config=config)
