@@ -7,6 +7,7 @@ are the business of each record's `__post_init__`.
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ def _required(field) -> bool:
 
 
 def _checked(value, kind, where: str):
-    """Return `value` as `kind`; integers pass as floats, lists as tuples, nothing else is converted."""
+    """Return `value` as `kind`; integers pass as floats, lists as tuples, nothing else. Floats are finite."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         options = typing.get_args(kind)
         if value is None and type(None) in options:
@@ -66,7 +67,9 @@ def _checked(value, kind, where: str):
         kind = next(option for option in options if option is not type(None))
     if typing.get_origin(kind) is tuple:
         return _checked_tuple(value, typing.get_args(kind), where)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) in (int, float):
+        if not abs(value) <= sys.float_info.max:
+            raise InputError(f"{where} must be a finite number, not {value!r:.40}.")
         return float(value)
     # `type(...) is`, because True is an int to isinstance.
     if type(value) is not kind:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,18 @@ def test_routers_have_their_own_learning_rate():
     np.testing.assert_allclose(updates["blocks"]["mlp"]["up"], -1e-3, rtol=1e-4)
     np.testing.assert_allclose(updates["blocks"]["token_router"]["bias_in"], -1e-2, rtol=1e-4)
     np.testing.assert_allclose(updates["head_router"]["kernel"], -1e-2, rtol=1e-4)
+
+
+def test_limits_that_would_make_nan_are_refused():
+    for name, value in (
+        ("beta1", 1.0),
+        ("beta2", 1.0),
+        ("beta1", 1 - 1e-9),
+        ("clip_norm", math.inf),
+        ("skip_norm", 1e39),
+    ):
+        with pytest.raises(InputError, match=f"optimizer.{name} must be from"):
+            OptimizerConfig(learning_rate=1e-3, **{name: value})
 
 
 @pytest.mark.parametrize("known", [True, False])

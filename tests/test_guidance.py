@@ -32,10 +32,30 @@ def trained(dropout: float, **train) -> dict:
         (trained(0.1), GUIDED, [10]),
         (trained(0.0), PLAIN, [3]),
         (trained(1.0), PLAIN, [10]),
+        (dict(trained(0.1), model=dict(guidance_free=True)), PLAIN, [3]),
+        (dict(loss=dict(guidance_free=True), model=dict(guidance_free=True)), GUIDED, [3]),
     ],
 )
 def test_what_was_trained_may_be_asked(config, sampling, labels):
     require_no_class(config, sampling, labels=labels, classes=10)
+
+
+def test_the_one_label_of_a_model_without_classes_was_trained():
+    require_no_class(trained(0.0), PLAIN, labels=[0, 0], classes=0)
+
+
+def test_scales_that_were_never_trained_are_refused():
+    config = dict(trained(0.1), model=dict(guidance_free=True))
+    message = "has seen scales of guidance; this one was trained with model.guidance_free, but not loss.guidance_free"
+    with pytest.raises(InputError, match=message):
+        require_no_class(config, GUIDED, labels=[3], classes=10)
+    with pytest.raises(InputError, match=message):
+        read_experiment(changed(DYNAMIC, model=dict(guidance_free=True), sampling=dict(guidance=1.5)))
+
+
+def test_guidance_of_a_model_without_classes_is_refused_before_training():
+    with pytest.raises(InputError, match="Guidance needs classes"):
+        read_experiment(changed(DYNAMIC, model=dict(classes=0), sampling=dict(guidance=1.5)))
 
 
 @pytest.mark.parametrize(

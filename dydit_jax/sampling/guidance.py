@@ -114,7 +114,7 @@ def guide(network: Callable, x, t, labels, *, scale, guided_channels: str, confi
 
 
 def require_no_class(config: Mapping, sampling: SamplingConfig, *, labels=(), classes: int | None = None) -> None:
-    """Raise where guidance or a label asks for "no class" of a model whose training never showed it.
+    """Raise where guidance or a label asks for what a model's training never showed it: "no class", or the scale.
 
     A training that started from other weights may have it from them: that is not known here, and a warning.
 
@@ -125,24 +125,28 @@ def require_no_class(config: Mapping, sampling: SamplingConfig, *, labels=(), cl
       classes: of the model; this number as a label stands for "no class".
 
     Raises:
-      InputError: a label dropout of 0, or, under guidance, one of 1 or a model without classes: neither leaves a class
-        to guide to.
+      InputError: a label dropout of 0; under guidance, also one of 1 or a model without classes, neither of which
+        leaves a class to guide to, or a model that is conditioned on the scale and was trained at a scale of 1 alone.
     """
     if sampling.is_guided and classes == 0:
         raise InputError("Guidance needs classes, and this model has none; set sampling.guidance to 1.")
-    dropout = (config.get("loss") or {}).get("label_dropout", LossConfig.label_dropout)
-    guided, unlabelled = sampling.is_guided, classes in np.asarray(labels).tolist()
-    if not (guided and dropout in (0.0, 1.0)) and not (unlabelled and dropout == 0.0):
-        return
+    loss, model = config.get("loss") or {}, config.get("model") or {}
+    dropout = loss.get("label_dropout", LossConfig.label_dropout)
+    guided, unlabelled = sampling.is_guided, bool(classes) and classes in np.asarray(labels).tolist()
     scale = sampling.guidance if sampling.guidance_scales is None else max(sampling.guidance_scales)
     asked = f"Guidance of {scale}" if guided else f"The label {classes}"
-    unseen = "no class" if dropout == 0.0 else "any class"
-    message = f"{asked} needs a model that has seen {unseen}; this one was trained with loss.label_dropout {dropout}."
+    if (guided and dropout in (0.0, 1.0)) or (unlabelled and dropout == 0.0):
+        unseen, setting = "no class" if dropout == 0.0 else "any class", f"loss.label_dropout {dropout}"
+        remedy = "Set sampling.guidance to 1 and give labels of classes, or train with a dropout of about 0.1."
+    elif guided and model.get("guidance_free") and not loss.get("guidance_free"):
+        unseen, setting = "scales of guidance", "model.guidance_free, but not loss.guidance_free"
+        remedy = "Set sampling.guidance to 1, or train with loss.guidance_free."
+    else:
+        return
+    message = f"{asked} needs a model that has seen {unseen}; this one was trained with {setting}."
     before = (config.get("train") or {}).get("init_from")
     if not before:
-        raise InputError(
-            f"{message} Set sampling.guidance to 1 and give labels of classes, or train with a dropout of about 0.1."
-        )
+        raise InputError(f"{message} {remedy}")
     logger.warning("%s Whether %s had, from which it started, is not known.", message, before)
 
 

@@ -79,7 +79,7 @@ def read_experiment(config: Mapping) -> Experiment:
     experiment = Experiment(**{field.name: records[field.name] for field in dataclasses.fields(Experiment)})
     _require_meaning(experiment.loss, experiment.process)
     warn_of_unlearnt_times(config, make_table(experiment.sampling, experiment.process))
-    require_no_class(config, experiment.sampling)
+    require_no_class(config, experiment.sampling, classes=experiment.model.classes)
     if experiment.loss.guidance_free and not experiment.model.guidance_free:
         raise InputError(
             "loss.guidance_free needs model.guidance_free=True: a network that is conditioned on the guidance scale."

@@ -17,6 +17,8 @@ LAST_SHARE = 0.05  # of the peak, where the cosine ends
 # Nobody wants more, and below them a step can't leave float32: squares of gradients and parameters are finite, so both
 # are below 2e19, and Adam's step, over its epsilon of 1e-8, is below 2e27 learning rates.
 MAX_RATE, MAX_MULTIPLIER, MAX_DECAY = 1e3, 1e6, 1e6
+MAX_BETA = 0.999999  # Adam divides by 1 - beta^step, in float32
+MAX_NORM = 1e19  # of gradients whose squares are finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +52,15 @@ class OptimizerConfig:
         require_range("optimizer.learning_rate", self.learning_rate, 0.0, MAX_RATE)
         require_range("optimizer.router_multiplier", self.router_multiplier, 0.0, MAX_MULTIPLIER)
         require_range("optimizer.warmup_steps", self.warmup_steps, low=0)
-        require_range("optimizer.beta1", self.beta1, 0.0, 1.0)
-        require_range("optimizer.beta2", self.beta2, 0.0, 1.0)
+        require_range("optimizer.beta1", self.beta1, 0.0, MAX_BETA)
+        require_range("optimizer.beta2", self.beta2, 0.0, MAX_BETA)
         require_range("optimizer.weight_decay", self.weight_decay, 0.0, MAX_DECAY)
         require_known("optimizer.decay", self.decay, LEARNING_RATES)
         if self.decay == "cosine" and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
             raise InputError("optimizer.decay 'cosine' needs optimizer.decay_steps above optimizer.warmup_steps.")
         for name in ("clip_norm", "skip_norm"):
             if getattr(self, name) is not None:
-                require_range(f"optimizer.{name}", getattr(self, name), low=1e-12)
+                require_range(f"optimizer.{name}", getattr(self, name), 1e-12, MAX_NORM)
 
 
 def build_learning_rate(config: OptimizerConfig):
