@@ -134,7 +134,8 @@ def start() -> dict:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), BATCH_SIZE.value))
     labels = jax.ShapeDtypeStruct((BATCH_SIZE.value,), jnp.int32)
     without_blocks = {name: part for name, part in params.items() if name != "blocks"}
-    rest = dict(params=without_blocks, state=jax.eval_shape(sampler.init, noise), labels=labels, keys=keys, table=table)
+    images = dict(labels=labels, keys=keys, counted=jax.ShapeDtypeStruct((BATCH_SIZE.value,), jnp.float32))
+    rest = dict(images, params=without_blocks, state=jax.eval_shape(sampler.init, noise), table=table)
     began, calls = time.perf_counter(), []
     for segment in plan.segments:
         kept = dict(heads=segment.heads, groups=segment.groups)

@@ -150,6 +150,7 @@ def compile_program(schedule: Schedule, program: SegmentProgram) -> Compiled:
         state=jax.eval_shape(sampler.init, noise),
         labels=jax.ShapeDtypeStruct((batch,), jnp.int32),
         keys=jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch)),
+        counted=jax.ShapeDtypeStruct((batch,), jnp.float32),
     )
     inputs = segment_inputs(program, table=table, blocks=jax.eval_shape(narrowed, cast), **arrays)
     evaluations = program.segment.evaluations

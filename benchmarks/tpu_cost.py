@@ -203,7 +203,7 @@ def _models(chip: str, batch: int) -> list[dict]:
         def step(params, blocks, noise, labels, settings=settings):
             keys = jax.random.split(jax.random.key(0), batch)
             gates = ((None,) * config.depth, (None,) * config.depth)
-            inputs = SegmentInputs(params, blocks, sampler.init(noise), rows, gates, labels, keys)
+            inputs = SegmentInputs(params, blocks, sampler.init(noise), rows, gates, labels, keys, jnp.ones(batch))
             return run_segment(inputs, settings=settings)
 
         costs["complete" if name is None else _fast(name)] = compile_and_cost(

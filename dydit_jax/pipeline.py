@@ -271,13 +271,14 @@ class Pipeline:
                 report = lambda count, each=units_of_step: progress.advance(count * each)
                 # One shape for all batches; the last one is filled up and cut again.
                 indices = np.concatenate([wanted, np.repeat(wanted[-1:], size - len(wanted))])
-                settings = dict(seed=job.seed, indices=indices, mode=job.mode, plan=plan and plan.plan)
-                samples = run.draw(job.labels[indices], **settings, report=report)
+                settings = dict(seed=job.seed, indices=indices, counted=len(wanted), mode=job.mode)
+                samples = run.draw(job.labels[indices], **settings, plan=plan and plan.plan, report=report)
                 if plan is not None:
                     plan.observe(samples)
                 done += len(wanted)
-                record = samples if record is None else record.merge(samples, weight=len(wanted) / done)
                 pixels = to_uint8(self.decode(samples.images, job.sampling), indices=indices)[: len(wanted)]
+                samples = dataclasses.replace(samples, images=samples.images[: len(wanted)])
+                record = samples if record is None else record.merge(samples, weight=len(wanted) / done)
                 taken = dict(seconds=time.monotonic() - began, compile_seconds=compile_seconds() - compiled)
                 yield Batch(wanted, pixels, DrawResult(record, plan and plan.plan, images=done, **taken))
         if plan is not None and is_main():

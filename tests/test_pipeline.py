@@ -12,7 +12,7 @@ from dydit_jax.checkpoints import Weights
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.errors import InputError
-from dydit_jax.pipeline import Pipeline
+from dydit_jax.pipeline import DrawJob, Pipeline
 from dydit_jax.runtime.aot import compile_for
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 
@@ -32,6 +32,21 @@ def test_pictures_are_those_of_a_run(pipeline, tiny):
     assert [picture.size for picture in drawn.pictures] == [(8, 8)] * 2
     np.testing.assert_array_equal(drawn.routing.tokens, samples.routing.tokens)
     assert drawn.macs == pytest.approx(samples.macs.mean()) and drawn.macs < pipeline.macs.complete
+
+
+@pytest.mark.parametrize("mode", ["fast", "gated"])
+def test_what_a_job_says_of_itself_does_not_depend_on_its_batches(pipeline, mode):
+    """The last batch is filled up; those images count nowhere."""
+    labels, sampling = np.array([0, 1, 2, 0, 1]), pipeline.sampling(guidance=2.0)
+    records = []
+    for size in (5, 4, 2, 8):
+        job = DrawJob(labels, np.arange(5), sampling, mode=mode, batch_size=size)
+        *_, last = pipeline.draw(job)
+        records.append(last.result.samples)
+        assert records[-1].usage.images == 5
+    for record in records[1:]:
+        np.testing.assert_allclose(record.routing.tokens, records[0].routing.tokens, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(record.macs, records[0].macs, rtol=1e-6)
 
 
 def test_a_second_call_compiles_nothing(pipeline, monkeypatch):

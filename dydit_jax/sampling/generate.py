@@ -69,7 +69,7 @@ class Samples:
       routing: gates as they were executed, means over the batch: heads [S,L,H], groups [S,L,G], tokens [S,L,N].
       macs: mean MACs of one image's forward pass at each step [S], of open gates alone.
       executed_macs: the same, of everything that was computed: closed units of a segment's union, empty rows and steps
-        that were redone included.
+        that were redone included, images that only fill up the batch not.
       usage: of tokens, the calibration of a plan.
       overflow_count: passes per step and layer [S,L] (one pass per device, more on TPUs) whose open tokens exceeded the
         largest capacity below the full batch.
@@ -187,6 +187,7 @@ class SamplingRun:
         *,
         seed: int = 0,
         indices=None,
+        counted: int | None = None,
         mode: str = "fast",
         plan: Plan | None = None,
         report: Callable[[int], None] | None = None,
@@ -197,6 +198,8 @@ class SamplingRun:
           labels: [B], 0 .. classes; `classes` itself stands for "no class".
           seed: with an image's index it fixes all its noise.
           indices: of the images, [B]; 0 .. B - 1 by default.
+          counted: how many of the images, the first ones, are of the job. The others fill up the batch, and no record
+            of gates or MACs knows them. None counts all.
           mode: "fast" (only open gates are computed), "gated" (all is computed and multiplied by the gates) or
             "complete".
           plan: of `fast`, from `plan`; made here for these images if missing. Results do not depend on it.
@@ -211,15 +214,17 @@ class SamplingRun:
         require_known("mode", mode, MODES)
         labels = checked_labels(labels, self.model.config.classes)
         indices = np.arange(len(labels)) if indices is None else np.asarray(indices)
+        counted = len(labels) if counted is None else counted
         if self.mesh is not None:
             require_divisible(self.mesh, len(labels))
         programs, densely = self.programs(len(labels), mode=mode, plan=plan)
         shape = (self.model.config.side, self.model.config.side, self.model.config.channels)
         sampler = Sampler(self.table.form, self.sampling.clip)
-        state, keys, labels = _compiled_begin(sampler, shape, self.mesh)(indices, labels, seed_words(seed))
+        own = np.float32(np.arange(len(labels)) < counted)
+        state, arrays = _compiled_begin(sampler, shape, self.mesh)(indices, labels, own, seed_words(seed))
         runner = SegmentRunner(
             blocks=self._blocks,
-            arrays=dict(params=self._rest, labels=labels, keys=keys),
+            arrays=dict(arrays, params=self._rest),
             table=self.table,
             settings=SegmentSettings(
                 self.model,
@@ -233,7 +238,7 @@ class SamplingRun:
             report=report,
         )
         state, committed = runner.run(programs, state)
-        return self._samples(to_host(state.xt), committed, mode)
+        return self._samples(to_host(state.xt), counted, committed, mode)
 
     def programs(self, images: int, *, mode: str = "fast", plan: Plan | None = None) -> tuple[list, Callable]:
         """Return the programs of a batch, and the function from one of them to dense programs for its steps.
@@ -303,18 +308,17 @@ class SamplingRun:
             raise InputError("The plan is for guidance at other steps than this run's. Make it with `plan`.")
         return plan
 
-    def _samples(self, images: np.ndarray, committed: list[Committed], mode: str) -> Samples:
-        """Gather the result of a run."""
+    def _samples(self, images: np.ndarray, counted: int, committed: list[Committed], mode: str) -> Samples:
+        """Gather the result of a run, in which so many images count."""
         config, records = self.model.config, [segment.record for segment in committed]  # [passes,steps,...]
         join = lambda parts: np.concatenate(list(parts))
         overflowed = (segment.program.overflowed(segment.record.needed, tokens=config.tokens) for segment in committed)
         heads, groups = executed_gates([segment.program.segment for segment in committed], config.heads)
         # The segments may differ in their passes, whose size depends on guidance.
-        routing = Routing(heads, groups, join(record.tokens.mean(0) for record in records))
-        squares, needed = (
-            join(record.squares.mean(0) for record in records),
-            join(record.needed.max(0) for record in records),
-        )
+        passes = counted * self.evaluations  # of the network, at each step
+        routing = Routing(heads, groups, join(record.tokens.sum(0) for record in records) / passes[:, None, None])
+        squares = join(record.squares.sum(0) for record in records) / passes[:, None]
+        needed = join(record.needed.max(0) for record in records)
         routed = mode != "complete" and config.routers != "none"
         complete = np.full(len(heads), float(config.macs.complete))
         return Samples(
@@ -324,8 +328,8 @@ class SamplingRun:
             routing=routing,
             macs=np.asarray(routed_macs(routing, config.macs)) if routed else complete,
             executed_macs=join(_executed_macs(segment, config, routed) for segment in committed),
-            usage=measure_usage(routing.tokens.mean(-1), squares, needed, len(images)),
-            overflow_count=join(passes.sum(0) for passes in overflowed),
+            usage=measure_usage(routing.tokens.mean(-1), squares, needed, counted),
+            overflow_count=join(devices.sum(0) for devices in overflowed),
         )
 
 
@@ -372,11 +376,12 @@ def _compiled_time_gates(model: Model):
 
 @functools.cache
 def _compiled_begin(sampler: Sampler, shape: tuple[int, ...], mesh: Mesh | None):
-    """Make (indices, labels, `seed_words`) -> the first state, keys and labels of the images, leading axis B."""
+    """Make (indices, labels, counted, `seed_words`) -> the first state, and arrays of the images, leading axis B."""
 
-    def begin(indices, labels, seed):
+    def begin(indices, labels, counted, seed):
         keys = image_keys(seed, indices)
-        return sampler.init(first_noise(keys, shape)), keys, jnp.asarray(labels)
+        arrays = dict(labels=jnp.asarray(labels), keys=keys, counted=jnp.asarray(counted))
+        return sampler.init(first_noise(keys, shape)), arrays
 
     options = dict(compiler_options=RUN_ONCE.get(jax.default_backend()))
     # On a mesh every process makes its own part.

@@ -43,7 +43,7 @@ class SegmentRunner:
 
     Attributes:
       blocks: the weights, narrowed for one segment after the other.
-      arrays: `params`, `labels` and `keys` of `SegmentInputs`.
+      arrays: `params`, `labels`, `keys` and `counted` of `SegmentInputs`.
       table: of all steps.
       settings: of which each program replaces the executions and the evaluations.
       densely: from a program to programs for the same steps in which every token has a row.

@@ -43,6 +43,7 @@ class SegmentInputs:
       rows: of the solver's table, those of the segment.
       gates: of heads and of groups, per layer [steps,1,kept] or None.
       labels, keys: of the images [B].
+      counted: float32 [B], 1 for images of the job, 0 for those that only fill up a batch: no record knows them.
     """
 
     params: Any
@@ -52,6 +53,7 @@ class SegmentInputs:
     gates: Any
     labels: jax.Array
     keys: jax.Array
+    counted: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +80,12 @@ class SegmentSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """What is kept of the tokens of a step.
+    """What is kept of the tokens of a step: sums over the counted images, both passes of guidance included.
 
     Attributes:
-      tokens: mean gates [L,N].
-      squares: the images' squared shares of open tokens, mean over the images [L].
-      needed: share of the rows that the pass needed [L], see `TokenExecution.rows_needed`.
+      tokens: of the gates [L,N].
+      squares: of the images' squared shares of open tokens [L].
+      needed: share of the rows that the pass needed [L], for all images, see `TokenExecution.rows_needed`.
     """
 
     tokens: jax.Array
@@ -102,7 +104,8 @@ def run_segment(inputs: SegmentInputs, *, settings: SegmentSettings) -> tuple[Sa
     if settings.mesh is None:
         return run(inputs)
     split, whole = BATCH, PartitionSpec()
-    specs = SegmentInputs(params=whole, blocks=whole, state=split, rows=whole, gates=whole, labels=split, keys=split)
+    images = dict(state=split, labels=split, keys=split, counted=split)
+    specs = SegmentInputs(params=whole, blocks=whole, rows=whole, gates=whole, **images)
     sharded = jax.shard_map(run, mesh=settings.mesh, in_specs=(specs,), out_specs=(split, split), check_vma=False)
     return sharded(inputs)
 
@@ -116,7 +119,8 @@ def _run_on_a_device(inputs: SegmentInputs, *, settings: SegmentSettings):
     without = [dataclasses.replace(layer, params=without_updates(layer.params)) for layer in layers]
 
     def run_pass(images):
-        state, labels, keys = images
+        state, labels, keys, counted = images
+        counted = jnp.tile(counted, evaluations)
         conditions = condition_labels(labels, evaluations=evaluations, config=model.config)
         betas = 1 / inputs.rows.guidance if model.config.guidance_free else None
         ahead = modulations_ahead(model, inputs.params, without, inputs.rows.timestep, conditions, betas)
@@ -128,13 +132,14 @@ def _run_on_a_device(inputs: SegmentInputs, *, settings: SegmentSettings):
             network = bind_network(model, inputs.params, folded, heads, groups, modulations, beta)
             guidance = dict(scale=row.guidance if evaluations == 2 else None, guided_channels=settings.guided_channels)
             output, tokens = guide(network, x, row.timestep, labels, **guidance, config=model.config)
-            return output, record_step(settings.executions, tokens)
+            return output, record_step(settings.executions, tokens, counted)
 
         noise_at = lambda step: step_noise(keys, step, state.xt.shape[1:])
         extra = heads, groups, ahead, mixtures
         return run_sampler(settings.sampler, state, inputs.rows, extra, predict=predict, noise_at=noise_at)
 
-    images, size = (inputs.state, inputs.labels, inputs.keys), microbatch_size(model, evaluations, len(inputs.labels))
+    images = inputs.state, inputs.labels, inputs.keys, inputs.counted
+    size = microbatch_size(model, evaluations, len(inputs.labels))
     if size == len(inputs.labels):
         state, record = run_pass(images)
         return state, jax.tree.map(lambda leaf: leaf[None], record)
@@ -180,14 +185,15 @@ def bind_network(model: Model, params, layers: list[Layer], heads, groups, modul
     return functools.partial(model.apply_layers, params, layers, modulations=modulations, beta=beta)
 
 
-def record_step(executions: tuple[TokenExecution, ...], tokens) -> StepRecord:
-    """Return the record of a step from its token gates [B,L,N]."""
+def record_step(executions: tuple[TokenExecution, ...], tokens, counted) -> StepRecord:
+    """Return the record of a step from its token gates [B,L,N] and which of the images count [B]."""
     # Layers of top-k need no rows of the run's execution; what they are said to need is never compared with anything.
     rule = next((execution for execution in executions if not isinstance(execution, TopK)), executions[0])
     if rule.platform == "gpu" and rule.routed:
         # As one array: else each reduction is a kernel that reads those of all layers, and takes long to compile.
         tokens = jax.lax.optimization_barrier(tokens)
-    return StepRecord(tokens.mean(0), jnp.square(tokens.mean(-1)).mean(0), rule.rows_needed(tokens))
+    squares = jnp.square(tokens.mean(-1)) * counted[:, None]
+    return StepRecord((tokens * counted[:, None, None]).sum(0), squares.sum(0), rule.rows_needed(tokens))
 
 
 def microbatch_size(model: Model, evaluations: int, images: int) -> int:
