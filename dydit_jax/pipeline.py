@@ -29,6 +29,7 @@ from dydit_jax.latents import decode_latents, encode_images, require_channels
 from dydit_jax.loading import load_autoencoder, load_checkpoint
 from dydit_jax.models.autoencoder import Autoencoder
 from dydit_jax.models.cost import ModelMacs
+from dydit_jax.models.dit import Model
 from dydit_jax.models.layers import unconstrained
 from dydit_jax.models.precision import build_model
 from dydit_jax.models.routing import Routing
@@ -295,9 +296,10 @@ class Pipeline:
                 self._autoencoder(sampling.autoencoder)
             mesh = self.mesh if self.mesh.size > 1 else None
             settings = dict(sampling=sampling, process=self.weights.process, mesh=mesh)
-            run = SamplingRun(self.model, self._params, **settings)
+            run = SamplingRun(*self._placed, **settings)
             warn_of_unlearnt_times(self.weights.about.get("config", {}), run.table)
-            self._params = run.params  # cast and placed once
+            # Cast, placed and folded once.
+            self._placed = dataclasses.replace(self.model, lora=run.model.lora), run.params
             self._runs[sampling] = run
         return self._runs[sampling]
 
@@ -307,8 +309,8 @@ class Pipeline:
         return checksum(self.weights.params)
 
     @functools.cached_property
-    def _params(self) -> dict:
-        return jax.device_put(self.weights.params, replicated(self.mesh))
+    def _placed(self) -> tuple[Model, dict]:
+        return self.model, jax.device_put(self.weights.params, replicated(self.mesh))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -127,7 +127,7 @@ class Judge:
         """Have the run keep its best checkpoint, of those that are there; return its step, or None."""
         there = set(saved_steps(self._path.parent)) if is_main() else set()
         steps = sorted(step for step in self._by_step if step in there)
-        best = from_main([min(steps, key=self._by_step.get)] if steps else [], limit=self._experiment.train.steps + 1)
+        best = from_main([min(steps, key=self._by_step.get)] if steps else [], limit=max(self._by_step, default=0) + 1)
         self._run.keep_best(best[0] if best else None)
         return best[0] if best else None
 
