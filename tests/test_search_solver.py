@@ -273,6 +273,9 @@ def test_settings_given_win_over_a_preset_and_it_over_the_checkpoints(tiny):
     assert choose(tiny, explicit, own) == dataclasses.replace(preset, sampler="unipc", guidance=4.0)
     scales = choose(tiny, dict(preset="fast20", guidance_scales=(1.0, 2.0)), own)
     assert (scales.guidance, scales.guidance_interval, scales.guidance_scales) == (1.0, None, (1.0, 2.0))
+    constant = choose(tiny, dict(guidance=3.0, steps="4"), scales)
+    assert constant == dataclasses.replace(scales, guidance=3.0, steps="4", guidance_scales=None)
+    assert choose(tiny, dict(preset="fast20"), scales) == dataclasses.replace(preset, guidance=1.0)
     with pytest.raises(InputError, match="Unknown sampling.preset 'fast10'; known: fast20"):
         choose(tiny, dict(preset="fast10"))
     with pytest.raises(InputError, match="fast20 is for the process diffusion, not flow"):

@@ -52,11 +52,14 @@ def choose_sampling(
         require_known("sampling.preset", name, PRESETS)
         if process.name != FOR_PROCESS:
             raise InputError(f"sampling.preset {name} is for the process {FOR_PROCESS}, not {process.name}.")
-    settings = dataclasses.asdict(own) | PRESETS.get(name, {})
+    preset = PRESETS.get(name, {})
+    settings = dataclasses.asdict(own) | preset
     if name or "sampler" in given:
         settings["searched_weights"] = None
     if given.get("guidance_scales") is not None:
         settings |= NOT_GUIDED
+    elif any((preset | given).get(name) is not None for name in NOT_GUIDED):
+        settings["guidance_scales"] = None
     path = str(given.get("sampler", ""))
     if not is_searched(path):
         return read_record(SamplingConfig, settings | given, "sampling")
