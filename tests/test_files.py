@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from dydit_jax.errors import InputError
-from dydit_jax.runtime.files import hold_lock, is_free, read_json, write_atomically, write_json
+from dydit_jax.runtime.files import hold_lock, read_json, write_atomically, write_json
 
 
 @pytest.fixture
@@ -147,13 +147,3 @@ def test_without_locks_all_go_through_with_a_warning(tmp_path, caplog, monkeypat
     with hold_lock(tmp_path / "file.lock", to="to count"):
         pass
     assert "There are no locks where" in caplog.text
-
-
-def test_folder_is_free_if_it_holds_at_most_what_a_kill_left(tmp_path):
-    folder = tmp_path / "out"
-    assert is_free(folder)
-    folder.mkdir()
-    (folder / "job.json.0123.partial").write_text("{")
-    assert is_free(folder)
-    (folder / "job.json").write_text("{}")
-    assert not is_free(folder) and not is_free(folder / "job.json")

@@ -9,12 +9,17 @@ import time
 
 import pytest
 from conftest import ROOT, STATIC
+from stand_ins import mean_for_autoencoder, write_pictures
 
 from dydit_jax.checkpoints import CheckpointConfig, Run
 from dydit_jax.errors import InputError, StopError
+from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents
+from dydit_jax.jobs.sample import Request, sample
+from dydit_jax.jobs.sample_folder import prepare_folder
+from dydit_jax.jobs.search_solver import SearchRequest, search_solver
 from dydit_jax.jobs.train import train_and_evaluate
 from dydit_jax.runtime import locks
-from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
+from dydit_jax.runtime.locks import LOCK_FILE, FolderLock, claim_folder, is_free
 
 HOLDS = """
 import sys, time
@@ -121,3 +126,77 @@ def test_work_directory_of_a_run_killed_at_its_first_moment_is_its_own(tmp_path)
     (tmp_path / "config.json.0123.partial").write_text("{")
     with pytest.raises(InputError, match="classes"):  # comes as far as the data
         train_and_evaluate(dict(STATIC, model=dict(STATIC["model"], channels=3)), tmp_path)
+
+
+# --- Folders of jobs -----------------------------------------------------------------------------
+
+
+def test_folder_is_free_if_it_holds_at_most_what_a_kill_left(tmp_path):
+    folder = tmp_path / "out"
+    assert is_free(folder)
+    folder.mkdir()
+    (folder / "job.json.0123.partial").write_text("{")
+    write_lock(folder)
+    assert is_free(folder)
+    (folder / "job.json").write_text("{}")
+    assert not is_free(folder) and not is_free(folder / "job.json")
+
+
+def test_folder_of_something_else_is_not_claimed_and_nothing_in_it_changes(tmp_path):
+    (tmp_path / LOCK_FILE).write_text("a lock of its own")
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty and has no job.json; name another folder"):
+        claim_folder(tmp_path, "job.json").__enter__()
+    assert (tmp_path / LOCK_FILE).read_text() == "a lock of its own"
+    (tmp_path / LOCK_FILE).unlink()
+    (tmp_path / "job.json").write_text("{}")
+    with claim_folder(tmp_path, "info.json", "job.json") as lock:
+        lock.require_held()
+
+
+def test_folder_that_another_job_began_to_fill_meanwhile_is_not_claimed(tmp_path, monkeypatch):
+    write_lock(tmp_path, machine=locks._machine(), pid=2**30)
+    wait = FolderLock._await_the_last_owner
+    fill = lambda self: (wait(self), (tmp_path / "manifest.json").write_text("{}"))
+    monkeypatch.setattr(FolderLock, "_await_the_last_owner", fill)
+    with pytest.raises(InputError, match="is not empty and has no job.json"):
+        claim_folder(tmp_path, "job.json").__enter__()
+
+
+def draw(folder, out):
+    sample(Request("digits", str(out), labels=["1"]))
+
+
+def encode(folder, out):
+    with mean_for_autoencoder():
+        prepare_latents(LatentsRequest(str(out), str(write_pictures(folder / "pictures", 2)), side=16))
+
+
+def find(folder, out):
+    search_solver(SearchRequest("digits", str(out), evaluations=3, reference="trailing:10"))
+
+
+@pytest.mark.parametrize("start", [draw, encode, find])
+def test_second_command_in_a_folder_is_refused_and_changes_nothing(tmp_path, start):
+    out = tmp_path / "out"
+    with FolderLock(out), pytest.raises(InputError, match=rf"out is in use by process {os.getpid()} on "):
+        start(tmp_path, out)
+    assert list(out.iterdir()) == []
+
+
+def test_picture_that_another_command_writes_is_left_to_it(tmp_path):
+    job = dict(manifest=dict(num_images=1), sample_bytes=0)
+    with prepare_folder(tmp_path, **job):
+        begun = tmp_path / "images" / "000000.png.0123.partial"
+        begun.write_bytes(b"half of it")
+        with pytest.raises(InputError, match="is in use by"):
+            prepare_folder(tmp_path, **job).__enter__()
+        assert begun.exists()
+    with prepare_folder(tmp_path, **job):
+        assert not begun.exists()
+
+
+def test_finished_latents_are_used_without_a_lock(tmp_path):
+    encode(tmp_path, tmp_path / "out")
+    with FolderLock(tmp_path / "out"):
+        encode(tmp_path, tmp_path / "out")

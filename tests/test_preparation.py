@@ -335,7 +335,7 @@ def test_damage_and_other_jobs_are_noticed(folder, encoded, tmp_path):
         verify_latents(out)
     with pytest.raises(InputError, match="is not finished"):
         verify_latents(folder)
-    with pytest.raises(InputError, match="holds no latents"):
+    with pytest.raises(InputError, match="is not empty and has no info.json or job.json"):
         prepare_latents(request(folder, folder))
     with pytest.raises(InputError, match="--side must be a multiple of 8"):
         request(folder, out, side=20)

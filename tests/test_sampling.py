@@ -192,9 +192,10 @@ def test_file_without_labels_is_refused(checkpoint, tmp_path, content):
 def test_set_that_the_disk_can_not_hold_is_refused(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=6_000_000))
     with pytest.raises(InputError, match="0.0 GB left; the images take at least 6.4 GB"):
-        prepare_folder(tmp_path / "out", {}, sample_bytes=6_400_000_000)
+        prepare_folder(tmp_path / "out", {}, sample_bytes=6_400_000_000).__enter__()
     assert not (tmp_path / "out").exists()
-    prepare_folder(tmp_path / "out", {}, sample_bytes=5_000_000)
+    with prepare_folder(tmp_path / "out", {}, sample_bytes=5_000_000):
+        assert (tmp_path / "out" / "manifest.json").is_file()
 
 
 def test_cache_that_can_not_be_written_does_not_end_a_job(checkpoint, tmp_path, monkeypatch, caplog):

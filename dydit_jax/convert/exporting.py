@@ -13,7 +13,8 @@ from dydit_jax.convert.conversion import output_file
 from dydit_jax.convert.tables import export_state_dict
 from dydit_jax.convert.torch_files import write_tensors
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.runtime.files import is_free, write_json
+from dydit_jax.runtime.files import write_json
+from dydit_jax.runtime.locks import is_free
 
 logger = logging.getLogger(__name__)
 

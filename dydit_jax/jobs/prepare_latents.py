@@ -6,6 +6,7 @@
     <out>/info.json      what made them, scale and shift with which a model sees them, mean and standard deviation of
                          each channel, and a checksum per chunk
     <out>/autoencoder.safetensors  with --normalize: the autoencoder with the latents' own scale and shift
+    <out>/lock.json      who makes them now (`runtime/locks.py`)
 
 Training draws new flips and latents in every epoch, as with pictures; `data.flip=False` takes the pictures alone.
 Several processes share the chunks, each with the devices of its own machine and a journal of its own,
@@ -24,7 +25,7 @@ import logging
 import os
 import pathlib
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -42,13 +43,14 @@ from dydit_jax.data.latent_files import (
     checksums_of,
     load_array,
 )
-from dydit_jax.data.sources import MOST_THREADS, DataConfig, open_source
+from dydit_jax.data.sources import MOST_THREADS, DataConfig, DataSource, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.latents import encode_moments, mean_and_deviation, sum_latents
 from dydit_jax.loading import load_autoencoder
 from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dydit_jax.records import read_record, require_range
-from dydit_jax.runtime.files import is_free, read_json, write_atomically, write_json
+from dydit_jax.runtime.files import read_json, write_atomically, write_json
+from dydit_jax.runtime.locks import FolderLock, claim_folder
 from dydit_jax.runtime.processes import is_main, on_all_processes, require_same
 from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.settings import own_settings
@@ -117,19 +119,42 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
       The folder, which is what `data.path` should be.
 
     Raises:
-      InputError: pictures or an autoencoder that can't be read, or a folder of another job.
+      InputError: pictures or an autoencoder that can't be read, or a folder of another job or in use.
     """
+    source, autoencoder = on_all_processes(lambda: _open(request))
+    job = _describe(request, source, autoencoder)
+    require_same("source or autoencoder", json.dumps(job))
+    out = epath.Path(request.out)
+    with contextlib.ExitStack() as held:
+        prepare = lambda: _prepare_out(out, job, request)
+        lock = on_all_processes(lambda: held.enter_context(prepare()) if is_main() else None)
+        on_all_processes(lambda: _require_shared(out))
+        if (out / INFO_FILE).is_file():
+            logger.info("%s is complete.", out)
+        else:
+            _make_missing(job, source, autoencoder, request, lock)
+        if request.normalize:
+            on_all_processes(lambda: _normalize(out, autoencoder) if is_main() else None)
+    return out
+
+
+def _open(request: LatentsRequest) -> tuple[DataSource, Autoencoder]:
+    """Open the pictures and the autoencoder, whose factor their side is a multiple of."""
     settings = dict(max_bad=request.max_bad, image_key=request.image_key, label_key=request.label_key)
     config = DataConfig(name=request.data, path=request.path, batch_size=1, **settings)
-    pictures = types.SimpleNamespace(side=request.side, channels=3, classes=None)
-    load = lambda: load_autoencoder(request.autoencoder)
-    source, autoencoder = on_all_processes(lambda: (open_source(config, pictures), load()))
+    source = open_source(config, types.SimpleNamespace(side=request.side, channels=3, classes=None))
+    autoencoder = load_autoencoder(request.autoencoder)
     if request.side % autoencoder.config.factor:
         raise InputError(
             f"--side must be a multiple of {autoencoder.config.factor}, the factor of {request.autoencoder}, not "
             f"{request.side}."
         )
-    job = dict(
+    return source, autoencoder
+
+
+def _describe(request: LatentsRequest, source: DataSource, autoencoder: Autoencoder) -> dict:
+    """Return all that makes the latents."""
+    return dict(
         source=source.fingerprint,
         count=len(source),
         side=request.side,
@@ -138,33 +163,32 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
         autoencoder_record=_as_json(autoencoder.config),
         chunk=request.chunk,
     )
-    require_same("source or autoencoder", json.dumps(job))
+
+
+def _make_missing(
+    job: dict, source: DataSource, autoencoder: Autoencoder, request: LatentsRequest, lock: FolderLock | None
+) -> None:
+    """Make what is left of the latents, each process its share, and finish the folder."""
     out = epath.Path(request.out)
-    on_all_processes(lambda: _prepare_out(out, job) if is_main() else None)
-    on_all_processes(lambda: _require_shared(out))
-    if (out / INFO_FILE).is_file():
-        logger.info("%s is complete.", out)
-    else:
-        done = on_all_processes(lambda: _read_journals(out))
-        left = [first for first in range(0, len(source), request.chunk) if first not in done]
-        mine = left[jax.process_index() :: jax.process_count()]
-        # Too many bad pictures in one end all.
-        on_all_processes(lambda: _make_chunks(mine, source, autoencoder, request, out))
-        on_all_processes(lambda: _finish(out, job, source.class_names) if is_main() else None)
-        logger.info("Wrote %s: use data.name=latents, data.path=%s", out, out)
-    if request.normalize:
-        on_all_processes(lambda: _normalize(out, autoencoder) if is_main() else None)
-    return out
+    done = on_all_processes(lambda: _read_journals(out))
+    left = [first for first in range(0, len(source), request.chunk) if first not in done]
+    mine = left[jax.process_index() :: jax.process_count()]
+    # Too many bad pictures in one end all.
+    on_all_processes(lambda: _make_chunks(mine, source, autoencoder, request, lock))
+    on_all_processes(lambda: _finish(out, job, source.class_names) if is_main() else None)
+    logger.info("Wrote %s: use data.name=latents, data.path=%s", out, out)
 
 
-def _make_chunks(starts: list[int], source, autoencoder: Autoencoder, request: LatentsRequest, out) -> None:
+def _make_chunks(
+    starts: list[int], source: DataSource, autoencoder: Autoencoder, request: LatentsRequest, lock: FolderLock | None
+) -> None:
     """Make the chunks that begin at these pictures, each kept before the next."""
     mesh = make_mesh(MeshConfig(), jax.local_devices())
     chunk_at = lambda first: range(first, min(first + request.chunk, len(source)))
     with (
         concurrent.futures.ThreadPoolExecutor(request.threads) as readers,
         Progress(sum(len(chunk_at(first)) for first in starts), "picture", "latents") as progress,
-        _Arrays(out) as arrays,
+        _Arrays(epath.Path(request.out), lock) as arrays,
     ):
         read = lambda first: [readers.submit(source.__getitem__, index) for index in chunk_at(first)]
         ahead = read(starts[0]) if starts else []
@@ -206,12 +230,22 @@ def verify_latents(folder) -> None:
 # --- The folder of a job under way ---------------------------------------------------------------
 
 
-def _prepare_out(out, job: dict) -> None:
-    """Make the folder and its empty arrays, or find that they are this job's and what is in the journals is whole."""
+@contextlib.contextmanager
+def _prepare_out(out, job: dict, request: LatentsRequest) -> Iterator[FolderLock | None]:
+    """Hold the folder of a job; one that is finished, and is to stay as it is, is only compared with the job."""
+    if (out / INFO_FILE).is_file() and not request.normalize:
+        _begin(out, job)
+        yield None
+    else:
+        with claim_folder(out, INFO_FILE, JOB_FILE) as lock:
+            _begin(out, job)
+            yield lock
+
+
+def _begin(out, job: dict) -> None:
+    """Make the empty arrays, or find that they are this job's and what is in the journals is whole."""
     known = next((out / file for file in (INFO_FILE, JOB_FILE) if (out / file).is_file()), None)
     if known is None:
-        if not is_free(out):
-            raise InputError(f"{out} is not empty and holds no latents; name another --out.")
         write_json(out / JOB_FILE, job)
     else:
         before_records = dict(autoencoder_record=_as_json(AutoencoderConfig()))
@@ -277,9 +311,14 @@ class _Arrays:
     """The arrays of a job, written by rows. Use as a context.
 
     By ordinary writes, not through a memory map, which writes whole pages: other machines write the neighbouring rows.
+
+    Args:
+      out: the folder.
+      lock: of it, asked for before every write; None in processes that do not hold it.
     """
 
-    def __init__(self, out):
+    def __init__(self, out, lock: FolderLock | None):
+        self._lock = lock
         paths = [pathlib.Path(_current(out, name)) for name in ARRAYS]
         self._offsets = [load_array(path, mmap_mode="r").offset for path in paths]
         self._stack = contextlib.ExitStack()
@@ -298,7 +337,10 @@ class _Arrays:
 
         Raises:
           InputError: a disk that is full, or fails.
+          StopError: another command has taken the folder over.
         """
+        if self._lock is not None:
+            self._lock.require_held()
         try:
             for file, offset, rows in zip(self._files, self._offsets, (moments, labels, checksums_of(moments, labels))):
                 file.seek(offset + first * rows[0].nbytes)
@@ -329,7 +371,7 @@ def _finish(out, job: dict, class_names: Sequence[str]) -> None:
     described = job | used | statistics | {CLASSES_KEY: list(class_names)}
     write_json(out / INFO_FILE, described | dict(checksum=checksum_of_all, chunks=chunks))
     for path in (*out.glob(JOURNALS), *out.glob("*.partial")):  # the latter of jobs that were killed
-        path.unlink()
+        path.unlink(missing_ok=True)  # one may be the lock's, which comes and goes
 
 
 def _statistics(out, chunk: int, sums: dict[int, list]) -> dict:

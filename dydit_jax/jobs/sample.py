@@ -10,6 +10,7 @@
     <out>/growth.gif         the first images as they grow, with the tokens that were open; growth.png is a strip of it
     <out>/cost.json          MACs, also of every step, shares on and seconds of the last job that drew something
     <out>/report.html        all of it on one page
+    <out>/lock.json          who draws here now (`runtime/locks.py`)
 
 An image is a function of the weights, the settings, the seed and its index. A job that was killed therefore makes just
 the images that are missing when it is started again.
@@ -17,8 +18,8 @@ the images that are missing when it is started again.
 
 import codecs
 import concurrent.futures
+import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import time
@@ -53,6 +54,7 @@ from dydit_jax.models.precision import resolve_precision
 from dydit_jax.pipeline import DrawJob, DrawResult, Pipeline
 from dydit_jax.records import require_range
 from dydit_jax.runtime.files import write_json
+from dydit_jax.runtime.locks import FolderLock
 from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.processes import from_main, is_main, on_all_processes
 from dydit_jax.runtime.progress import Progress
@@ -160,7 +162,7 @@ def sample(request: Request) -> Samples:
       The images of the last batch, with the record of the whole job; None if nothing was missing.
 
     Raises:
-      InputError: anything wrong with the request, before anything is compiled or written.
+      InputError: anything wrong with the request, or a folder that is in use, before anything is compiled or written.
     """
     weights = _weights(request)
     labels = _labels(request, weights)
@@ -169,27 +171,19 @@ def sample(request: Request) -> Samples:
     run = pipeline.prepare(weights.sampling)
     segments = _segments_given(request, run, len(labels))
     manifest = _manifest(request, pipeline, labels) | dict(segments=segments)
-    shape = pipeline.image_shape
-    size = 0 if request.labels is not None else len(labels) * math.prod(shape)
-    set_labels = labels if request.labels is None else None
-    prepare = functools.partial(prepare_folder, request.out, manifest, sample_bytes=size, labels=set_labels)
-    out = on_all_processes(lambda: prepare() if is_main() else epath.Path(request.out))
-    missing = missing_images(out, len(labels), shape) if is_main() else []
-    missing = from_main(missing, len(labels))  # the others may not see the folder
-    logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)
-    drawn = DrawResult()
-    if missing:
-        if request.mode == "fast" and segments is None:
-            segments = run.plan(images=len(labels)).narrowed_segments
-            if is_main():
-                write_json(out / MANIFEST_FILE, manifest | dict(segments=segments))
-        settings = dict(seed=request.seed, mode=request.mode, batch_size=request.batch_size, segments=segments)
-        job = DrawJob(labels, np.asarray(missing), weights.sampling, **settings)
-        drawn = _draw(pipeline, job, out)
-    if request.growth:
-        _draw_growth(pipeline, request, labels[: request.growth], out)
+    size = 0 if request.labels is not None else len(labels) * math.prod(pipeline.image_shape)
+    out, set_labels = epath.Path(request.out), labels if request.labels is None else None
+    prepare = lambda: prepare_folder(out, manifest, sample_bytes=size, labels=set_labels)
+    with contextlib.ExitStack() as held:
+        lock = on_all_processes(lambda: held.enter_context(prepare()) if is_main() else None)
+        drawn = _draw_missing(request, pipeline, labels, manifest, lock)
+        if request.growth:
+            _draw_growth(pipeline, request, labels[: request.growth], out)
+        if lock is not None:
+            lock.require_held()
+            _finish(request, weights, labels, out, drawn)
     if is_main():
-        _finish(request, weights, labels, out, drawn)
+        _log_summary(drawn, weights, out)
     return drawn.samples
 
 
@@ -221,14 +215,33 @@ def _segments_given(request: Request, run: SamplingRun, images: int) -> int | No
     return known[0] if known else None
 
 
-def _draw(pipeline: Pipeline, job: DrawJob, out) -> DrawResult:
-    """Draw the images of a job; files are written while the next batch is computed."""
+def _draw_missing(
+    request: Request, pipeline: Pipeline, labels: np.ndarray, manifest: dict, lock: FolderLock | None
+) -> DrawResult:
+    """Draw the images that are not in the folder, in the number of segments that the manifest says, or will say."""
+    out, segments, sampling = epath.Path(request.out), manifest["segments"], pipeline.weights.sampling
+    missing = missing_images(out, len(labels), pipeline.image_shape) if is_main() else []
+    missing = from_main(missing, len(labels))  # the others may not see the folder
+    logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)
+    if not missing:
+        return DrawResult()
+    if request.mode == "fast" and segments is None:
+        segments = pipeline.prepare(sampling).plan(images=len(labels)).narrowed_segments
+        if is_main():
+            write_json(out / MANIFEST_FILE, manifest | dict(segments=segments))
+    settings = dict(seed=request.seed, mode=request.mode, batch_size=request.batch_size, segments=segments)
+    return _draw(pipeline, DrawJob(labels, np.asarray(missing), sampling, **settings), out, lock)
+
+
+def _draw(pipeline: Pipeline, job: DrawJob, out, lock: FolderLock | None) -> DrawResult:
+    """Draw the images of a job; the process with the lock writes files while the next batch is computed."""
     began, written, result = time.monotonic(), [], DrawResult()
     with concurrent.futures.ThreadPoolExecutor(WRITERS) as writers:
         for batch in pipeline.draw(job):
             for future in written:  # a full disk ends the job now, not after its last batch
                 future.result()
-            if is_main():
+            if lock is not None:
+                lock.require_held()
                 written = [
                     writers.submit(write_image, image_path(out, index), pixels)
                     for index, pixels in zip(batch.indices, batch.pixels)
@@ -283,7 +296,6 @@ def _finish(request: Request, weights: Weights, labels, out, drawn: DrawResult) 
             save_table(out / "plan.csv", figures.plan_table(plan, samples.timesteps))
     if request.report:
         write_report(out)
-    _log_summary(drawn, weights, out)
 
 
 def _cost(drawn: DrawResult, weights: Weights) -> dict:

@@ -4,6 +4,7 @@ Every file is whole or not there. A manifest says whose pictures they are; a job
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import json
@@ -11,6 +12,7 @@ import logging
 import pathlib
 import shutil
 import zipfile
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
@@ -19,7 +21,8 @@ from PIL import Image
 from dydit_jax.drawing.pictures import image_of, read_image, save_image
 from dydit_jax.drawing.report import MANIFEST_FILE
 from dydit_jax.errors import InputError
-from dydit_jax.runtime.files import is_free, is_local, read_json, write_atomically, write_json
+from dydit_jax.runtime.files import is_local, read_json, write_atomically, write_json
+from dydit_jax.runtime.locks import FolderLock, claim_folder
 from dydit_jax.runtime.progress import counted
 
 logger = logging.getLogger(__name__)
@@ -32,8 +35,9 @@ MANIFEST_REMEDY = "name another --out, or remove the folder and start again"
 IRRELEVANT = ("checkpoint", "segments", "steps")
 
 
-def prepare_folder(out, manifest: dict, *, sample_bytes: int, labels: np.ndarray | None = None) -> epath.Path:
-    """Make the folder and write the manifest; a folder of the same job is continued, any other is refused.
+@contextlib.contextmanager
+def prepare_folder(out, manifest: dict, *, sample_bytes: int, labels: np.ndarray | None = None) -> Iterator[FolderLock]:
+    """Hold the folder, with the manifest in it; a folder of the same job is continued, any other is refused.
 
     The job of a set may have grown: it then begins with the labels of the set that is there.
 
@@ -44,23 +48,28 @@ def prepare_folder(out, manifest: dict, *, sample_bytes: int, labels: np.ndarray
       labels: of all images of a set; None for a grid.
 
     Raises:
-      InputError: a folder of another job, one that can't be written to, or a disk that is too small.
+      InputError: a folder of another job, one that another command works in, one that can't be written to, or a disk
+        that is too small.
     """
     out = epath.Path(out)
+    _require_room(out, sample_bytes)
+    with claim_folder(out, MANIFEST_FILE) as lock:
+        _begin(out, manifest, labels)
+        yield lock
+
+
+def _begin(out, manifest: dict, labels: np.ndarray | None) -> None:
+    """Write the manifest, where no other job's pictures are, and remove what a kill has left."""
     path = out / MANIFEST_FILE
     try:
         if path.is_file():
             _require_same_job(path, manifest, labels)
-        elif not is_free(out):
-            raise InputError(f"{out} is not empty and has no {MANIFEST_FILE}; name another --out.")
-        _require_room(out, sample_bytes)
         write_json(path, manifest)
         (out / "images").mkdir(exist_ok=True)
         for partial in (*out.glob("*.partial"), *(out / "images").glob("*.partial")):
-            partial.unlink()  # what a kill left
+            partial.unlink(missing_ok=True)  # one may be the lock's, which comes and goes
     except OSError as error:
         raise InputError(f"Can't write to {out}: {error.strerror or error}.") from error
-    return out
 
 
 def segments_begun_with(out, images: int) -> int | None:

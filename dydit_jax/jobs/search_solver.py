@@ -4,6 +4,7 @@
     <out>/job.json            the request, so that another one is not continued
     <out>/measured.json       errors found so far
     <out>/reference-000.npy   the long trajectories, while the job runs
+    <out>/lock.json           who searches here now (`runtime/locks.py`)
 
 Everything that takes long is kept as soon as it is known, and found again by a job that was killed: it ends with the
 same solver. How the search goes is said in `sampling/search.py`.
@@ -27,7 +28,8 @@ from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import resolve_precision
 from dydit_jax.records import require_range
-from dydit_jax.runtime.files import is_free, read_json, write_atomically, write_json
+from dydit_jax.runtime.files import read_json, write_atomically, write_json
+from dydit_jax.runtime.locks import FolderLock, claim_folder
 from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.progress import Progress, counted
 from dydit_jax.runtime.seeds import require_seed
@@ -87,16 +89,22 @@ class SearchRequest:
 
 
 class Journal:
-    """What was measured, by name, kept in a file at once."""
+    """What was measured, by name, kept in a file at once.
 
-    def __init__(self, path):
-        self._path = epath.Path(path)
+    Args:
+      path: of the file.
+      lock: of its folder, asked for before every save.
+    """
+
+    def __init__(self, path, lock: FolderLock):
+        self._path, self._lock = epath.Path(path), lock
         self._known = read_json(self._path) if self._path.is_file() else {}
 
     def recall(self, name: str, measure: Callable):
         """Return what was measured before under a name, or measure and keep it."""
         if name not in self._known:
             self._known[name] = measure()
+            self._lock.require_held()
             write_json(self._path, self._known)
         return self._known[name]
 
@@ -109,7 +117,7 @@ def search_solver(request: SearchRequest) -> dict:
       What `solver.json` holds.
 
     Raises:
-      InputError: a checkpoint or settings that can't be used, or a folder of another job.
+      InputError: a checkpoint or settings that can't be used, or a folder of another job or in use.
       StopError: no fit is better than the best built-in solver.
     """
     weights = load_checkpoint(request.checkpoint)
@@ -125,16 +133,19 @@ def search_solver(request: SearchRequest) -> dict:
         raise InputError(
             f"--reference={request.reference} has too few timesteps for {request.evaluations} evaluations."
         )
-    out = _prepare_out(request, _about(request, weights, own, teacher))
-    if (out / SOLVER_FILE).is_file():
-        logger.info("%s is complete.", out)
-        return read_json(out / SOLVER_FILE)
-    reference = _reference(request, teacher, out)
-    found = _search(request, teacher, reference, Journal(out / MEASURED_FILE))
-    solver = _about(request, weights, own, teacher) | found | dict(made=origin())
-    write_json(out / SOLVER_FILE, solver)
-    for path in out.glob("reference-*.npy"):
-        path.unlink()
+    out, about = epath.Path(request.out), _about(request, weights, own, teacher)
+    with claim_folder(out, JOB_FILE) as lock:
+        _begin(out, about | dict(batch_size=request.batch_size))
+        if (out / SOLVER_FILE).is_file():
+            logger.info("%s is complete.", out)
+            return read_json(out / SOLVER_FILE)
+        reference = _reference(request, teacher, out)
+        found = _search(request, teacher, reference, Journal(out / MEASURED_FILE, lock))
+        solver = about | found | dict(made=origin())
+        lock.require_held()
+        write_json(out / SOLVER_FILE, solver)
+        for path in out.glob("reference-*.npy"):
+            path.unlink()
     _log_summary(solver, out)
     return solver
 
@@ -153,18 +164,15 @@ def _about(request: SearchRequest, weights: Weights, own: str, teacher: Teacher)
     )
 
 
-def _prepare_out(request: SearchRequest, about: dict) -> epath.Path:
-    """Make the folder, or find it with the same job."""
-    out, about = epath.Path(request.out), json.loads(json.dumps(about | dict(batch_size=request.batch_size)))
+def _begin(out, job: dict) -> None:
+    """Say whose folder it is, or find it with the same job."""
+    job = json.loads(json.dumps(job))  # as it reads when it comes back
     if (out / JOB_FILE).is_file():
         found = read_json(out / JOB_FILE)
-        changed = [key for key in sorted(about | found) if found.get(key) != about.get(key)]
+        changed = [key for key in sorted(job | found) if found.get(key) != job.get(key)]
         if changed:
             raise InputError(f"{out} holds another search ({', '.join(changed)} differ); name another --out.")
-    elif not is_free(out):
-        raise InputError(f"{out} is not empty and has no {JOB_FILE}; name another --out.")
-    write_json(out / JOB_FILE, about)
-    return out
+    write_json(out / JOB_FILE, job)
 
 
 def _reference(request: SearchRequest, teacher: Teacher, out) -> np.ndarray:

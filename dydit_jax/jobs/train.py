@@ -39,7 +39,7 @@ from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import build_model
 from dydit_jax.models.trainable import EVERYTHING, split_params
 from dydit_jax.runtime.files import write_json
-from dydit_jax.runtime.locks import LOCK_FILE, FolderLock
+from dydit_jax.runtime.locks import FolderLock, is_free
 from dydit_jax.runtime.processes import is_main, on_all_processes, one_for_all, require_same, to_host
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import make_mesh, require_divisible, shardings
@@ -63,7 +63,7 @@ def require_own_workdir(workdir, config: dict) -> None:
         found = differences(read_run_config(workdir), config)
         if found:
             raise InputError(f"{workdir} holds a run with another configuration: {'; '.join(found)}.")
-    elif workdir.exists() and (not workdir.is_dir() or not all(map(_is_left_behind, workdir.iterdir()))):
+    elif not is_free(workdir):
         raise InputError(f"{workdir} is neither empty nor a run's work directory; name another one.")
 
 
@@ -76,18 +76,9 @@ def claimed_workdir(workdir, config: dict) -> Iterator[FolderLock]:
     """
     workdir = epath.Path(workdir)
     require_own_workdir(workdir, config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"Can't write to {workdir}: {error}.") from error
     with FolderLock(workdir) as lock:
         write_json(workdir / CONFIG_FILE, config)
         yield lock
-
-
-def _is_left_behind(path: epath.Path) -> bool:
-    """Return whether a file is of a run that was killed before it had written its configuration."""
-    return path.name == LOCK_FILE or path.name.endswith(".partial")
 
 
 @own_settings()

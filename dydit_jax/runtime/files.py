@@ -114,14 +114,6 @@ def _flush(file) -> None:
     os.fsync(file.fileno())
 
 
-def is_free(folder) -> bool:
-    """Return whether a folder can be filled: not there, or nothing in it but what a kill has left of files."""
-    folder = epath.Path(folder)
-    if not folder.exists():
-        return True
-    return folder.is_dir() and all(path.suffix == ".partial" for path in folder.iterdir())
-
-
 def write_json(path, content) -> None:
     """Write mappings, lists, strings and numbers as JSON, whole or not at all.
 

@@ -22,6 +22,7 @@ import pathlib
 import socket
 import threading
 import time
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -38,7 +39,7 @@ ENDING_SECONDS = 3.0  # that a killed process may take to let go of the kernel's
 
 
 class FolderLock:
-    """The lock of one folder, held while its context is open."""
+    """The lock of one folder, which is made where it is missing; held while its context is open."""
 
     def __init__(self, folder):
         self._path = epath.Path(folder) / LOCK_FILE
@@ -53,6 +54,10 @@ class FolderLock:
         Raises:
           InputError: another program works in the folder, and nothing is changed then; or it can't be written to.
         """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"Can't write to {self._path.parent}: {error.strerror or error}.") from error
         self._kernel = _kernel_lock(self._path)
         try:
             self._await_the_last_owner()
@@ -123,6 +128,42 @@ class FolderLock:
     def _release_kernel_lock(self) -> None:
         if self._kernel is not None:
             os.close(self._kernel)
+
+
+def is_free(folder) -> bool:
+    """Return whether a folder can be filled: not there, or nothing in it but what a kill has left."""
+    folder = epath.Path(folder)
+    if not folder.exists():
+        return True
+    is_left = lambda path: path.name == LOCK_FILE or path.suffix == ".partial"
+    return folder.is_dir() and all(map(is_left, folder.iterdir()))
+
+
+@contextlib.contextmanager
+def claim_folder(folder, *signs: str) -> Iterator[FolderLock]:
+    """Hold a folder that can be filled, or that a job of the same kind has begun to fill.
+
+    Args:
+      folder: made where it is missing.
+      signs: files by which a job's folder is known: one of them is there.
+
+    Raises:
+      InputError: anything else in it, and nothing is changed then; in use by another program, or not to be written to.
+    """
+    folder = epath.Path(folder)
+    _require_free_or_begun(folder, signs)  # a stranger's lock.json may be anything
+    with FolderLock(folder) as lock:
+        _require_free_or_begun(folder, signs)  # its last owner may just have left
+        yield lock
+
+
+def _require_free_or_begun(folder, signs: tuple[str, ...]) -> None:
+    try:
+        is_known = any((folder / sign).is_file() for sign in signs) or is_free(folder)
+    except OSError as error:
+        raise InputError(f"Can't write to {folder}: {error.strerror or error}.") from error
+    if not is_known:
+        raise InputError(f"{folder} is not empty and has no {' or '.join(signs)}; name another folder.")
 
 
 def _kernel_lock(path) -> int | None:
