@@ -162,6 +162,27 @@ def test_full_disk_is_one_line_and_the_job_goes_on_after_it(half, folder, encode
     assert sum(encoded) == 2 * 2 and contents(out) == whole
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 7e4])
+def test_latents_that_are_not_finite_are_not_written(folder, encoded, tmp_path, monkeypatch, value):
+    encode, out = preparation.encode_moments, tmp_path / "out"
+
+    def spoil(*arguments):
+        moments = encode(*arguments)
+        if len(encoded) == 4:  # the mirror images of the second chunk
+            moments.mean[2, 1, 0, 3] = value
+        return moments
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(InputError, match="of picture 6 are not finite.* autoencoder vae"),
+    ):
+        patch.setattr(preparation, "encode_moments", spoil)
+        prepare_latents(request(folder, out))
+    assert [line["first"] for line in preparation._read_journal(out / "progress-0.jsonl")] == [0]
+    prepare_latents(request(folder, out))  # with weights that are whole
+    assert np.isfinite(np.load(out / "moments.npy")).all()
+
+
 def info_of(out) -> dict:
     return json.loads((out / "info.json").read_text())
 

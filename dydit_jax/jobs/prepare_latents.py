@@ -197,6 +197,7 @@ def _make_chunks(
             ahead = [] if following is None else read(following)  # while the devices work
             pixels = np.stack([example["pixels"] for example in examples])
             moments = _encode(autoencoder, pixels, mesh, progress)
+            _require_finite(moments, first, request.autoencoder)
             arrays.write(first, moments, np.array([example["label"] for example in examples], np.int32))
 
 
@@ -424,7 +425,18 @@ def _encode(autoencoder: Autoencoder, pixels: np.ndarray, mesh, progress: Progre
     views = (pixels, pixels[:, :, ::-1])
     both = [encode_moments(autoencoder, view.astype(np.float32) / 127.5 - 1, mesh, report) for view in views]
     packed = [np.concatenate([moments.mean, moments.log_variance], axis=-1) for moments in both]
-    return np.stack(packed, axis=1).astype(np.float16)
+    with np.errstate(over="ignore"):  # what float16 can't hold is found, and named, as infinite
+        return np.stack(packed, axis=1).astype(np.float16)
+
+
+def _require_finite(moments: np.ndarray, first: int, autoencoder: str) -> None:
+    """Raise where a value of the moments of the pictures from `first` on is NaN or infinite."""
+    wrong = np.flatnonzero(~np.isfinite(moments).reshape(len(moments), -1).all(1))
+    if wrong.size:
+        raise InputError(
+            f"The latents of picture {first + wrong[0]} are not finite, or too large for {moments.dtype}; check the "
+            f"weights of the autoencoder {autoencoder}, and the precision that they were saved in."
+        )
 
 
 def _digest(moments: np.ndarray, labels: np.ndarray) -> str:
