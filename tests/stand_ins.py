@@ -12,7 +12,7 @@ from PIL import Image
 
 from dydit_jax.data.image_sets import open_images
 from dydit_jax.jobs import evaluate as evaluation
-from dydit_jax.jobs import judging
+from dydit_jax.jobs import judging, training_data
 from dydit_jax.jobs import prepare_latents as preparation
 from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_params
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
@@ -37,6 +37,7 @@ def mean_for_autoencoder():
     with (
         mock.patch.object(preparation, "encode_moments", encode),
         mock.patch.object(preparation, "load_autoencoder", lambda name: MEAN),
+        mock.patch.object(training_data, "load_autoencoder", lambda name: MEAN),
     ):
         yield given
 

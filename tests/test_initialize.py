@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from conftest import STATIC, changed
 from PIL import Image
-from stand_ins import mean_for_autoencoder
+from stand_ins import mean_for_autoencoder, small_autoencoder
 
-from dydit_jax.checkpoints import Weights, load_weights, save_weights
+from dydit_jax.checkpoints import Weights, load_weights, save_autoencoder, save_weights
 from dydit_jax.convert.conversion import Conversion, convert
 from dydit_jax.convert.exporting import Export, export
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
+from dydit_jax.jobs import training_data
 from dydit_jax.jobs.sample import Request, _labels, sample
 from dydit_jax.jobs.train import train_and_evaluate
 from dydit_jax.jobs.training_data import open_training_data, with_counted_classes, with_latents
@@ -26,7 +27,7 @@ from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.pipeline import Pipeline
 from dydit_jax.runtime.sharding import make_mesh
-from dydit_jax.training.experiment import read_experiment
+from dydit_jax.training.experiment import Experiment, read_experiment
 from dydit_jax.training.initialize import (
     NO_ROW,
     first_params,
@@ -300,14 +301,19 @@ def test_classes_are_counted(pictures, tmp_path, name, path, classes):
         with_counted_classes(changed(config, data=dict(name="synthetic")))
 
 
-def test_pictures_of_a_model_in_latents_are_encoded_once(pictures, tmp_path):
+def in_latents(pictures, autoencoder: str) -> Experiment:
+    """Return the experiment of a model of 4 channels in the latents of pictures."""
     config = changed(
         STATIC,
         model=dict(classes=-1, side=2, patch=1, channels=4),
         data=dict(name="images", path=pictures),
-        sampling=dict(autoencoder="sd-vae-ft-ema"),
+        sampling=dict(autoencoder=autoencoder),
     )
-    experiment = read_experiment(with_counted_classes(config))
+    return read_experiment(with_counted_classes(config))
+
+
+def test_pictures_of_a_model_in_latents_are_encoded_once(pictures, tmp_path):
+    experiment = in_latents(pictures, "sd-vae-ft-ema")
     with mean_for_autoencoder() as given:
         first = with_latents(experiment, tmp_path / "run")
         second = with_latents(experiment, tmp_path / "run")
@@ -315,3 +321,20 @@ def test_pictures_of_a_model_in_latents_are_encoded_once(pictures, tmp_path):
     data = open_training_data(first)
     assert (len(data), data.class_names) == (6, ("fox", "golden retriever", "hen"))
     assert experiment.data.name == "images" and first.data.name == "latents"
+
+
+def test_an_autoencoder_of_other_channels_is_refused_before_a_picture_is_encoded(pictures, tmp_path):
+    save_autoencoder(tmp_path / "vae.safetensors", small_autoencoder(channels=8), {})
+    experiment = in_latents(pictures, str(tmp_path / "vae.safetensors"))
+    with pytest.raises(InputError, match="The model draws 4 channels, but the latents of the autoencoder .* have 8"):
+        with_latents(experiment, tmp_path / "run")
+    assert not (tmp_path / "run.latents").exists()
+
+
+def test_pictures_have_the_side_that_their_autoencoder_makes_the_models_of(pictures, tmp_path, monkeypatch):
+    """Also that of an address that nothing was fetched from yet."""
+    own, requests = small_autoencoder(widths=(32,) * 5), []
+    monkeypatch.setattr(training_data, "load_autoencoder", lambda name: {"hf://owner/vae": own}[name])
+    monkeypatch.setattr(training_data, "prepare_latents", lambda request: (requests.append(request), request.out)[1])
+    with_latents(in_latents(pictures, "hf://owner/vae"), tmp_path / "run")
+    assert requests[0].side == 2 * own.config.factor == 32

@@ -12,9 +12,10 @@ from dydit_jax.data.sources import DataConfig, DataSource, open_source
 from dydit_jax.errors import InputError, some_of
 from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents
 from dydit_jax.latents import require_channels
-from dydit_jax.loading import find_autoencoder_config
+from dydit_jax.loading import find_autoencoder_config, load_autoencoder
 from dydit_jax.models.autoencoder import AutoencoderConfig
 from dydit_jax.records import read_record
+from dydit_jax.runtime.processes import on_all_processes
 from dydit_jax.training.experiment import Experiment
 
 AS_MANY_AS_DATA = -1
@@ -53,12 +54,12 @@ def with_latents(experiment: Experiment, workdir) -> Experiment:
       workdir: of the training.
 
     Raises:
-      InputError: see `prepare_latents`.
+      InputError: an autoencoder whose latents the model can't have, before a picture is encoded; see `prepare_latents`.
     """
     data, autoencoder = experiment.data, experiment.sampling.autoencoder
     if data.name not in PICTURES or not autoencoder:
         return experiment
-    config = find_autoencoder_config(autoencoder) or AutoencoderConfig()
+    config = on_all_processes(lambda: _fitting_autoencoder(experiment))
     request = LatentsRequest(
         out=f"{str(workdir).rstrip('/')}{LATENTS_SUFFIX}",
         path=data.path,
@@ -72,6 +73,14 @@ def with_latents(experiment: Experiment, workdir) -> Experiment:
     )
     latents = str(prepare_latents(request))
     return dataclasses.replace(experiment, data=dataclasses.replace(data, name="latents", path=latents))
+
+
+def _fitting_autoencoder(experiment: Experiment) -> AutoencoderConfig:
+    """Return the record of an experiment's autoencoder, which is fetched if need be."""
+    name = experiment.sampling.autoencoder
+    config = load_autoencoder(name).config
+    require_channels(config, experiment.model.channels, name)
+    return config
 
 
 def open_training_data(experiment: Experiment) -> DataSource:
