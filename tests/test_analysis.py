@@ -15,7 +15,7 @@ from dydit_jax.checkpoints import Weights, save_weights
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.jobs.analyze import Analysis, analyze, short_names
+from dydit_jax.jobs.analyze import Analysis, _labels, analyze, short_names
 from dydit_jax.models.dit import Model
 from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.probe import patch_losses
@@ -102,6 +102,22 @@ def test_losses_do_not_depend_on_the_batch(checkpoints, tmp_path):
     np.testing.assert_allclose(*each, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "routers, classes, labels, drawn",
+    [
+        ("first_on", 10, None, (0, 1, 2, 3)),
+        ("first_on", 2, None, (0, 1)),
+        ("first_on", 0, None, (0,)),  # the label of no class
+        ("first_on", 2, ("2", " 0"), (2, 0)),
+        ("none", 2, ("11",), ()),  # of a model that is not sampled
+    ],
+)
+def test_images_are_drawn_with_labels_that_the_model_has(tiny_config, routers, classes, labels, drawn):
+    config = dataclasses.replace(tiny_config, routers=routers, classes=classes)
+    models = dict(model=Weights(config, Diffusion(), SamplingConfig(guidance=1.0), {}, {}))
+    assert _labels(Analysis(("model",), "out", labels=labels), models) == drawn
+
+
 def test_losses_that_are_not_finite_are_named(checkpoints, tmp_path, tiny):
     model, params = tiny
     params = jax.tree.map(np.array, params)
@@ -128,12 +144,16 @@ def test_wrong_requests_are_refused(checkpoints, tmp_path, tiny):
         ("--num_examples", lambda: request(checkpoints, "static", out=out, num_examples=1)),
         ("--num_timesteps", lambda: request(checkpoints, "static", out=out, num_timesteps=10**12)),
         ("--batch_size", lambda: request(checkpoints, "static", out=out, batch_size=10**9)),
-        ("--labels", lambda: request(checkpoints, "static", out=out, labels=("9" * 5000,))),
-        ("--labels", lambda: request(checkpoints, "static", out=out, labels=("cat",))),
+        ("--labels", lambda: request(checkpoints, "dynamic", out=out, labels=("9" * 5000,))),
+        ("--labels must hold .*, not cat", lambda: request(checkpoints, "dynamic", out=out, labels=("cat",))),
+        ("--labels must hold .*, not nothing", lambda: request(checkpoints, "dynamic", out=out, labels=())),
         ("can't be compared", lambda: Analysis((str(checkpoints / "static.safetensors"), str(other)), out)),
         ("does not say what it was trained on", lambda: Analysis((str(other),), out)),
         ("Unknown dataset", lambda: request(checkpoints, "static", out=out, data="birds")),
-        ("--labels must be numbers from 0 to 9", lambda: request(checkpoints, "dynamic", out=out, labels=("11",))),
+        (
+            "--labels must hold numbers from 0 to 9 .10 for no class., not 11[.]",
+            lambda: request(checkpoints, "dynamic", out=out, labels=("11",)),
+        ),
     ):
         with pytest.raises(InputError, match=message):
             analyze(make())

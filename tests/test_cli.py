@@ -36,7 +36,7 @@ FILLED = [
         dict(checkpoint="c", out="o", num_images=3, token_capacity=["0.5"], report=True, mode="gated"),
     ),
     (Evaluation, ["--samples=a,b"], dict(samples=("a", "b"))),
-    (Analysis, ["--checkpoints=a", "--out=o"], dict(checkpoints=("a",), out="o", labels=("0", "1", "2", "3"))),
+    (Analysis, ["--checkpoints=a", "--out=o", "--labels=3,1"], dict(checkpoints=("a",), out="o", labels=("3", "1"))),
     (Conversion, ["--source=s", "--out=o"], dict(source="s", out="o")),
     (
         Conversion,

@@ -14,7 +14,6 @@ figure 1): some timesteps are easy, and so are some patches. Examples, noise and
 import dataclasses
 import functools
 import logging
-import re
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.drawing.report import ANALYSIS_FILE, write_report
 from dydit_jax.drawing.style import save_figure, save_table
 from dydit_jax.errors import InputError, StopError
+from dydit_jax.labels import read_labels
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.precision import build_model
 from dydit_jax.models.routing import Routing
@@ -49,6 +49,7 @@ from dydit_jax.training.probe import patch_losses
 logger = logging.getLogger(__name__)
 
 MOST = dict(num_examples=1_000_000, num_timesteps=1000, batch_size=65_536)
+MOST_DEFAULT_LABELS = 4
 MAPS_SHOWN = 6
 LAYERS_SHOWN = 6
 
@@ -66,7 +67,7 @@ class Analysis:
       data_path: folder of these examples, where they lie in files.
       num_examples: examples, spread evenly over the data.
       num_timesteps: timesteps, spread evenly over all.
-      labels: labels of the images to draw with each dynamic model.
+      labels: labels of the images to draw with each dynamic model; by default the first classes, at most four.
       seed: seed of all noise.
       batch_size: examples at once; does not change the results.
       precision: auto, bfloat16, float32 or highest.
@@ -80,7 +81,7 @@ class Analysis:
     data_path: str = ""
     num_examples: int = 256
     num_timesteps: int = 50
-    labels: tuple = (0, 1, 2, 3)
+    labels: tuple | None = None
     seed: int = 0
     batch_size: int = 64
     precision: str = "auto"
@@ -92,10 +93,6 @@ class Analysis:
         require_seed("--seed", self.seed)
         if not self.checkpoints or not self.out:
             raise InputError("--checkpoints must name one model or several, with commas between them, --out a folder.")
-        wrong = [label for label in self.labels if not re.fullmatch(r"\s*[0-9]{1,9}\s*", str(label))]
-        if wrong or not self.labels:
-            given = f"{wrong[0]!s:.20}" if wrong else "nothing"
-            raise InputError(f"--labels must be numbers with commas between them, not {given}.")
 
 
 @own_settings()
@@ -110,13 +107,7 @@ def analyze(request: Analysis) -> dict:
     """
     models = _named([load_checkpoint(path, base=request.base) for path in request.checkpoints], request.checkpoints)
     batch = _examples(request, models)
-    classes = next(iter(models.values())).model.classes
-    if max(map(int, request.labels)) >= classes:
-        given = ", ".join(map(str, request.labels))
-        raise InputError(f"--labels must be numbers from 0 to {classes - 1}, not {given}.")
-    for weights in models.values():
-        if weights.model.routers != "none":  # the others are not sampled
-            require_no_class(weights.about.get("config", {}), weights.sampling)
+    request = dataclasses.replace(request, labels=_labels(request, models))
     out = epath.Path(request.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; name another --out.")
@@ -190,6 +181,19 @@ def _examples(request: Analysis, models: dict[str, Weights]) -> dict:
     return examples(source, count=min(request.num_examples, len(source)))
 
 
+def _labels(request: Analysis, models: dict[str, Weights]) -> tuple[int, ...]:
+    """Return the labels of the images to draw; () where there are static models alone, which are not sampled."""
+    sampled = [weights for weights in models.values() if weights.model.routers != "none"]
+    if not sampled:
+        return ()
+    classes = sampled[0].model.classes
+    words = range(max(1, min(classes, MOST_DEFAULT_LABELS))) if request.labels is None else request.labels
+    labels = read_labels(words, classes, (), "--labels")
+    for weights in sampled:
+        require_no_class(weights.about.get("config", {}), weights.sampling, labels=labels, classes=classes)
+    return tuple(labels.tolist())
+
+
 # --- Losses --------------------------------------------------------------------------------------
 
 
@@ -248,7 +252,7 @@ def _draw_routing(out, weights: Weights, request: Analysis, mesh) -> Samples:
     plan, steps = run.plan(), len(run.table)
     with Progress(len(request.labels) * steps, "step", f"images of {out.name}") as progress:
         draw = functools.partial(run.draw, seed=request.seed, mode="gated", report=progress.advance)
-        each = [draw([int(label)], indices=np.array([index])) for index, label in enumerate(request.labels)]
+        each = [draw([label], indices=np.array([index])) for index, label in enumerate(request.labels)]
     tokens = np.stack([samples.routing.tokens for samples in each])  # [I,S,L,N]
     record = each[0].routing
     mean = dataclasses.replace(
