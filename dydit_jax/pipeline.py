@@ -23,6 +23,7 @@ from dydit_jax.checkpoints import Weights, checksum
 from dydit_jax.diffusion.process import perturb, require_time
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.drawing.pictures import draw_grid, image_of, label_texts, to_uint8
+from dydit_jax.errors import InputError
 from dydit_jax.fast.plan import Plan
 from dydit_jax.labels import read_labels
 from dydit_jax.latents import decode_latents, encode_images, require_channels
@@ -213,9 +214,7 @@ class Pipeline:
         Raises:
           InputError: labels out of range, unknown names, or settings that are not allowed.
         """
-        model = self.weights.model
-        words = [labels] if isinstance(labels, str) else np.atleast_1d(np.asarray(labels, object)).tolist()
-        labels = read_labels(words, model.classes, self.weights.class_names, "labels")
+        labels, classes = self._read_labels(labels), self.weights.model.classes
         scales = None if guidance is None or np.ndim(guidance) == 0 else tuple(map(float, guidance))
         sampling = self.sampling(
             sampler=sampler,
@@ -226,11 +225,11 @@ class Pipeline:
             preset=preset,
         )
         trained = self.weights.about.get("config", {})
-        require_no_class(trained, sampling, labels=labels, classes=model.classes)
+        require_no_class(trained, sampling, labels=labels, classes=classes)
         job = DrawJob(labels, np.arange(len(labels)), sampling, seed=seed, mode=mode)
         batches = list(self.draw(job))
         pixels = np.concatenate([batch.pixels for batch in batches])
-        return Drawn(pixels, batches[-1].result.samples, label_texts(labels, model.classes))
+        return Drawn(pixels, batches[-1].result.samples, label_texts(labels, classes))
 
     def sampling(self, **overrides) -> SamplingConfig:
         """Return the checkpoint's sampling settings, with those replaced that are not None.
@@ -337,22 +336,29 @@ class Pipeline:
 
         Args:
           images: [B,side,side,1 or 3] in [-1, 1].
-          labels: [B].
+          labels: [B], as for drawing.
           timestep: of the process: of diffusion 0 (no noise) and up, of a flow 0 (noise) to 1.
           seed: of the noise.
 
         Raises:
-          InputError: a timestep that the process does not have.
+          InputError: a timestep that the process does not have, labels out of range, or not one for each image.
         """
-        process = self.weights.process
+        process, labels = self.weights.process, self._read_labels(labels)
         require_time(process, "timestep", timestep)
-        latents, labels = jnp.asarray(self.encode(images)), jnp.asarray(labels, jnp.int32)
+        if len(labels) != len(images):
+            raise InputError(f"{len(images)} images came with {len(labels)} labels; give one label for each image.")
+        latents, labels = jnp.asarray(self.encode(images)), jnp.asarray(labels)
         t = jnp.full(len(latents), timestep, process.time_range()[0].dtype)
         noise = first_noise(image_keys(seed, np.arange(len(latents))), latents.shape[1:])
         model = dataclasses.replace(self.model, constrain=unconstrained)  # the same one for every call: compiled once
         noisy = perturb(process, latents, noise, t)
         _, routing = _apply_gated(model)(self.weights.params, noisy, t, labels)
         return jax.device_get(routing)
+
+    def _read_labels(self, labels) -> np.ndarray:
+        """Return labels that were given by number or name, as int32 [B]."""
+        words = [labels] if isinstance(labels, str) else np.atleast_1d(np.asarray(labels, object)).tolist()
+        return read_labels(words, self.weights.model.classes, self.weights.class_names, "labels")
 
     @functools.cached_property
     def _autoencoder(self) -> Callable[[str], Autoencoder]:

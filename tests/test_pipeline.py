@@ -73,6 +73,18 @@ def test_routing_is_that_of_a_pass_over_the_noisy_images(pipeline, tiny):
 
 
 @pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([999, -1], "labels must hold numbers from 0 to 9 .10 for no class., not 999, -1[.]"),
+        ([1], "2 images came with 1 labels; give one label for each image[.]"),
+    ],
+)
+def test_routing_wants_a_label_that_the_model_has_for_each_image(pipeline, labels, message):
+    with pytest.raises(InputError, match=message):
+        pipeline.routing(np.zeros((2, 8, 8, 1)), labels, 600)
+
+
+@pytest.mark.parametrize(
     "settings, message", [(dict(steps="0"), "steps"), (dict(sampler="ddmi"), "ddim"), (dict(guidance=-1.0), "guidance")]
 )
 def test_settings_that_are_not_allowed_are_refused(pipeline, settings, message):
