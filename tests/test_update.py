@@ -17,14 +17,15 @@ from dydit_jax.models.dit import Model
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 from dydit_jax.training.experiment import build_update, read_experiment
 from dydit_jax.training.objective import draw_examples, objective, passes_at, run_passes
-from dydit_jax.training.optimizer import build_optimizer
+from dydit_jax.training.optimizer import build_learning_rate, build_optimizer
 from dydit_jax.training.update import accumulate_gradients, all_finite, batch_shapes, compile_update, init_state
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("gpu", marks=pytest.mark.slow)])
 def update_parts(request):
     """An update as it is written for a platform, run here."""
-    experiment = read_experiment(changed(DYNAMIC, mesh=dict(data=4), optimizer=dict(skip_norm=1e3)))
+    settings = dict(skip_norm=1e3, decay="cosine", decay_steps=9)
+    experiment = read_experiment(changed(DYNAMIC, mesh=dict(data=4), optimizer=settings))
     model = Model(experiment.model, platform=request.param)
     optimizer = build_optimizer(experiment.optimizer)
     state = init_state(jax.jit(model.init)(jax.random.key(0)), optimizer)
@@ -43,6 +44,17 @@ def test_bad_batch_is_skipped_counted_and_leaves_no_trace(update_parts, bad):
     assert int(after.skipped_in_a_row) == 1 and int(update(after, good)[0].skipped_in_a_row) == 0
     for name in ("params", "ema", "opt_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+
+
+def test_reported_learning_rate_is_the_one_in_use_also_after_skipped_batches(update_parts):
+    experiment, update, state = update_parts
+    schedule, reported, in_use = build_learning_rate(experiment.optimizer), [], []
+    for value in (1.0, jnp.nan, jnp.nan, 1.0):
+        in_use.append(float(schedule(state.opt_state[1][2].count)))
+        state, metrics = update(state, dict(image=value * jnp.ones((8, 8, 8, 1)), label=jnp.arange(8)))
+        reported.append(float(metrics["optimizer/learning_rate"]))
+    assert int(state.skipped) == 2 and in_use[0] > in_use[1] == in_use[2] == in_use[3]
+    assert reported == pytest.approx(in_use)
 
 
 def test_parameters_that_a_step_could_take_out_of_float32_are_not_moved():

@@ -204,6 +204,7 @@ def make_update_fn(
         # A refused batch leaves no trace but the counter: neither moments nor EMA move. NaN < inf is false. With
         # finite norms and the bounds of `OptimizerConfig` what comes out is finite too: it need not be read again.
         accepted = (norm < skip_norm) & jnp.isfinite(optax.tree.norm(state.params))
+        rate = learning_rate(state.step - state.skipped)  # the schedule stands still too where a batch is refused
         before = state.params, state.ema, state.opt_state
         params, ema, opt_state = advance_if(accepted, gradients, norm, *before)
         state = TrainState(
@@ -219,7 +220,7 @@ def make_update_fn(
             "optimizer/gradient_norm": norm,
             "optimizer/skipped_batches": state.skipped,
             "optimizer/skipped_in_a_row": state.skipped_in_a_row,
-            "optimizer/learning_rate": learning_rate(state.step - 1),
+            "optimizer/learning_rate": rate,
         }
         return state, metrics
 
