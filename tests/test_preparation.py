@@ -13,6 +13,7 @@ from dydit_jax.data.latent_files import LatentFiles
 from dydit_jax.data.sources import DataConfig, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.jobs import prepare_latents as preparation
+from dydit_jax.jobs.latents_folder import read_journals
 from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents, verify_latents
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.jobs.train import train_and_evaluate
@@ -89,7 +90,7 @@ def contents(folder) -> dict[str, bytes]:
 def half(folder, encoded, tmp_path, monkeypatch):
     """A job that was killed in its third chunk: (its folder, what a whole one holds)."""
     whole = contents(prepare_latents(request(folder, tmp_path / "whole")))
-    write = preparation._Arrays.write
+    write = preparation.Arrays.write
 
     def dies(self, first, *rows):
         if first == 8:
@@ -97,7 +98,7 @@ def half(folder, encoded, tmp_path, monkeypatch):
         write(self, first, *rows)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(preparation._Arrays, "write", dies)
+        patch.setattr(preparation.Arrays, "write", dies)
         prepare_latents(request(folder, tmp_path / "half"))
     encoded.clear()
     return tmp_path / "half", whole
@@ -178,7 +179,7 @@ def test_latents_that_are_not_finite_are_not_written(folder, encoded, tmp_path, 
     ):
         patch.setattr(preparation, "encode_moments", spoil)
         prepare_latents(request(folder, out))
-    assert [line["first"] for line in preparation._read_journal(out / "progress-0.jsonl")] == [0]
+    assert list(read_journals(out)) == [0]
     prepare_latents(request(folder, out))  # with weights that are whole
     assert np.isfinite(np.load(out / "moments.npy")).all()
 

@@ -9,10 +9,8 @@
     <out>/lock.json      who makes them now (`runtime/locks.py`)
 
 Training draws new flips and latents in every epoch, as with pictures; `data.flip=False` takes the pictures alone.
-Several processes share the chunks, each with the devices of its own machine and a journal of its own,
-progress-<process>.jsonl. A job that was killed makes only the chunks that are in no journal, with any number of
-processes: a line is written after its chunk is on the disk. What a kill or damage has left of a line names no chunk, so
-that its pictures are encoded again.
+Several processes share the chunks, each with the devices of its own machine and a journal of its own. A job that was
+killed makes only the chunks that are in no journal (`jobs/latents_folder.py`), with any number of processes.
 """
 
 import concurrent.futures
@@ -22,34 +20,32 @@ import hashlib
 import itertools
 import json
 import logging
-import os
-import pathlib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from etils import epath
 
 from dydit_jax.checkpoints import checksum, package_versions, save_autoencoder
-from dydit_jax.data.latent_files import (
-    AUTOENCODER_FILE,
-    CHECKSUMS_FILE,
-    CLASSES_KEY,
-    INFO_FILE,
-    LABELS_FILE,
-    LATENTS_FILE,
-    LatentFiles,
-    checksums_of,
-    load_array,
-)
+from dydit_jax.data.latent_files import AUTOENCODER_FILE, INFO_FILE, LatentFiles
 from dydit_jax.data.sources import MOST_THREADS, DataConfig, DataSource, open_source
 from dydit_jax.errors import InputError
-from dydit_jax.latents import encode_moments, mean_and_deviation, sum_latents
+from dydit_jax.jobs.latents_folder import (
+    JOB_FILE,
+    Arrays,
+    begin_folder,
+    describe_autoencoder,
+    find_statistics,
+    finish_folder,
+    read_journals,
+    require_shared,
+)
+from dydit_jax.latents import encode_moments
 from dydit_jax.loading import load_autoencoder
-from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from dydit_jax.records import read_record, require_range
-from dydit_jax.runtime.files import read_json, write_atomically, write_json
+from dydit_jax.models.autoencoder import Autoencoder
+from dydit_jax.records import require_range
+from dydit_jax.runtime.files import read_json, write_json
 from dydit_jax.runtime.locks import FolderLock, claim_folder
 from dydit_jax.runtime.processes import is_main, on_all_processes, require_same
 from dydit_jax.runtime.progress import Progress
@@ -59,8 +55,6 @@ from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 logger = logging.getLogger(__name__)
 
 MOST_CHUNK, MOST_SIDE = 65_536, 4096
-JOB_FILE, JOURNALS = "job.json", "progress-*.jsonl"
-ARRAYS = (LATENTS_FILE, LABELS_FILE, CHECKSUMS_FILE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +122,7 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
     with contextlib.ExitStack() as held:
         prepare = lambda: _prepare_out(out, job, request)
         lock = on_all_processes(lambda: held.enter_context(prepare()) if is_main() else None)
-        on_all_processes(lambda: _require_shared(out))
+        on_all_processes(lambda: require_shared(out))
         if (out / INFO_FILE).is_file():
             logger.info("%s is complete.", out)
         else:
@@ -160,9 +154,21 @@ def _describe(request: LatentsRequest, source: DataSource, autoencoder: Autoenco
         side=request.side,
         autoencoder=request.autoencoder,
         autoencoder_checksum=checksum(autoencoder.params),
-        autoencoder_record=_as_json(autoencoder.config),
+        autoencoder_record=describe_autoencoder(autoencoder.config),
         chunk=request.chunk,
     )
+
+
+@contextlib.contextmanager
+def _prepare_out(out, job: dict, request: LatentsRequest) -> Iterator[FolderLock | None]:
+    """Hold the folder of a job; one that is finished, and is to stay as it is, is only compared with the job."""
+    if (out / INFO_FILE).is_file() and not request.normalize:
+        begin_folder(out, job)
+        yield None
+    else:
+        with claim_folder(out, INFO_FILE, JOB_FILE) as lock:
+            begin_folder(out, job)
+            yield lock
 
 
 def _make_missing(
@@ -170,12 +176,12 @@ def _make_missing(
 ) -> None:
     """Make what is left of the latents, each process its share, and finish the folder."""
     out = epath.Path(request.out)
-    done = on_all_processes(lambda: _read_journals(out))
+    done = on_all_processes(lambda: read_journals(out))
     left = [first for first in range(0, len(source), request.chunk) if first not in done]
     mine = left[jax.process_index() :: jax.process_count()]
     # Too many bad pictures in one end all.
     on_all_processes(lambda: _make_chunks(mine, source, autoencoder, request, lock))
-    on_all_processes(lambda: _finish(out, job, source.class_names) if is_main() else None)
+    on_all_processes(lambda: finish_folder(out, job, source.class_names) if is_main() else None)
     logger.info("Wrote %s: use data.name=latents, data.path=%s", out, out)
 
 
@@ -188,7 +194,7 @@ def _make_chunks(
     with (
         concurrent.futures.ThreadPoolExecutor(request.threads) as readers,
         Progress(sum(len(chunk_at(first)) for first in starts), "picture", "latents") as progress,
-        _Arrays(epath.Path(request.out), lock) as arrays,
+        Arrays(epath.Path(request.out), lock) as arrays,
     ):
         read = lambda first: [readers.submit(source.__getitem__, index) for index in chunk_at(first)]
         ahead = read(starts[0]) if starts else []
@@ -199,6 +205,48 @@ def _make_chunks(
             moments = _encode(autoencoder, pixels, mesh, progress)
             _require_finite(moments, first, request.autoencoder)
             arrays.write(first, moments, np.array([example["label"] for example in examples], np.int32))
+
+
+def _encode(autoencoder: Autoencoder, pixels: np.ndarray, mesh, progress: Progress) -> np.ndarray:
+    """Return the moments float16 [n,2,side/f,side/f,2C] of pictures uint8 [n,side,side,3] and their mirror images."""
+    report = lambda pictures: progress.advance(pictures / 2)
+    views = (pixels, pixels[:, :, ::-1])
+    both = [encode_moments(autoencoder, view.astype(np.float32) / 127.5 - 1, mesh, report) for view in views]
+    packed = [np.concatenate([moments.mean, moments.log_variance], axis=-1) for moments in both]
+    with np.errstate(over="ignore"):  # what float16 can't hold is found, and named, as infinite
+        return np.stack(packed, axis=1).astype(np.float16)
+
+
+def _require_finite(moments: np.ndarray, first: int, autoencoder: str) -> None:
+    """Raise where a value of the moments of the pictures from `first` on is NaN or infinite."""
+    wrong = np.flatnonzero(~np.isfinite(moments).reshape(len(moments), -1).all(1))
+    if wrong.size:
+        raise InputError(
+            f"The latents of picture {first + wrong[0]} are not finite, or too large for {moments.dtype}; check the "
+            f"weights of the autoencoder {autoencoder}, and the precision that they were saved in."
+        )
+
+
+def _normalize(out, autoencoder: Autoencoder) -> None:
+    """Write the autoencoder whose scale and shift give these latents mean 0 and deviation 1 in each channel.
+
+    Raises:
+      InputError: a channel in which all latents are equal.
+    """
+    info = read_json(out / INFO_FILE)
+    # Folders of earlier versions have none.
+    statistics = info if "std" in info else find_statistics(out, info["chunk"], {})
+    mean, std = statistics["mean"], statistics["std"]
+    if not all(value > 0 for value in std):
+        raise InputError(
+            f"Channel {std.index(min(std))} of the latents in {out} is constant; --normalize can't scale it."
+        )
+    config = dataclasses.replace(autoencoder.config, scale=tuple(1 / value for value in std), shift=tuple(mean))
+    about = dict(autoencoder=info["autoencoder"], latents=info["checksum"], versions=package_versions())
+    save_autoencoder(out / AUTOENCODER_FILE, Autoencoder(config, autoencoder.params), about)
+    record = dict(scale=list(config.scale), shift=list(config.shift), mean=mean, std=std)
+    write_json(out / INFO_FILE, info | record | dict(normalized=True))
+    logger.info("Wrote %s: use sampling.autoencoder=%s", out / AUTOENCODER_FILE, out / AUTOENCODER_FILE)
 
 
 @own_settings()
@@ -226,218 +274,3 @@ def verify_latents(folder) -> None:
                 raise InputError(f"{folder} is damaged: pictures {first} to {rows.stop - 1} have other checksums.")
             progress.advance(len(rows))
     logger.info("%s: %d chunks, as they were made.", folder, len(expected))
-
-
-# --- The folder of a job under way ---------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _prepare_out(out, job: dict, request: LatentsRequest) -> Iterator[FolderLock | None]:
-    """Hold the folder of a job; one that is finished, and is to stay as it is, is only compared with the job."""
-    if (out / INFO_FILE).is_file() and not request.normalize:
-        _begin(out, job)
-        yield None
-    else:
-        with claim_folder(out, INFO_FILE, JOB_FILE) as lock:
-            _begin(out, job)
-            yield lock
-
-
-def _begin(out, job: dict) -> None:
-    """Make the empty arrays, or find that they are this job's and what is in the journals is whole."""
-    known = next((out / file for file in (INFO_FILE, JOB_FILE) if (out / file).is_file()), None)
-    if known is None:
-        write_json(out / JOB_FILE, job)
-    else:
-        before_records = dict(autoencoder_record=_as_json(AutoencoderConfig()))
-        found = before_records | read_json(known, remedy=f"remove {out} and start again")
-        changed = [key for key in job if found.get(key) != job[key]]
-        if changed:
-            raise InputError(f"{out} holds latents made otherwise ({', '.join(changed)} differ); name another --out.")
-    if not (out / INFO_FILE).is_file():
-        _make_arrays(out, job)
-        _drop_damaged(out, job["chunk"])
-
-
-def _make_arrays(out, job: dict) -> None:
-    """Make what is not there of the arrays, of zeros that take no room yet."""
-    config = read_record(AutoencoderConfig, job["autoencoder_record"], JOB_FILE)
-    count, side = job["count"], job["side"] // config.factor
-    moments = ((count, 2, side, side, 2 * config.channels), np.float16)
-    shapes = dict(zip(ARRAYS, (moments, ((count,), np.int32), ((count,), np.uint32))))
-    missing = {name: shape for name, shape in shapes.items() if not _current(out, name).is_file()}
-    if missing and any(out.glob(JOURNALS)):
-        raise InputError(f"{out} lacks {', '.join(missing)}; remove the folder and start again.")
-    for name, (shape, dtype) in missing.items():
-        with write_atomically(_current(out, name)) as partial:
-            np.lib.format.open_memmap(partial, "w+", dtype=dtype, shape=shape)
-
-
-def _drop_damaged(out, chunk: int) -> None:
-    """Drop from every journal what a kill has cut off, and its last chunk if that is not as it was written."""
-    moments, labels = (load_array(_current(out, name), mmap_mode="r") for name in (LATENTS_FILE, LABELS_FILE))
-    for path in out.glob(JOURNALS):
-        lines = _read_journal(path)
-        for line in lines[-1:]:
-            rows = slice(line["first"], line["first"] + chunk)
-            if _digest(moments[rows], labels[rows]) != line["sha256"]:
-                logger.warning("Pictures from %d on are encoded again: they are not as they were.", line["first"])
-                lines.remove(line)
-        with write_atomically(path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _require_shared(out) -> None:
-    if not (out / INFO_FILE).is_file() and not (out / JOB_FILE).is_file():
-        raise InputError(f"{out} is not what process 0 sees there; name a folder that all machines share.")
-
-
-def _read_journals(out) -> dict[int, dict]:
-    """Return the line of every chunk that is done, by its first picture."""
-    return {line["first"]: line for path in out.glob(JOURNALS) for line in _read_journal(path)}
-
-
-def _read_journal(path) -> list[dict]:
-    """Return the lines of a journal that are whole."""
-    lines = []
-    for text in path.read_bytes().decode(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            line = json.loads(text)
-            if isinstance(line, dict) and type(line.get("first")) is int and isinstance(line.get("sha256"), str):
-                lines.append(line)
-    return lines
-
-
-class _Arrays:
-    """The arrays of a job, written by rows. Use as a context.
-
-    By ordinary writes, not through a memory map, which writes whole pages: other machines write the neighbouring rows.
-
-    Args:
-      out: the folder.
-      lock: of it, asked for before every write; None in processes that do not hold it.
-    """
-
-    def __init__(self, out, lock: FolderLock | None):
-        self._lock = lock
-        paths = [pathlib.Path(_current(out, name)) for name in ARRAYS]
-        self._offsets = [load_array(path, mmap_mode="r").offset for path in paths]
-        self._stack = contextlib.ExitStack()
-        self._files = [self._stack.enter_context(path.open("r+b")) for path in paths]
-        journal = out / JOURNALS.replace("*", str(jax.process_index()))
-        self._journal = self._stack.enter_context(journal.open("a"))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._stack.close()
-
-    def write(self, first: int, moments: np.ndarray, labels: np.ndarray) -> None:
-        """Write rows from `first` on, and then say so in the journal.
-
-        Raises:
-          InputError: a disk that is full, or fails.
-          StopError: another command has taken the folder over.
-        """
-        if self._lock is not None:
-            self._lock.require_held()
-        try:
-            for file, offset, rows in zip(self._files, self._offsets, (moments, labels, checksums_of(moments, labels))):
-                file.seek(offset + first * rows[0].nbytes)
-                file.write(np.ascontiguousarray(rows).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
-            line = dict(first=first, sha256=_digest(moments, labels), sums=sum_latents(moments).tolist())
-            self._journal.write(json.dumps(line) + "\n")
-            self._journal.flush()
-        except OSError as error:
-            raise InputError(
-                f"Can't write {file.name} ({error.strerror}). Make room and repeat the command; it goes on from here."
-            ) from error
-
-
-def _finish(out, job: dict, class_names: Sequence[str]) -> None:
-    """Give the arrays their names and describe them; the journals are not needed any more."""
-    done, starts = _read_journals(out), range(0, job["count"], job["chunk"])
-    missing = [first for first in starts if first not in done]
-    if missing:
-        raise InputError(f"{out} lacks the pictures from {missing[0]} on; repeat the command.")
-    statistics = _statistics(out, job["chunk"], {first: line.get("sums") for first, line in done.items()})
-    for name in ARRAYS:
-        _current(out, name).replace(out / name)
-    chunks = [done[first]["sha256"] for first in starts]
-    checksum_of_all = hashlib.sha256("".join(chunks).encode()).hexdigest()
-    used = {name: job["autoencoder_record"][name] for name in ("scale", "shift")}
-    described = job | used | statistics | {CLASSES_KEY: list(class_names)}
-    write_json(out / INFO_FILE, described | dict(checksum=checksum_of_all, chunks=chunks))
-    for path in (*out.glob(JOURNALS), *out.glob("*.partial")):  # the latter of jobs that were killed
-        path.unlink(missing_ok=True)  # one may be the lock's, which comes and goes
-
-
-def _statistics(out, chunk: int, sums: dict[int, list]) -> dict:
-    """Return mean and standard deviation of each channel; chunks of which no sums are known are read for them."""
-    moments = load_array(_current(out, LATENTS_FILE), mmap_mode="r")
-    count, views, height, width, channels = moments.shape
-    starts = range(0, count, chunk)
-    is_known = lambda first: np.shape(sums.get(first)) == (3, channels // 2)
-    known = [sums[first] if is_known(first) else sum_latents(moments[first : first + chunk]) for first in starts]
-    mean, std = mean_and_deviation(known, count * views * height * width)
-    return dict(mean=mean, std=std)
-
-
-def _normalize(out, autoencoder: Autoencoder) -> None:
-    """Write the autoencoder whose scale and shift give these latents mean 0 and deviation 1 in each channel.
-
-    Raises:
-      InputError: a channel in which all latents are equal.
-    """
-    info = read_json(out / INFO_FILE)
-    statistics = info if "std" in info else _statistics(out, info["chunk"], {})  # folders of earlier versions have none
-    mean, std = statistics["mean"], statistics["std"]
-    if not all(value > 0 for value in std):
-        raise InputError(
-            f"Channel {std.index(min(std))} of the latents in {out} is constant; --normalize can't scale it."
-        )
-    config = dataclasses.replace(autoencoder.config, scale=tuple(1 / value for value in std), shift=tuple(mean))
-    about = dict(autoencoder=info["autoencoder"], latents=info["checksum"], versions=package_versions())
-    save_autoencoder(out / AUTOENCODER_FILE, Autoencoder(config, autoencoder.params), about)
-    record = dict(scale=list(config.scale), shift=list(config.shift), mean=mean, std=std)
-    write_json(out / INFO_FILE, info | record | dict(normalized=True))
-    logger.info("Wrote %s: use sampling.autoencoder=%s", out / AUTOENCODER_FILE, out / AUTOENCODER_FILE)
-
-
-def _as_json(config: AutoencoderConfig) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _current(out, name: str):
-    """Return where an array lies as long as the job is not finished; a kill while it finished may have renamed it."""
-    return out / name if (out / name).is_file() else out / f"{name}.partial"
-
-
-# --- One chunk -----------------------------------------------------------------------------------
-
-
-def _encode(autoencoder: Autoencoder, pixels: np.ndarray, mesh, progress: Progress) -> np.ndarray:
-    """Return the moments float16 [n,2,side/f,side/f,2C] of pictures uint8 [n,side,side,3] and their mirror images."""
-    report = lambda pictures: progress.advance(pictures / 2)
-    views = (pixels, pixels[:, :, ::-1])
-    both = [encode_moments(autoencoder, view.astype(np.float32) / 127.5 - 1, mesh, report) for view in views]
-    packed = [np.concatenate([moments.mean, moments.log_variance], axis=-1) for moments in both]
-    with np.errstate(over="ignore"):  # what float16 can't hold is found, and named, as infinite
-        return np.stack(packed, axis=1).astype(np.float16)
-
-
-def _require_finite(moments: np.ndarray, first: int, autoencoder: str) -> None:
-    """Raise where a value of the moments of the pictures from `first` on is NaN or infinite."""
-    wrong = np.flatnonzero(~np.isfinite(moments).reshape(len(moments), -1).all(1))
-    if wrong.size:
-        raise InputError(
-            f"The latents of picture {first + wrong[0]} are not finite, or too large for {moments.dtype}; check the "
-            f"weights of the autoencoder {autoencoder}, and the precision that they were saved in."
-        )
-
-
-def _digest(moments: np.ndarray, labels: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(moments).tobytes() + np.ascontiguousarray(labels).tobytes()).hexdigest()
