@@ -40,7 +40,7 @@ from dydit_jax.runtime.progress import Progress, compile_seconds
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh, replicated, round_up
 from dydit_jax.sampling.generate import Samples, SamplingRun
-from dydit_jax.sampling.guidance import require_no_class
+from dydit_jax.sampling.guidance import require_trained
 from dydit_jax.sampling.noise import first_noise, image_keys
 from dydit_jax.sampling.planning import JobPlan
 from dydit_jax.sampling.settings import choose_sampling
@@ -225,7 +225,7 @@ class Pipeline:
             preset=preset,
         )
         trained = self.weights.about.get("config", {})
-        require_no_class(trained, sampling, labels=labels, classes=classes)
+        require_trained(trained, sampling, labels=labels, classes=classes)
         job = DrawJob(labels, np.arange(len(labels)), sampling, seed=seed, mode=mode)
         batches = list(self.draw(job))
         pixels = np.concatenate([batch.pixels for batch in batches])

@@ -18,7 +18,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import DiTConfig, published_config
 from dydit_jax.models.layers import position_table
-from dydit_jax.sampling.guidance import require_no_class
+from dydit_jax.sampling.guidance import require_trained
 
 torch = pytest.importorskip("torch")
 
@@ -183,7 +183,7 @@ def test_table_without_a_row_for_no_class_keeps_its_last_class(dense, tmp_path):
     np.testing.assert_array_equal(table[11:], np.zeros((1, 64)))
     assert weights.sampling.guidance == 1.0
     with pytest.raises(InputError, match="needs a model that has seen no class"):
-        require_no_class(weights.about["config"], dataclasses.replace(weights.sampling, guidance=1.5))
+        require_trained(weights.about["config"], dataclasses.replace(weights.sampling, guidance=1.5))
     assert report.sources["classes"] == "--classes" and not any("null_row" in doubt for doubt in report.doubts)
 
 

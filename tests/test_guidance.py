@@ -14,7 +14,7 @@ from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.pipeline import Batch, DrawResult, Pipeline
 from dydit_jax.sampling.generate import generate
-from dydit_jax.sampling.guidance import require_no_class
+from dydit_jax.sampling.guidance import require_trained
 from dydit_jax.training.experiment import read_experiment
 
 PLAIN, GUIDED = SamplingConfig(), SamplingConfig(guidance=1.5)
@@ -37,18 +37,18 @@ def trained(dropout: float, **train) -> dict:
     ],
 )
 def test_what_was_trained_may_be_asked(config, sampling, labels):
-    require_no_class(config, sampling, labels=labels, classes=10)
+    require_trained(config, sampling, labels=labels, classes=10)
 
 
 def test_the_one_label_of_a_model_without_classes_was_trained():
-    require_no_class(trained(0.0), PLAIN, labels=[0, 0], classes=0)
+    require_trained(trained(0.0), PLAIN, labels=[0, 0], classes=0)
 
 
 def test_scales_that_were_never_trained_are_refused():
     config = dict(trained(0.1), model=dict(guidance_free=True))
     message = "has seen scales of guidance; this one was trained with model.guidance_free, but not loss.guidance_free"
     with pytest.raises(InputError, match=message):
-        require_no_class(config, GUIDED, labels=[3], classes=10)
+        require_trained(config, GUIDED, labels=[3], classes=10)
     with pytest.raises(InputError, match=message):
         read_experiment(changed(DYNAMIC, model=dict(guidance_free=True), sampling=dict(guidance=1.5)))
 
@@ -70,12 +70,12 @@ def test_guidance_of_a_model_without_classes_is_refused_before_training():
 )
 def test_what_was_never_trained_is_refused(dropout, sampling, labels, message):
     with pytest.raises(InputError, match=message) as error:
-        require_no_class(trained(dropout, init_from=""), sampling, labels=np.asarray(labels, np.int32), classes=10)
+        require_trained(trained(dropout, init_from=""), sampling, labels=np.asarray(labels, np.int32), classes=10)
     assert "\n" not in str(error.value)
 
 
 def test_weights_that_a_training_started_from_may_have_it(caplog):
-    require_no_class(trained(0.0, init_from="dit-xl2-256"), GUIDED, labels=[3], classes=10)
+    require_trained(trained(0.0, init_from="dit-xl2-256"), GUIDED, labels=[3], classes=10)
     assert "Whether dit-xl2-256 had, from which it started, is not known." in caplog.text
 
 

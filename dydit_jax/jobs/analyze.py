@@ -42,7 +42,7 @@ from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from dydit_jax.sampling.generate import Samples, SamplingRun
-from dydit_jax.sampling.guidance import require_no_class
+from dydit_jax.sampling.guidance import require_trained
 from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.probe import patch_losses
 
@@ -190,7 +190,7 @@ def _labels(request: Analysis, models: dict[str, Weights]) -> tuple[int, ...]:
     words = range(max(1, min(classes, MOST_DEFAULT_LABELS))) if request.labels is None else request.labels
     labels = read_labels(words, classes, (), "--labels")
     for weights in sampled:
-        require_no_class(weights.about.get("config", {}), weights.sampling, labels=labels, classes=classes)
+        require_trained(weights.about.get("config", {}), weights.sampling, labels=labels, classes=classes)
     return tuple(labels.tolist())
 
 

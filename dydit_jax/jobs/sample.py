@@ -61,7 +61,7 @@ from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import MODES, Samples, SamplingRun
-from dydit_jax.sampling.guidance import require_no_class
+from dydit_jax.sampling.guidance import require_trained
 from dydit_jax.sampling.noise import uniform_labels
 from dydit_jax.sampling.settings import choose_sampling
 from dydit_jax.sampling.table import make_table
@@ -166,7 +166,7 @@ def sample(request: Request) -> Samples:
     """
     weights = _weights(request)
     labels = _labels(request, weights)
-    require_no_class(weights.about.get("config", {}), weights.sampling, labels=labels, classes=weights.model.classes)
+    require_trained(weights.about.get("config", {}), weights.sampling, labels=labels, classes=weights.model.classes)
     pipeline = Pipeline(weights, precision=request.precision)
     run = pipeline.prepare(weights.sampling)
     segments = _segments_given(request, run, len(labels))

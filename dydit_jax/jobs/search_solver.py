@@ -34,7 +34,7 @@ from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.progress import Progress, counted
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
-from dydit_jax.sampling.guidance import require_no_class
+from dydit_jax.sampling.guidance import require_trained
 from dydit_jax.sampling.search import GRIDS, Fit, Teacher, first_positions, number_of_moves, search
 from dydit_jax.sampling.searched import FORMAT, fitted_to, listed
 from dydit_jax.sampling.settings import choose_sampling
@@ -124,7 +124,7 @@ def search_solver(request: SearchRequest) -> dict:
     own = checksum(weights.params)
     sampling = choose_sampling(weights.sampling, request.overrides, process=weights.process, checksum=lambda: own)
     sampling = dataclasses.replace(sampling, sampler="ddim", eta=0.0, guidance_scales=None, searched_weights=None)
-    require_no_class(weights.about.get("config", {}), sampling, classes=weights.model.classes)
+    require_trained(weights.about.get("config", {}), sampling, classes=weights.model.classes)
     dtype, matmul_precision = resolve_precision(request.precision)
     model = Model(weights.model, dtype, matmul_precision, lora=weights.lora)
     teacher = Teacher(model, weights.params, sampling, weights.process, request.reference, request.seed)

@@ -397,7 +397,6 @@ def checked_labels(labels, classes: int) -> np.ndarray:
     labels = np.asarray(labels, np.int32)
     wrong = labels[(labels < 0) | (labels > classes)]
     if wrong.size:
-        raise InputError(
-            f"Labels must be from 0 to {classes - 1}, or {classes} for no class; not {sorted(set(wrong.tolist()))}."
-        )
+        allowed = f"from 0 to {classes - 1}, or {classes} for no class" if classes else "0 for a model without classes"
+        raise InputError(f"Labels must be {allowed}; not {sorted(set(wrong.tolist()))}.")
     return labels

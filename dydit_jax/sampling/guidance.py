@@ -113,7 +113,7 @@ def guide(network: Callable, x, t, labels, *, scale, guided_channels: str, confi
 # --- What guidance needs of a model --------------------------------------------------------------
 
 
-def require_no_class(config: Mapping, sampling: SamplingConfig, *, labels=(), classes: int | None = None) -> None:
+def require_trained(config: Mapping, sampling: SamplingConfig, *, labels=(), classes: int | None = None) -> None:
     """Raise where guidance or a label asks for what a model's training never showed it: "no class", or the scale.
 
     A training that started from other weights may have it from them: that is not known here, and a warning.

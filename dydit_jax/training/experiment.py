@@ -19,7 +19,7 @@ from dydit_jax.models.lora import LoRAConfig
 from dydit_jax.records import read_record, with_current_names
 from dydit_jax.runtime.sharding import MeshConfig
 from dydit_jax.runtime.tracking import TrackingConfig
-from dydit_jax.sampling.guidance import require_no_class
+from dydit_jax.sampling.guidance import require_trained
 from dydit_jax.sampling.table import make_table, warn_of_unlearnt_times
 from dydit_jax.training.optimizer import OptimizerConfig
 from dydit_jax.training.update import TrainConfig, make_update_fn
@@ -79,7 +79,7 @@ def read_experiment(config: Mapping) -> Experiment:
     experiment = Experiment(**{field.name: records[field.name] for field in dataclasses.fields(Experiment)})
     _require_meaning(experiment.loss, experiment.process)
     warn_of_unlearnt_times(config, make_table(experiment.sampling, experiment.process))
-    require_no_class(config, experiment.sampling, classes=experiment.model.classes)
+    require_trained(config, experiment.sampling, classes=experiment.model.classes)
     if experiment.loss.guidance_free and not experiment.model.guidance_free:
         raise InputError(
             "loss.guidance_free needs model.guidance_free=True: a network that is conditioned on the guidance scale."
