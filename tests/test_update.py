@@ -76,9 +76,9 @@ def test_parameters_that_a_step_could_take_out_of_float32_are_not_moved():
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "router_multiplier", "weight_decay"])
-def test_rates_without_end_are_refused(name):
+def test_rates_too_large_to_stay_finite_are_refused(name):
     with pytest.raises(InputError, match=f"optimizer.{name} must be from 0.0 to 1"):
-        read_experiment(changed(STATIC, optimizer={name: float("inf")}))
+        read_experiment(changed(STATIC, optimizer={name: 1e7}))
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
