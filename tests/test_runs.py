@@ -3,13 +3,16 @@
 import pathlib
 import resource
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from buckets import memory_for_buckets
 from conftest import STATIC, changed
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dydit_jax.checkpoints import CheckpointConfig, Run, runs
@@ -257,6 +260,21 @@ def test_training_goes_on_past_a_damaged_checkpoint_to_the_same_end(trained, wor
     assert "checkpoints/4" in caplog.text and "Trying an older checkpoint" in caplog.text
     assert steps_in(workdir / "checkpoints") == ["2", "4"] and steps_in(workdir / "set_aside") == ["4"]
     jax.tree.map(np.testing.assert_array_equal, load_checkpoint(workdir).params, load_checkpoint(trained[0]).params)
+
+
+def test_checkpoints_in_a_bucket_are_set_aside(monkeypatch, caplog):
+    monkeypatch.setattr(ocp, "CheckpointManager", mock.Mock())  # Orbax asks Google about the bucket
+    with memory_for_buckets() as bucket:
+        for step in (2, 4):
+            folder = epath.Path("gs://bucket/run/checkpoints") / str(step)
+            for name in ("params/d/0", "about/metadata", "commit_success.txt"):
+                (folder / name).write_text(f"{name} of {step}")
+        with Run("gs://bucket/run", CheckpointConfig()) as run:
+            for _ in range(2):  # the second time nothing is left to be moved
+                run.set_aside(after=2)
+        assert bucket.cat("gs://bucket/run/set_aside/4/params/d/0") == b"params/d/0 of 4"
+        assert not bucket.exists("gs://bucket/run/checkpoints/4") and bucket.exists("gs://bucket/run/checkpoints/2")
+    assert caplog.text.count("Checkpoint 4 lies in gs://bucket/run/set_aside/4 now.") == 1
 
 
 def test_half_copied_checkpoint_is_passed_over(trained, workdir):

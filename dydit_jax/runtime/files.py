@@ -114,6 +114,14 @@ def _flush(file) -> None:
     os.fsync(file.fileno())
 
 
+def make_folder(folder) -> None:
+    """Make a folder for others to be moved into; a bucket has one only where an object lies, so an empty one does."""
+    folder = epath.Path(folder)
+    folder.mkdir(exist_ok=True)
+    if not folder.is_dir():
+        (folder / ".keep").write_bytes(b"")
+
+
 def write_json(path, content) -> None:
     """Write mappings, lists, strings and numbers as JSON, whole or not at all.
 

@@ -1,0 +1,24 @@
+"""Memory in the place of buckets."""
+
+import contextlib
+from unittest import mock
+
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+
+
+class Bucket(MemoryFileSystem):
+    """Objects as gcsfs shows them: a folder is there as long as an object lies in it, and none can be made."""
+
+    def mkdir(self, path, **_):
+        pass
+
+    makedirs = mkdir
+
+
+@contextlib.contextmanager
+def memory_for_buckets():
+    """Put memory in the place of every bucket; gives the store."""
+    bucket = Bucket(global_store=False, skip_instance_cache=True)
+    with mock.patch.object(type(backend.fsspec_backend), "fs", lambda self, path: bucket):
+        yield bucket
