@@ -59,6 +59,22 @@ def test_lock_is_there_while_it_is_held_and_says_whose(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_lock_is_renewed_again_after_errors_of_any_kind(tmp_path, monkeypatch, caplog):
+    errors = iter([InputError("disk full"), RuntimeError("503 Service Unavailable")])
+    with FolderLock(tmp_path), monkeypatch.context() as patch:
+        first = json.loads((tmp_path / LOCK_FILE).read_text())
+
+        def write(path, content, before=locks.write_json):
+            for error in errors:
+                raise error
+            before(path, content)
+
+        patch.setattr(locks, "write_json", write)
+        time.sleep(0.5)
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["renewed"] > first["renewed"]
+    assert "disk full" in caplog.text and "503" in caplog.text
+
+
 def test_second_lock_of_a_folder_is_refused(tmp_path):
     with FolderLock(tmp_path):
         with pytest.raises(InputError, match=rf"is in use by process {os.getpid()} on "), FolderLock(tmp_path):

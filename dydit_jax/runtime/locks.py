@@ -118,9 +118,14 @@ class FolderLock:
         return all(found.get(key) == value for key, value in self._owner.items())
 
     def _keep_renewing(self) -> None:
-        while not self._left.wait(RENEW_SECONDS) and self._is_ours():
-            with contextlib.suppress(InputError):  # a full disk ends the run where it saves, with its own words
+        """Renew the file until this program leaves the folder, or another has taken it over."""
+        while not self._left.wait(RENEW_SECONDS):
+            try:
+                if not self._is_ours():
+                    return
                 self._renew()
+            except Exception as error:  # noqa: BLE001 (whatever it is may pass; others take over where it does not)
+                logger.warning("%s could not be renewed; trying again in %g s. (%s)", self._path, RENEW_SECONDS, error)
 
     def _renew(self) -> None:
         write_json(self._path, dict(self._owner, renewed=time.time()))
