@@ -7,6 +7,12 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 
+class HttpError(Exception):
+    """As gcsfs has it: no error of the system, and no base but Exception."""
+
+    __module__ = "gcsfs.retry"
+
+
 class Bucket(MemoryFileSystem):
     """Objects as gcsfs shows them: a folder is there as long as an object lies in it, and none can be made."""
 

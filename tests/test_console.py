@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from buckets import HttpError
 from conftest import ROOT
 from ml_collections import config_flags
 
@@ -85,6 +86,7 @@ def test_wrong_flags_are_one_line(program, capsys, monkeypatch, arguments, messa
         (lambda: jnp.zeros(2**46), "Out of memory; lower --batch_size or --config.data.batch_size"),
         (lambda: np.zeros(2**50), "Out of memory; lower --batch_size or --config.data.batch_size"),
         (lambda: pathlib.Path("/" + "x" * 300).read_bytes(), "File name too long"),
+        (lambda: _raise(HttpError("503\nService Unavailable")), "503 Service Unavailable."),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(program, capsys, action, message):

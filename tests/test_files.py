@@ -7,10 +7,12 @@ import os
 import pathlib
 import signal
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from buckets import HttpError, memory_for_buckets
 
 from dydit_jax.errors import InputError
 from dydit_jax.runtime.files import hold_lock, read_json, write_atomically, write_json
@@ -76,6 +78,19 @@ def test_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"Can't write .*file/inside.json \(.*\). Make room"):
         write_json(tmp_path / "file" / "inside.json", {})
+
+
+def test_errors_of_a_bucket_are_those_of_a_disk(monkeypatch):
+    path = "gs://bucket/run/file.json"
+    with memory_for_buckets() as bucket:
+        write_json(path, dict(step=1))
+        monkeypatch.setattr(bucket, "open", mock.Mock(side_effect=HttpError("503\nService Unavailable")))
+        with pytest.raises(InputError, match=rf"Can't write {path} \(503 Service Unavailable\). Make room"):
+            write_json(path, dict(step=2))
+        with pytest.raises(InputError, match=rf"{path} can't be read \(503 Service Unavailable\); restore it"):
+            read_json(path)
+        monkeypatch.undo()
+        assert read_json(path) == dict(step=1)
 
 
 def test_json_comes_back(tmp_path):

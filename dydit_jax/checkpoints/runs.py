@@ -31,7 +31,7 @@ from dydit_jax.checkpoints.reading import (
     saved_steps,
 )
 from dydit_jax.errors import DamageError, InputError, StopError
-from dydit_jax.runtime.files import make_folder, read_json
+from dydit_jax.runtime.files import as_system_errors, make_folder, read_json
 from dydit_jax.runtime.locks import FolderLock
 from dydit_jax.runtime.processes import is_main, on_all_processes
 
@@ -249,8 +249,9 @@ def _set_aside(workdir, after: int) -> None:
             number += 1
             place = folder / f"{step}.{number}"
         try:
-            make_folder(folder)
-            checkpoint_folder(workdir, step).rename(place)
+            with as_system_errors():
+                make_folder(folder)
+                checkpoint_folder(workdir, step).rename(place)
         except OSError as error:
             raise InputError(f"Can't move checkpoint {step} to {place}: {error}.") from error
         logger.warning("Checkpoint %d lies in %s now.", step, place)

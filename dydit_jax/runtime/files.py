@@ -20,12 +20,30 @@ from etils import epath
 
 from dydit_jax.errors import InputError
 
+CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.")  # of buckets
+
 logger = logging.getLogger(__name__)
 
 
 def is_local(path) -> bool:
     """Return whether a path is of this machine's file system, not of a bucket."""
     return "://" not in str(path)
+
+
+def is_of_bucket(error: BaseException) -> bool:
+    """Return whether an error is of a bucket's client: these have no base of their own, and few are `OSError`s."""
+    return type(error).__module__.startswith(CLIENTS)
+
+
+@contextlib.contextmanager
+def as_system_errors() -> Iterator[None]:
+    """Raise what a bucket's client raises as an `OSError`, as a disk does."""
+    try:
+        yield
+    except Exception as error:
+        if not is_of_bucket(error):
+            raise
+        raise OSError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 @contextlib.contextmanager
@@ -49,18 +67,19 @@ def write_atomically(path) -> Iterator[epath.Path]:
     path = epath.Path(path)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode = _create(partial)
-        yield partial
-        _settle(partial, mode)
-        partial.replace(path)
+        with as_system_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            mode = _create(partial)
+            yield partial
+            _settle(partial, mode)
+            partial.replace(path)
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         raise InputError(
             f"Can't write {path} ({reason}). Make room there, or name a place that you can write to."
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
+        with contextlib.suppress(OSError), as_system_errors():  # the first error is the one to tell
             partial.unlink(missing_ok=True)
 
 
@@ -146,7 +165,8 @@ def read_json(path, *, remedy: str = "restore it from a copy, or remove it and s
     """
     path = epath.Path(path)
     try:
-        text = path.read_text()
+        with as_system_errors():
+            text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = "is no text" if isinstance(error, UnicodeDecodeError) else f"can't be read ({error.strerror or error})"
         raise InputError(f"{path} {reason}; {remedy}.") from error

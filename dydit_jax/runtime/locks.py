@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.runtime.files import is_local, write_json
+from dydit_jax.runtime.files import as_system_errors, is_local, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class FolderLock:
     def __exit__(self, *_):
         self._left.set()
         self._renewing.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), as_system_errors():
             if self._is_ours():
                 self._path.unlink(missing_ok=True)
         self._release_kernel_lock()
@@ -214,7 +214,8 @@ def _named(owner: dict | None) -> str:
 def _read(path) -> dict | None:
     """Return what a lock file says, {} for one that is no record, None for one that is not there."""
     try:
-        found = json.loads(path.read_text())
+        with as_system_errors():
+            found = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
