@@ -9,6 +9,8 @@ import pytest
 from absl import flags
 from buckets import HttpError
 from conftest import ROOT
+from etils import epath
+from etils.epath.backend import fsspec_backend
 from ml_collections import config_flags
 
 from dydit_jax.errors import InputError, StopError
@@ -93,6 +95,14 @@ def test_what_the_machine_lacks_is_one_line(program, capsys, action, message):
     assert program(main=lambda config: action()) == 1
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
+
+
+def test_extra_that_paths_of_buckets_need_is_named(program, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    fsspec_backend._get_filesystem.cache_clear()
+    assert program(main=lambda config: epath.Path("gs://bucket/run").exists()) == 2
+    expected = "program: Paths at gs:// need the extra gcs: pip install 'dydit-jax[gcs]'.\n"
+    assert capsys.readouterr().err == expected
 
 
 def _raise(error: BaseException):
