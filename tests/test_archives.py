@@ -159,13 +159,23 @@ def test_a_killed_job_goes_on_where_it_was(folder, tmp_path, monkeypatch, killed
     assert prepare_pictures(str(folder), str(out)) == path and not again  # complete
 
 
-def test_shards_that_are_not_whole_are_made_again(folder, tmp_path, monkeypatch, caplog):
+def cut_shard(partial) -> None:
+    shard = partial / "class_pictures-train.array_record-00001"
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def damage_journal(partial) -> None:
+    lines = (partial / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1] = b"\xff" + lines[1]
+    (partial / "journal.jsonl").write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize("damage", [cut_shard, damage_journal])
+def test_shards_that_are_not_whole_are_made_again(folder, tmp_path, monkeypatch, caplog, damage):
     monkeypatch.setattr(packing, "SHARD_BYTES", 4000)
     whole = contents(prepare_pictures(str(folder), str(tmp_path / "out")))
     done = tmp_path / "out" / "class_pictures" / "1.0.0"
-    done.rename(done.with_name("1.0.0.partial"))
-    shard = done.with_name("1.0.0.partial") / "class_pictures-train.array_record-00001"
-    shard.write_bytes(shard.read_bytes()[:-1])
+    damage(done.rename(done.with_name("1.0.0.partial")))
     assert contents(prepare_pictures(str(folder), str(tmp_path / "out"))) == whole
     assert "what follows file 1 is not whole and is made again" in caplog.text
 

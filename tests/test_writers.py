@@ -71,6 +71,15 @@ def test_line_that_a_kill_has_cut_is_set_aside(tmp_path, cut):
     assert (tmp_path / "set_aside" / "metrics.jsonl").read_text() == cut + "\n"
 
 
+def test_line_that_a_disk_has_damaged_is_set_aside(tmp_path, place):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(tmp_path, (10, 20, 30))
+    path.write_bytes(path.read_bytes().replace(b'total": 2.0', b'tot\xffl": 2.0'))
+    write_steps(tmp_path, (40,), start=30)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 30, 40]
+    assert (tmp_path / "set_aside" / "metrics.jsonl").read_text() == '{"step": 20, "loss/tot\ufffdl": 2.0}\n'
+
+
 def events(folder) -> list:
     """Read the events of TensorBoard's files: length, checksum, event, checksum."""
     event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")

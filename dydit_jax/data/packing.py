@@ -130,9 +130,9 @@ def _require_same(folder: pathlib.Path, job: dict) -> None:
 
 
 def _read_journal(partial: pathlib.Path) -> list[Shard]:
-    """Return the shards that are whole; the journal loses lines that a kill has cut or whose shards are not."""
+    """Return the shards that are whole; the journal loses lines that are not, or whose shards are not."""
     path, shards, kept = partial / JOURNAL_FILE, [], []
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     for line in lines:
         shard = _read_line(line)
         if shard is None or not _is_whole(_shard_path(partial, len(shards)), shard):
@@ -142,13 +142,13 @@ def _read_journal(partial: pathlib.Path) -> list[Shard]:
         kept.append(line)
     if kept != lines:
         with write_atomically(path) as whole:
-            whole.write_text("".join(kept))
+            whole.write_bytes(b"".join(kept))
     return shards
 
 
-def _read_line(line: str) -> Shard | None:
+def _read_line(line: bytes) -> Shard | None:
     try:
-        return Shard(**json.loads(line))
+        return Shard(**json.loads(line.decode()))
     except (ValueError, TypeError):
         return None
 

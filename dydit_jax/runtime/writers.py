@@ -40,19 +40,19 @@ class JsonLines:
     def __init__(self, workdir, step: int):
         self._path = epath.Path(workdir) / METRICS_FILE
         kept, others = [], []
-        for line in self._path.read_text().splitlines(keepends=True) if self._path.exists() else []:
+        for line in self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []:
             found = _step_of(line)
             (others if found is None or found > step else kept).append(line)
         if others:
             self._set_aside(others, step)
             with write_atomically(self._path) as partial:
-                partial.write_text("".join(kept))
-        self._row, self._start, self._end = {}, 0, len("".join(kept).encode())  # the last line, and its bytes
+                partial.write_bytes(b"".join(kept))
+        self._row, self._start, self._end = {}, 0, len(b"".join(kept))  # the last line, and its bytes
 
-    def _set_aside(self, lines: list[str], step: int) -> None:
+    def _set_aside(self, lines: list[bytes], step: int) -> None:
         path = self._path.parent / SET_ASIDE_FOLDER / METRICS_FILE
         path.parent.mkdir(exist_ok=True)
-        whole = "".join(line.removesuffix("\n") + "\n" for line in lines)
+        whole = "".join(line.decode(errors="replace").removesuffix("\n") + "\n" for line in lines)
         write_tail(path, len(path.read_bytes()) if path.exists() else 0, whole)
         logger.warning(
             "%d lines of %s are not of steps up to %d; they are in %s.", len(lines), METRICS_FILE, step, path
@@ -78,10 +78,10 @@ class JsonLines:
         """Do nothing: every line is on the disk."""
 
 
-def _step_of(line: str) -> int | None:
-    """Return the step of a line; None for one that a kill or a full disk has cut."""
+def _step_of(line: bytes) -> int | None:
+    """Return the step of a line; None for one that a kill or a full disk has cut, or a disk has damaged."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else None
+        return json.loads(line.decode())["step"] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError):
         return None
 
