@@ -256,6 +256,26 @@ def test_damaged_statistics_are_refused(files, tmp_path, damage):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        (dict(mu=np.zeros(4_000_000)), r"mu is float64 \[4000000\]"),
+        (dict(mu=np.full(2048, "much")), r"mu is <U4 \[2048\]"),
+        (dict(sigma=np.eye(3)), r"sigma is float64 \[3, 3\]"),
+        (dict(mu_s=np.zeros(7), sigma_s=np.eye(2023)), r"mu_s is float64 \[7\]"),
+        (dict(pool=np.zeros((9, 3), np.float32)), r"pool is float32 \[9, 3\]"),
+        (dict(pool=np.zeros(2048, np.float32)), r"pool is float32 \[2048\]"),
+        (dict(network="0" * 2**19), r"network is <U524288 \[\]"),
+    ],
+)
+def test_statistics_of_other_features_are_refused_before_they_are_read(tmp_path, monkeypatch, arrays, message):
+    path = tmp_path / "statistics.npz"
+    np.savez_compressed(path, **dict(mu=np.zeros(2048), sigma=np.eye(2048)) | arrays)
+    monkeypatch.setattr(np, "load", None)
+    with pytest.raises(InputError, match=f"statistics.npz holds moments of other features: {message}; make it again"):
+        load_reference(str(path), "network", None, None)
+
+
 @pytest.mark.slow
 def test_published_figures_of_adm_are_found():
     """Runs where $ADM_BATCHES names a folder with ADM's own samples, its reference batch, and the network's file."""

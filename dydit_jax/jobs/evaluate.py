@@ -35,6 +35,7 @@ DEFAULT_INCEPTION = "inception-2015"
 # The names in ADM's reference batches. Other tools keep the first two.
 MOMENT_SHAPES = dict(mu=(2048,), sigma=(2048, 2048), mu_s=(2023,), sigma_s=(2023, 2023))
 MOMENTS = tuple(MOMENT_SHAPES)
+TEXTS, MOST_TEXT_BYTES = ("network", "about", "told"), 2**20
 ENOUGH = dict(fid=50_000, sfid=50_000, inception_score=50_000, precision=10_000, recall=10_000)
 
 
@@ -227,6 +228,7 @@ def load_reference(path: str, network: str, measure, open_set) -> Statistics:
     names = MOMENTS if all(name in shapes for name in MOMENTS) else MOMENTS[:2]
     if not all(name in shapes for name in names):
         return measure(open_set(path))
+    _require_features(path, {name: shapes[name] for name in (*names, "pool", *TEXTS) if name in shapes})
     try:
         with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             other = "network" in arrays and str(arrays["network"]) != network
@@ -240,13 +242,27 @@ def load_reference(path: str, network: str, measure, open_set) -> Statistics:
         raise InputError(f"{path} holds statistics of another network; make them again with --save_statistics.")
     if not all(np.isfinite(array).all() for array in known.values()):
         raise InputError(f"{path} holds moments that are not finite; make it again.")
-    if any(known[name].shape != MOMENT_SHAPES[name] for name in names):
-        raise InputError(f"{path} holds moments of other features: {[list(known[name].shape) for name in names]}.")
     if pool is None and IMAGES_ENTRY in shapes:
         # The moments of ADM's batches are those of the whole training set, the images a part of it.
         images = measure(open_set(path))
         about, pool = images.about | dict(moments="from the file"), images.pool
     return Statistics(about, known, pool)
+
+
+def _require_features(path, found: dict) -> None:
+    """Raise unless arrays, whose shapes and dtypes are known by name, are moments of these features, and features.
+
+    Raises:
+      InputError: others, before they take memory.
+    """
+    pooled = (*found["pool"][0][:1], *MOMENT_SHAPES["mu"]) if "pool" in found else None
+    wanted = MOMENT_SHAPES | dict(pool=pooled)
+    is_number = lambda name, shape, dtype: shape == wanted[name] and dtype.kind in "iuf"
+    is_text = lambda name, shape, dtype: shape == () and dtype.itemsize <= MOST_TEXT_BYTES
+    wrong = [name for name in found if not (is_text if name in TEXTS else is_number)(name, *found[name])]
+    if wrong:
+        shown = ", ".join(f"{name} is {found[name][1]} {list(found[name][0])}" for name in wrong)
+        raise InputError(f"{path} holds moments of other features: {shown}; make it again with --save_statistics.")
 
 
 def save_statistics(path, statistics: Statistics, network: str) -> None:
