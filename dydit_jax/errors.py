@@ -1,5 +1,8 @@
 """Errors that programs print as a single line: a mistake that is the user's to mend, and a run that has to stop."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """What came, what is allowed, what to do; raised before anything is compiled or written."""
@@ -17,6 +20,16 @@ def require_known(kind: str, name, known) -> None:
     """
     if name not in known:
         raise InputError(f"Unknown {kind} {name!r}; known: {', '.join(sorted(map(str, known)))}.")
+
+
+@contextlib.contextmanager
+def name_file(path) -> Iterator[None]:
+    """Put the name of the file that is read before the message of an `InputError`, which may quote it."""
+    try:
+        yield
+    except InputError as error:
+        message = "".join(letter if letter.isprintable() else "?" for letter in str(error))
+        raise InputError(f"{path}: {message}") from error
 
 
 def some_of(names, *, most: int = 4, separator: str = ", ") -> str:

@@ -30,8 +30,7 @@ def read_record(cls, mapping: Mapping, where: str):
       InputError: a key that `cls` does not have (with the nearest known one), a value of another type, or
         a value that `cls` itself refuses.
     """
-    if not isinstance(mapping, Mapping):
-        raise InputError(f"{where} must be a section with keys, not {mapping!r}.")
+    _require_mapping(mapping, where)
     mapping = with_current_names(cls, mapping)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -46,6 +45,35 @@ def read_record(cls, mapping: Mapping, where: str):
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}.")
     return cls(**values)
+
+
+def read_mapping(cls, mapping: Mapping, where: str) -> dict:
+    """Check what a mapping of somebody else's, or of another version, has in the keys that are read of it.
+
+    Args:
+      cls: a `typing.TypedDict` of these keys. Their types are those of `read_record`'s fields, `dict`, a `TypedDict`
+        for a mapping within, or `Annotated[type, low, high]` for a range.
+      mapping: may have other keys, with any values.
+      where: as for `read_record`.
+
+    Returns:
+      The mapping, integers as floats and lists as tuples where `cls` says so, without keys of `cls` that hold None.
+
+    Raises:
+      InputError: no mapping, a required key that is not there, or a value of another type or out of its range.
+    """
+    _require_mapping(mapping, where)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    found = {key: value for key, value in mapping.items() if value is not None or key not in hints}
+    missing = sorted(cls.__required_keys__ - found.keys())
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(missing)}.")
+    return found | {key: _checked(found[key], hints[key], f"{where}.{key}") for key in hints if key in found}
+
+
+def _require_mapping(value, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where} must be a section with keys, not {value!r:.80}.")
 
 
 def with_current_names(cls, mapping: Mapping) -> dict:
@@ -65,6 +93,13 @@ def _checked(value, kind, where: str):
         if value is None and type(None) in options:
             return None
         kind = next(option for option in options if option is not type(None))
+    if typing.get_origin(kind) is typing.Annotated:
+        kind, *limits = typing.get_args(kind)
+        value = _checked(value, kind, where)
+        require_range(where, value, *limits)
+        return value
+    if typing.is_typeddict(kind):
+        return read_mapping(kind, value, where)
     if typing.get_origin(kind) is tuple:
         return _checked_tuple(value, typing.get_args(kind), where)
     if kind is float and type(value) in (int, float):
@@ -73,13 +108,13 @@ def _checked(value, kind, where: str):
         return float(value)
     # `type(...) is`, because True is an int to isinstance.
     if type(value) is not kind:
-        raise InputError(f"{where} must be of type {kind.__name__}, not {value!r}.")
+        raise InputError(f"{where} must be of type {kind.__name__}, not {value!r:.80}.")
     return value
 
 
 def _checked_tuple(value, kinds, where: str) -> tuple:
     if not isinstance(value, (tuple, list)):
-        raise InputError(f"{where} must be a tuple, not {value!r}.")
+        raise InputError(f"{where} must be a tuple, not {value!r:.80}.")
     if kinds[-1] is Ellipsis:
         kinds = (kinds[0],) * len(value)
     if len(value) != len(kinds):

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import jax
 
+from dydit_jax.errors import InputError
+
 
 def path_name(path) -> str:
     """Return a JAX key path as one string, its parts joined by slashes."""
@@ -16,7 +18,15 @@ def flatten(tree) -> dict:
 
 
 def unflatten(leaves: Mapping) -> dict:
-    """Return the nested dict whose leaves have these paths."""
+    """Return the nested dict whose leaves have these paths.
+
+    Raises:
+      InputError: a path that leads through a leaf.
+    """
+    nodes = {path[:end] for path in leaves for end, letter in enumerate(path) if letter == "/"}
+    both = sorted(nodes & leaves.keys())
+    if both:
+        raise InputError(f"{both[0]!r} is an array and has arrays below it; it must be the one or the other.")
     tree = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")

@@ -1,5 +1,8 @@
 """Weights come back as they went; files that are not ours, and damaged ones, are refused in one line."""
 
+import dataclasses
+import hashlib
+import json
 import os
 import stat
 
@@ -22,6 +25,7 @@ from dydit_jax.checkpoints import (
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
+from dydit_jax.loading import load_checkpoint
 
 
 @pytest.fixture
@@ -77,6 +81,72 @@ def test_file_of_another_shape_is_refused(tmp_path, weights):
     write_arrays(path, leaves, metadata)
     with pytest.raises(InputError, match="does not hold the model that it describes.*label_embed/table"):
         load_weights(path)
+
+
+def described(changes) -> str:
+    """Return a description of weights, as JSON, with parts replaced."""
+    return json.dumps(dict(model={}, sampling={}, about={}) | changes)
+
+
+def trained_with(**train) -> str:
+    return described(dict(about=dict(step=10**6, config=dict(train=train))))
+
+
+@pytest.mark.parametrize(
+    "description, message",
+    [
+        (None, "The description in .* is empty; take a copy"),
+        ("x", "The description in .* is damaged or cut short"),
+        ("[]", "The description in .* holds list, not a mapping"),
+        ("[" * 100_000, "The description in .* is damaged or cut short"),
+        ('{"a":' * 150 + "1" + "}" * 150, "The description in .* is nested more than 100 levels deep"),
+        ("{}", "description lacks about, model, sampling"),
+        (described(dict(about=[])), r"description.about must be a section with keys, not \[\]"),
+        (described(dict(about=dict(config="x"))), "description.about.config must be a section"),
+        (described(dict(about=dict(class_names=5))), "description.about.class_names must be a tuple, not 5"),
+        (described(dict(about=dict(class_names=["a", 5]))), r"class_names\[1\] must be of type str, not 5"),
+        (described(dict(about=dict(step="x"))), "description.about.step must be of type int, not 'x'"),
+        (trained_with(ema_decay="x"), "train.ema_decay must be of type float, not 'x'"),
+        (trained_with(ema_decay=2.0), "train.ema_decay must be from 0.0 to 1.0, not 2.0"),
+        (trained_with(ema_decay=10**400), "train.ema_decay must be of type float, not 1000"),
+        (described(dict(model={"de\npth\33": 1})), r"Unknown key model.de\?pth\?; Did"),
+    ],
+)
+def test_description_of_a_stranger_is_one_line_that_names_the_file(tmp_path, description, message):
+    metadata = dict(format=FORMAT) | ({} if description is None else dict(description=description))
+    write_arrays(tmp_path / "w.safetensors", dict(a=np.zeros(1)), metadata)
+    with pytest.raises(InputError, match=message) as caught:
+        load_checkpoint(tmp_path / "w.safetensors")
+    assert str(tmp_path / "w.safetensors") in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_what_a_description_says_beyond_what_is_read_is_kept(tmp_path, weights):
+    about = dict(step=7, class_names=("a", "b"), source=[{"any": 1}], config=dict(train=dict(seed="x", ema_decay=1)))
+    save_weights(tmp_path / "w.safetensors", dataclasses.replace(weights, about=about | dict(versions=None)))
+    assert load_weights(tmp_path / "w.safetensors").about == about
+
+
+def test_array_within_an_array_is_refused(tmp_path, weights):
+    save_weights(tmp_path / "w", weights)
+    _, metadata = read_arrays(tmp_path / "w", FORMAT)
+    for names in (("a", "a/b"), ("a/b", "a"), ("a", "a/b/c")):
+        path = tmp_path / "within.safetensors"
+        write_arrays(path, dict.fromkeys(names, np.zeros(1)), metadata)
+        with pytest.raises(InputError, match=r"within.safetensors: 'a' is an array and has arrays below it"):
+            load_weights(path)
+
+
+def test_checksums_of_a_stranger_are_one_line_that_names_the_file(tmp_path):
+    write_arrays(tmp_path / "w", dict(a=np.zeros(1)), dict(format="test 1"))
+    content = (tmp_path / "w").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header["__metadata__"] |= dict(tensor_checksums="[]", header_checksum="0" * 64)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    length = len(text).to_bytes(8, "little")
+    text = text.replace(b"0" * 64, hashlib.sha256(length + text).hexdigest().encode())
+    (tmp_path / "w").write_bytes(length + text + bytes(8))
+    with pytest.raises(InputError, match="tensor_checksums in .*w holds list, not a mapping"):
+        read_arrays(tmp_path / "w", "test 1")
 
 
 # --- Every byte counts ---------------------------------------------------------------------------

@@ -165,9 +165,9 @@ def test_absurd_records_are_refused(record, message):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ("{", "has no readable record"),
-        ("[" * 10_000, "has no readable record"),
-        ('{"scales": [1.0]}', "Unknown key the record of .*scales"),
+        ("{", "The record in .*vae.safetensors is damaged or cut short"),
+        ("[" * 10_000, "The record in .*vae.safetensors is damaged or cut short"),
+        ('{"scales": [1.0]}', "vae.safetensors: Unknown key autoencoder.scales"),
         ('{"channels": 8}', "does not hold the autoencoder that it describes"),
     ],
 )

@@ -1,11 +1,12 @@
 """Reading a mapping into a record is strict, and its messages name the key."""
 
 import dataclasses
+import typing
 
 import pytest
 
 from dydit_jax.errors import InputError
-from dydit_jax.records import read_record, require_range
+from dydit_jax.records import read_mapping, read_record, require_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,41 @@ def test_values_are_read_and_integers_pass_as_floats():
 def test_wrong_values_are_refused_by_name(values, message):
     with pytest.raises(InputError, match=message.replace("?", r"\?")):
         read_record(Section, values, "part")
+
+
+class Inner(typing.TypedDict):
+    share: typing.Annotated[float, 0.0, 1.0]
+
+
+class Outer(typing.TypedDict, total=False):
+    names: tuple[str, ...]
+    inner: Inner
+    free: dict
+
+
+def test_mapping_of_others_is_checked_in_the_keys_that_are_read():
+    given = dict(names=["a"], inner=dict(share=1, more=None), free={"x": [1]}, other=7)
+    read = dict(names=("a",), inner=dict(share=1.0, more=None), free={"x": [1]}, other=7)
+    assert read_mapping(Outer, given, "part") == read
+    assert read_mapping(Outer, dict(inner=None, other=None), "part") == dict(other=None)
+
+
+@pytest.mark.parametrize(
+    "mapping, message",
+    [
+        (7, "part must be a section with keys, not 7"),
+        (dict(names="abc"), "part.names must be a tuple, not 'abc'"),
+        (dict(free=[]), r"part.free must be of type dict, not \[\]"),
+        (dict(inner={}), "part.inner lacks share"),
+        (dict(inner=dict(share=None)), "part.inner lacks share"),
+        (dict(inner=dict(share=2)), "part.inner.share must be from 0.0 to 1.0, not 2.0"),
+        (dict(inner=dict(share=float("nan"))), "part.inner.share must be from 0.0 to 1.0, not nan"),
+        (dict(inner=dict(share=10**400)), "part.inner.share must be of type float, not 1000"),
+    ],
+)
+def test_wrong_values_of_others_are_refused_by_name(mapping, message):
+    with pytest.raises(InputError, match=message):
+        read_mapping(Outer, mapping, "part")
 
 
 def test_ranges_say_what_is_allowed():

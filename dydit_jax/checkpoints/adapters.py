@@ -11,8 +11,18 @@ import jax
 from etils import epath
 
 from dydit_jax.checkpoints.arrays import format_of, read_arrays, write_arrays
+from dydit_jax.checkpoints.descriptions import AdapterDescription
 from dydit_jax.checkpoints.places import without_places
-from dydit_jax.checkpoints.weights import FORMAT, Weights, checksum, read_weights, require_shapes, write_weights
+from dydit_jax.checkpoints.weights import (
+    DESCRIPTION_KEY,
+    FORMAT,
+    Weights,
+    checksum,
+    parse_description,
+    read_weights,
+    require_shapes,
+    write_weights,
+)
 from dydit_jax.errors import InputError
 from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import fold_constant
@@ -60,7 +70,8 @@ def load_adapter(path) -> tuple[Weights, dict]:
     Raises:
       InputError: no such file, another format, or a damaged one.
     """
-    return read_weights(*read_arrays(path, ADAPTER_FORMAT))
+    weights, described = read_weights(path, ADAPTER_FORMAT, AdapterDescription)
+    return weights, described["base"]
 
 
 def apply_adapter(adapter: Weights, base: Weights, record: dict) -> Weights:
@@ -112,10 +123,10 @@ def published_file(path, folder) -> epath.Path:
       InputError: as for `load_weights` and `save_weights`.
     """
     leaves, metadata = read_arrays(path, ADAPTER_FORMAT if format_of(path) == ADAPTER_FORMAT else FORMAT)
-    described = json.loads(metadata["description"])
+    described = parse_description(metadata, path)
     published = without_places(described)
     if published == described:
         return epath.Path(path)
     out = epath.Path(folder) / epath.Path(path).name
-    write_arrays(out, leaves, metadata | dict(description=json.dumps(published, sort_keys=True)))
+    write_arrays(out, leaves, metadata | {DESCRIPTION_KEY: json.dumps(published, sort_keys=True)})
     return out

@@ -21,7 +21,7 @@ import safetensors
 from etils import epath
 
 from dydit_jax.errors import InputError
-from dydit_jax.runtime.files import is_local, write_atomically
+from dydit_jax.runtime.files import is_local, parse_json, write_atomically
 from dydit_jax.runtime.progress import counted_bytes
 
 DTYPES = {
@@ -33,6 +33,7 @@ DTYPES = {
 }
 TENSORS_KEY, HEADER_KEY = "tensor_checksums", "header_checksum"
 DIGITS = 64
+REMEDY = "take a copy, or make the file again"
 _BEFORE_SUM = f'"{HEADER_KEY}":"'.encode()  # quotes inside a value are escaped, so this is the key itself
 
 
@@ -70,7 +71,7 @@ def read_arrays(path, wanted_format: str) -> tuple[dict[str, np.ndarray], dict[s
                 "convert files of other programs with convert_torch_weights.py."
             )
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    checksums = json.loads(metadata.pop(TENSORS_KEY, "{}"))
+    checksums = parse_json(metadata.pop(TENSORS_KEY, "{}"), f"{TENSORS_KEY} in {path}", remedy=REMEDY)
     for name, array in counted_bytes(arrays, f"checking {epath.Path(path).name}"):
         if name in checksums and _checksum(_as_bytes(array)) != checksums[name]:
             raise _damaged(path, f"tensor {name}")
@@ -117,7 +118,7 @@ def _checksum(content) -> str:
 
 
 def _damaged(path, part: str) -> InputError:
-    return InputError(f"{path} is damaged: its {part} is not as it was written; take a copy, or make the file again.")
+    return InputError(f"{path} is damaged: its {part} is not as it was written; {REMEDY}.")
 
 
 @contextlib.contextmanager

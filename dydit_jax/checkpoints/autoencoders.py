@@ -8,9 +8,10 @@ import json
 
 from dydit_jax.checkpoints.arrays import format_of, read_arrays, read_metadata, write_arrays
 from dydit_jax.checkpoints.places import without_places
-from dydit_jax.errors import InputError, some_of
+from dydit_jax.errors import InputError, name_file, some_of
 from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_params
 from dydit_jax.records import read_record
+from dydit_jax.runtime.files import parse_json
 from dydit_jax.trees import flatten, unflatten
 
 AUTOENCODER_FORMAT, WITHOUT_RECORD = "dydit-jax autoencoder 2", "dydit-jax autoencoder 1"
@@ -51,10 +52,9 @@ def read_autoencoder_config(path) -> AutoencoderConfig:
             f"{path} holds no autoencoder of ours, but {metadata.get('format')!r}; convert files of other programs "
             "with convert_torch_weights.py."
         )
-    try:
-        return read_record(AutoencoderConfig, json.loads(metadata.get(RECORD_KEY, "{}")), f"the record of {path}")
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} has no readable record ({error}); convert it again.") from error
+    record = parse_json(metadata.get(RECORD_KEY, "{}"), f"The record in {path}", remedy="convert it again")
+    with name_file(path):
+        return read_record(AutoencoderConfig, record, RECORD_KEY)
 
 
 def is_autoencoder_format(name: str | None) -> bool:

@@ -12,20 +12,23 @@ import json
 import jax
 import numpy as np
 
-from dydit_jax.checkpoints.arrays import read_arrays, write_arrays
+from dydit_jax.checkpoints.arrays import REMEDY, read_arrays, write_arrays
+from dydit_jax.checkpoints.descriptions import Description
 from dydit_jax.checkpoints.places import without_places
 from dydit_jax.diffusion.process import Process, process_sections, read_process
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, name_file
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import LoRAConfig
-from dydit_jax.records import read_record
+from dydit_jax.records import read_mapping, read_record
+from dydit_jax.runtime.files import parse_json
 from dydit_jax.runtime.progress import counted_bytes
 from dydit_jax.trees import flatten, unflatten
 
 FORMAT = "dydit-jax weights 1"
 WEIGHTS_FILE = "weights.safetensors"
+DESCRIPTION_KEY = "description"  # of the metadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +86,8 @@ def load_weights(path) -> Weights:
     Raises:
       InputError: no such file, another format, a damaged one, or tensors that do not fit the description.
     """
-    leaves, metadata = read_arrays(path, FORMAT)
-    weights, _ = read_weights(leaves, metadata)
-    require_shapes(leaves, weights.model, path, lora=weights.lora)
+    weights, _ = read_weights(path, FORMAT, Description)
+    require_shapes(flatten(weights.params), weights.model, path, lora=weights.lora)
     return weights
 
 
@@ -96,22 +98,47 @@ def write_weights(path, weights: Weights, file_format: str, **others) -> None:
         if getattr(weights, name) is not None:
             described[name] = dataclasses.asdict(getattr(weights, name))
     description = json.dumps(described, sort_keys=True)
-    write_arrays(path, flatten(weights.params), dict(format=file_format, description=description))
+    write_arrays(path, flatten(weights.params), {"format": file_format, DESCRIPTION_KEY: description})
 
 
-def read_weights(leaves: dict, metadata: dict) -> tuple[Weights, dict]:
-    """Return weights from the content of a file, and the record of their base, {} for complete ones."""
-    described = json.loads(metadata["description"])
-    read = lambda cls, name: read_record(cls, described[name], name)
-    weights = Weights(
-        model=read(DiTConfig, "model"),
-        process=read_process(described),
-        sampling=read(SamplingConfig, "sampling"),
-        params=unflatten({name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}),
-        about=described["about"],
-        lora=read(LoRAConfig, "lora") if "lora" in described else None,
-    )
-    return weights, described.get("base", {})
+def read_weights(path, file_format: str, kind: type) -> tuple[Weights, dict]:
+    """Read weights from a file, whatever arrays it holds.
+
+    Args:
+      path: of the file.
+      file_format: that it must have.
+      kind: of its description, a `TypedDict`.
+
+    Returns:
+      The weights and the description.
+
+    Raises:
+      InputError: no such file, another format, a damaged one, or a description of another kind.
+    """
+    leaves, metadata = read_arrays(path, file_format)
+    described = parse_description(metadata, path)
+    with name_file(path):
+        described = read_mapping(kind, described, DESCRIPTION_KEY)
+        read = lambda cls, name: read_record(cls, described[name], name)
+        weights = Weights(
+            model=read(DiTConfig, "model"),
+            process=read_process(described),
+            sampling=read(SamplingConfig, "sampling"),
+            params=unflatten({name: np.asarray(leaf, np.float32) for name, leaf in leaves.items()}),
+            about=described["about"],
+            lora=read(LoRAConfig, "lora") if "lora" in described else None,
+        )
+    return weights, described
+
+
+def parse_description(metadata: dict[str, str], path) -> dict:
+    """Return what a file's metadata say of its weights, as it stands there.
+
+    Raises:
+      InputError: nothing, or no JSON.
+    """
+    text = metadata.get(DESCRIPTION_KEY, "")
+    return parse_json(text, f"The {DESCRIPTION_KEY} in {path}", remedy=REMEDY)
 
 
 def require_shapes(leaves: dict, config: DiTConfig, holder, *, lora: LoRAConfig | None = None) -> None:

@@ -22,6 +22,8 @@ from dydit_jax.errors import InputError
 
 CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.")  # of buckets
 
+MOST_LEVELS = 100  # of JSON; ours has a few
+
 logger = logging.getLogger(__name__)
 
 
@@ -170,16 +172,41 @@ def read_json(path, *, remedy: str = "restore it from a copy, or remove it and s
     except (OSError, UnicodeDecodeError) as error:
         reason = "is no text" if isinstance(error, UnicodeDecodeError) else f"can't be read ({error.strerror or error})"
         raise InputError(f"{path} {reason}; {remedy}.") from error
+    return parse_json(text, path, remedy=remedy, kind=kind)
+
+
+def parse_json(text: str, holder, *, remedy: str, kind: type = dict):
+    """Return what JSON from anywhere holds; `read_json` of a text.
+
+    Args:
+      text: JSON.
+      holder: of the text, for the message.
+      remedy, kind: as for `read_json`.
+
+    Raises:
+      InputError: a text that is empty, cut short or no JSON, nested too deep, or of another kind.
+    """
     if not text.strip():
-        raise InputError(f"{path} is empty; {remedy}.")
+        raise InputError(f"{holder} is empty; {remedy}.")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged or cut short ({error}); {remedy}.") from error
+        raise InputError(f"{holder} is damaged or cut short ({error}); {remedy}.") from error
+    if _is_deep(content):
+        raise InputError(f"{holder} is nested more than {MOST_LEVELS} levels deep; {remedy}.")
     if not isinstance(content, kind):
         expected = "a list" if kind is list else "a mapping"
-        raise InputError(f"{path} holds {type(content).__name__}, not {expected}; {remedy}.")
+        raise InputError(f"{holder} holds {type(content).__name__}, not {expected}; {remedy}.")
     return content
+
+
+def _is_deep(content) -> bool:
+    """Return whether JSON is nested deeper than what walks through it should go."""
+    level = [content]
+    for _ in range(MOST_LEVELS):
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [value for values in inner for value in values]
+    return bool(level)
 
 
 @contextlib.contextmanager
