@@ -61,7 +61,8 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
       from_step: another step than the newest, of a work directory.
       weights: "ema", which is warned of where it is still near its start, or "params", the raw parameters of a work
         directory.
-      base: of an adapter: the weights that it was trained on, by any of these names; "" takes those that it names.
+      base: of an adapter: the weights that it was trained on, by any of these names; "" takes those that it names,
+        where it names no address that was not fetched before.
 
     Returns:
       Complete weights, an adapter's merged with those of its base.
@@ -70,6 +71,17 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
       InputError: none of these, a damaged one, or an adapter for another base.
     """
     require_known("weights", weights, WEIGHTS)
+    found, record = _load(checkpoint, from_step, weights)
+    if record:
+        complete = load_checkpoint(base) if base else _load_named(record["checkpoint"], checkpoint)
+        return apply_adapter(found, complete, record)
+    if base:
+        logger.warning("The base %s is not needed: %s holds complete weights.", base, checkpoint)
+    return found
+
+
+def _load(checkpoint, from_step: int | None = None, weights: str = "ema") -> tuple[Weights, dict | None]:
+    """Return what a checkpoint itself holds, and the record of its base where that is an adapter."""
     if from_step is None and not is_address(checkpoint):
         checkpoint, from_step = split_step(checkpoint)
     path = _resolved(checkpoint, "model")
@@ -84,10 +96,23 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
         found, record = _load_run(path, from_step, weights)
     if weights == "ema":
         warn_of_start(found.about)
+    return found, record
+
+
+def _load_named(base: str, adapter) -> Weights:
+    """Return the weights that an adapter names as its base; nothing is fetched that only a file asks for.
+
+    Raises:
+      InputError: an address that was not fetched before, no complete weights, or what `load_checkpoint` refuses.
+    """
+    if is_address(base) and known_file(base) is None:
+        raise InputError(
+            f"The base of {adapter} is at an address, and is not fetched unasked; give --base={base}, here or to "
+            "convert_torch_weights.py --merge."
+        )
+    found, record = _load(base)
     if record:
-        return apply_adapter(found, load_checkpoint(base or record["checkpoint"]), record)
-    if base:
-        logger.warning("The base %s is not needed: %s holds complete weights.", base, checkpoint)
+        raise InputError(f"The base that {adapter} names, {base}, is an adapter too; give complete weights as --base.")
     return found
 
 

@@ -152,6 +152,31 @@ def test_adapter_is_no_base(base, trained, tmp_path):
         train_and_evaluate(config_on(workdir), tmp_path / "next")
 
 
+ANOTHER = "The base that .*/a.safetensors names, .*/{}.safetensors, is an adapter too; give complete weights as --base"
+UNASKED = "The base of .*/a.safetensors is at an address, and is not fetched unasked; give --base={}"
+
+
+@pytest.mark.parametrize(
+    "base, message",
+    [
+        (dict(checkpoint="HERE/a.safetensors", checksum="0"), ANOTHER.format("a")),
+        (dict(checkpoint="HERE/b.safetensors", checksum="0"), ANOTHER.format("b")),
+        (dict(checkpoint="http://127.0.0.1:9/w.safetensors", checksum="0"), UNASKED.format("http://127.0.0.1:9/w")),
+        (dict(checkpoint="hf://nobody/nothing", checksum="0"), UNASKED.format("hf://nobody/nothing")),
+        (dict(checkpoint=7, checksum="0"), "a.safetensors: description.base.checkpoint must be of type str, not 7"),
+        (dict(), "a.safetensors: description.base lacks checkpoint, checksum"),
+        ("text", "a.safetensors: description.base must be a section with keys, not 'text'"),
+        (None, "a.safetensors: description lacks base"),
+    ],
+)
+def test_base_that_an_adapter_should_not_name_is_refused(tmp_path, base, message):
+    weights = Weights(read_experiment(DYNAMIC).model, Diffusion(), SAMPLING, dict(a=np.zeros(1)), {})
+    save_adapter(tmp_path / "a.safetensors", weights, json.loads(json.dumps(base).replace("HERE", str(tmp_path))))
+    save_adapter(tmp_path / "b.safetensors", weights, dict(checkpoint=str(tmp_path / "a.safetensors"), checksum="0"))
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize(
     "sections, message",
     [

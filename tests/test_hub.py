@@ -13,7 +13,15 @@ import jax
 import numpy as np
 import pytest
 
-from dydit_jax.checkpoints import Weights, format_of, load_weights, read_arrays, save_adapter, save_weights
+from dydit_jax.checkpoints import (
+    Weights,
+    describe_base,
+    format_of,
+    load_weights,
+    read_arrays,
+    save_adapter,
+    save_weights,
+)
 from dydit_jax.checkpoints.arrays import read_metadata
 from dydit_jax.convert.exporting import Export, export
 from dydit_jax.convert.hub import choose_files, split_hub_address
@@ -24,6 +32,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.loading import find_autoencoder_config, load_checkpoint
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
+from dydit_jax.models.trainable import split_params
 from dydit_jax.trees import flatten
 
 MAIN, OLD = "a1" * 20, "0b" * 20
@@ -163,6 +172,19 @@ def test_weights_of_ours_are_fetched_once(hub, folders):
     jax.tree.map(np.testing.assert_array_equal, first.params, expected.params)
     assert second.class_names == expected.class_names
     assert Hub.asked == ["/api/models/me/flowers", f"/me/flowers/resolve/{MAIN}/weights.safetensors"]
+
+
+def test_base_that_an_adapter_names_is_fetched_when_asked_for(hub, folders, tmp_path):
+    Hub.repositories["me/flowers"] = content_of(folders / "ours")
+    complete = load_weights(folders / "ours" / "weights.safetensors")
+    part = dataclasses.replace(complete, params=split_params(complete.params, ("labels",))[0])
+    save_adapter(tmp_path / "a.safetensors", part, describe_base("hf://me/flowers", complete))
+    with pytest.raises(InputError, match="is not fetched unasked; give --base=hf://me/flowers"):
+        load_checkpoint(tmp_path / "a.safetensors")
+    assert not Hub.asked
+    for base in ("hf://me/flowers", ""):  # then it is here
+        found = load_checkpoint(tmp_path / "a.safetensors", base=base)
+        jax.tree.map(np.testing.assert_array_equal, found.params, complete.params)
 
 
 def test_pipeline_of_diffusers_is_fetched_and_converted_once(hub, folders, tmp_path):
