@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from dydit_jax.checkpoints import (
     ADAPTER_FORMAT,
+    CONFIG_FILE,
     WEIGHTS_FILE,
     Weights,
     apply_adapter,
@@ -31,13 +32,13 @@ from dydit_jax.convert.hub import is_address, known_file, local_file
 from dydit_jax.convert.published import SHIPPED, converted_file, fetch, known_names
 from dydit_jax.diffusion.process import read_process
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.errors import InputError, require_known
+from dydit_jax.errors import InputError, name_file, require_known
 from dydit_jax.latents import decode_latents, require_channels
 from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dydit_jax.models.config import read_model
 from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import LoRAConfig
-from dydit_jax.models.trainable import EVERYTHING, split_params
+from dydit_jax.models.trainable import EVERYTHING, require_parts, split_params
 from dydit_jax.records import read_record
 from dydit_jax.runtime.files import hold_lock
 from dydit_jax.runtime.settings import own_settings
@@ -120,11 +121,15 @@ def _load_run(workdir, from_step: int | None, kind: str) -> tuple[Weights, dict 
     """Return the weights that a run has trained, and the record of their base where it trains only some of them."""
     config = read_run_config(workdir)
     read = lambda cls, name: read_record(cls, config.get(name) or {}, name)
-    trainable = tuple((config.get("train") or {}).get("trainable") or EVERYTHING)
-    model, lora = read_model(config["model"]), read(LoRAConfig, "lora") if "lora" in trainable else None
+    with name_file(workdir / CONFIG_FILE):
+        trainable = config.get("train", {}).get("trainable", EVERYTHING)
+        require_parts("train.trainable", trainable)
+        model, lora = read_model(config["model"]), read(LoRAConfig, "lora") if "lora" in trainable else None
+        settings = read_process(config), read(SamplingConfig, "sampling")
     trained, _ = split_params(Model(model, lora=lora).abstract_params(), trainable)
     params, about = load_run_params(workdir, trained, from_step, kind)
-    settings = read_process(config), read(SamplingConfig, "sampling")
+    if trainable != EVERYTHING and "base" not in about:
+        raise InputError(f"{workdir} trains {', '.join(trainable)} alone, but its checkpoint names no base.")
     return Weights(model, *settings, params, dict(about, config=config), lora), about.get("base")
 
 

@@ -30,7 +30,7 @@ def read_record(cls, mapping: Mapping, where: str):
       InputError: a key that `cls` does not have (with the nearest known one), a value of another type, or
         a value that `cls` itself refuses.
     """
-    _require_mapping(mapping, where)
+    require_mapping(mapping, where)
     mapping = with_current_names(cls, mapping)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -62,7 +62,7 @@ def read_mapping(cls, mapping: Mapping, where: str) -> dict:
     Raises:
       InputError: no mapping, a required key that is not there, or a value of another type or out of its range.
     """
-    _require_mapping(mapping, where)
+    require_mapping(mapping, where)
     hints = typing.get_type_hints(cls, include_extras=True)
     found = {key: value for key, value in mapping.items() if value is not None or key not in hints}
     missing = sorted(cls.__required_keys__ - found.keys())
@@ -71,7 +71,12 @@ def read_mapping(cls, mapping: Mapping, where: str) -> dict:
     return found | {key: _checked(found[key], hints[key], f"{where}.{key}") for key in hints if key in found}
 
 
-def _require_mapping(value, where: str) -> None:
+def require_mapping(value, where: str) -> None:
+    """Raise unless a value is a mapping.
+
+    Raises:
+      InputError: with the value.
+    """
     if not isinstance(value, Mapping):
         raise InputError(f"{where} must be a section with keys, not {value!r:.80}.")
 

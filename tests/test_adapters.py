@@ -13,6 +13,8 @@ from conftest import DYNAMIC, changed
 from dydit_jax import Pipeline
 from dydit_jax.checkpoints import (
     ADAPTER_FORMAT,
+    CheckpointConfig,
+    Run,
     Weights,
     checksum,
     describe_base,
@@ -150,6 +152,16 @@ def test_adapter_is_no_base(base, trained, tmp_path):
     workdir, _ = trained
     with pytest.raises(InputError, match="is an adapter; .*--merge"):
         train_and_evaluate(config_on(workdir), tmp_path / "next")
+
+
+def test_run_of_a_part_whose_checkpoint_names_no_base_is_refused(tmp_path):
+    experiment = read_experiment(DYNAMIC)
+    part, _ = split_params(jax.jit(Model(experiment.model).init)(jax.random.key(0)), ("labels",))
+    with Run(tmp_path, CheckpointConfig()) as run:
+        run.save(1, dict(ema=part), {}, force=True)
+    (tmp_path / "config.json").write_text(json.dumps(DYNAMIC | dict(train=dict(trainable=["labels"]))))
+    with pytest.raises(InputError, match="trains labels alone, but its checkpoint names no base"):
+        load_checkpoint(tmp_path)
 
 
 ANOTHER = "The base that .*/a.safetensors names, .*/{}.safetensors, is an adapter too; give complete weights as --base"

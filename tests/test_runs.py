@@ -1,5 +1,6 @@
 """Checkpoints of a run: kept, restored bit for bit, damage distinguished from misfit, and passed over."""
 
+import json
 import pathlib
 import resource
 import shutil
@@ -354,7 +355,7 @@ def test_reading_changes_nothing_in_a_work_directory_that_is_trained_in(workdir)
     assert not saving.exists()
 
 
-@pytest.mark.parametrize("content", ["", "   ", '{"model": {', "[1]", "{}"])
+@pytest.mark.parametrize("content", ["", "   ", '{"model": {', "[1]", "{}", '{"model": {}, "optimizer": [1]}'])
 def test_damaged_configuration_of_a_work_directory_is_one_line(workdir, content):
     (workdir / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"config\.json") as caught:
@@ -363,3 +364,20 @@ def test_damaged_configuration_of_a_work_directory_is_one_line(workdir, content)
     with pytest.raises(InputError, match=r"config\.json"):
         train_and_evaluate(STATIC, workdir)
     assert (workdir / "config.json").read_text() == content
+
+
+@pytest.mark.parametrize(
+    "sections, message",
+    [
+        (dict(train=[1]), r"config.json: config.train must be a section with keys, not \[1\]"),
+        (dict(train=dict(trainable=5)), "config.json: config.train.trainable must be a tuple, not 5"),
+        (dict(train=dict(trainable=["x"])), "config.json: train.trainable must be .*some of routers, labels, lora"),
+        (dict(train=dict(ema_decay=2)), "config.json: config.train.ema_decay must be from 0.0 to 1.0, not 2"),
+        (dict(model=dict(depth="x")), "config.json: model.depth must be of type int, not 'x'"),
+        (dict(process=dict(name="x")), "config.json: Unknown process.name 'x'"),
+    ],
+)
+def test_configuration_of_a_stranger_is_one_line_that_names_the_file(tmp_path, sections, message):
+    (tmp_path / "config.json").write_text(json.dumps(dict(model=STATIC["model"]) | sections))
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(tmp_path)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
+from dydit_jax.checkpoints.descriptions import About, Config
 from dydit_jax.checkpoints.reading import (
     CHECKPOINTS_FOLDER,
     checkpoint_folder,
@@ -30,7 +31,8 @@ from dydit_jax.checkpoints.reading import (
     read_checkpoint,
     saved_steps,
 )
-from dydit_jax.errors import DamageError, InputError, StopError
+from dydit_jax.errors import DamageError, InputError, StopError, name_file
+from dydit_jax.records import read_mapping, require_mapping
 from dydit_jax.runtime.files import as_system_errors, make_folder, read_json
 from dydit_jax.runtime.locks import FolderLock
 from dydit_jax.runtime.processes import is_main, on_all_processes
@@ -306,14 +308,17 @@ def read_run_config(workdir) -> dict:
     """Return the configuration that a run was started with, as plain dicts.
 
     Raises:
-      InputError: a file that is empty, damaged, or no run's.
+      InputError: a file that is empty, damaged, no run's, or with values of other types.
     """
     path = epath.Path(workdir) / CONFIG_FILE
     remedy = "put the run's configuration there, from a copy, or name another folder"
     config = read_json(path, remedy=remedy)
     if not isinstance(config.get("model"), dict):
         raise InputError(f"{path} describes no model; {remedy}.")
-    return config
+    with name_file(path):
+        for name, section in config.items():
+            require_mapping(section or {}, f"config.{name}")
+        return read_mapping(Config, config, "config")
 
 
 def has_checkpoint(workdir) -> bool:
@@ -351,4 +356,6 @@ def load_run_params(workdir, shapes: dict, from_step: int | None = None, kind: s
         # The run goes on meanwhile: it has saved a newer checkpoint, and removed this one while it was read.
         step, restored = newer, _restored_as_asked(workdir, newer, items)
     # Every process then places them where it wants.
-    return jax.device_get(restored[kind]), dict(restored["about"], step=step)
+    with name_file(checkpoint_folder(workdir, step)):
+        about = read_mapping(About, restored["about"], "about")
+    return jax.device_get(restored[kind]), dict(about, step=step)
