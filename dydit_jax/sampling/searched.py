@@ -4,12 +4,14 @@ It belongs to one model: to its weights, by their checksum, and to the process t
 """
 
 import logging
-import math
+import sys
+import typing
 from collections.abc import Callable, Mapping
 
 from dydit_jax.diffusion.process import Process, process_sections
 from dydit_jax.diffusion.samplers import SEARCHED, SamplingConfig, require_rows
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, name_file
+from dydit_jax.records import read_mapping
 from dydit_jax.runtime.files import read_json
 
 logger = logging.getLogger(__name__)
@@ -19,7 +21,18 @@ SUFFIX = ".json"
 SHOWN_DIGITS = 12  # of a checksum
 # What the weights were fitted to beside the model; they work with others too, but not as well.
 FITTED_TO = ("clip", "guidance", "guidance_interval", "guided_channels")
-KEYS = ("format", "checksum", "process", "evaluations", "timesteps", "weights", "sampling")
+
+
+class Solver(typing.TypedDict):
+    """What a file says of a searched solver; other keys say how it was found."""
+
+    format: str
+    checksum: str
+    process: dict
+    evaluations: int
+    timesteps: list
+    weights: list
+    sampling: dict
 
 
 def is_searched(sampler: str) -> bool:
@@ -46,10 +59,11 @@ def read_searched(path, process: Process, checksum: Callable[[], str]) -> dict:
     """
     remedy = "make it again with dydit-search-solver"
     found = read_json(path, remedy=remedy)
-    missing = [key for key in KEYS if key not in found]
-    if found.get("format") != FORMAT or missing:
-        what = f"it lacks {', '.join(missing)}" if missing else f"its format is {found['format']!r}, not {FORMAT!r}"
+    if found.get("format") != FORMAT:
+        what = f"its format is {found.get('format')!r:.80}, not {FORMAT!r}"
         raise InputError(f"{path} holds no searched solver: {what}; {remedy}.")
+    with name_file(path):
+        found = read_mapping(Solver, found, "solver")
     described = process_sections(process)
     if found["process"] != described:
         raise InputError(f"{path} is for another process or schedule, {found['process']}; this model has {described}.")
@@ -62,11 +76,10 @@ def read_searched(path, process: Process, checksum: Callable[[], str]) -> dict:
         )
     evaluations, timesteps, weights = (found[key] for key in ("evaluations", "timesteps", "weights"))
     _require_numbers(timesteps, f"timesteps in {path}")
-    if not isinstance(weights, list) or not len(weights) == len(timesteps) == evaluations:
-        rows = len(weights) if isinstance(weights, list) else "no"
+    if not len(weights) == len(timesteps) == evaluations:
         raise InputError(
-            f"{path} has {rows} rows of weights and {len(timesteps)} timesteps for {evaluations} evaluations; it needs "
-            f"as many of each. Restore it, or {remedy}."
+            f"{path} has {len(weights)} rows of weights and {len(timesteps)} timesteps for {evaluations} evaluations; "
+            f"it needs one of each for every evaluation. Restore it, or {remedy}."
         )
     for number, row in enumerate(weights):
         _require_numbers(row, f"weights[{number}] in {path}")
@@ -96,5 +109,5 @@ def _require_numbers(values, where: str) -> None:
     if not isinstance(values, list) or not values:
         raise InputError(f"{where} must be a list of numbers, not {values!r:.40}.")
     for value in values:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise InputError(f"{where} must be finite numbers, not {value!r}.")
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            raise InputError(f"{where} must be finite numbers, not {value!r:.40}.")
