@@ -89,6 +89,22 @@ def test_latents_that_do_not_fit_are_refused(packed, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "info, message",
+    [
+        ("[]", "info.json holds list, not a mapping"),
+        ('{"classes": 5}', "info.json: info.classes must be a tuple, not 5"),
+        ('{"classes": ["a", 5]}', r"info.json: info.classes\[1\] must be of type str, not 5"),
+        ('{"autoencoder": 5}', "info.json: info.autoencoder must be of type str, not 5"),
+        ('{"scale": 5}', "info.json: info.scale must be a tuple, not 5"),
+    ],
+)
+def test_info_of_a_stranger_is_one_line_that_names_the_file(packed, tmp_path, info, message):
+    (tmp_path / "info.json").write_text(info)
+    with pytest.raises(InputError, match=message):
+        take(0, 1, name="latents", path=packed)
+
+
+@pytest.mark.parametrize(
     "labels, message",
     [
         ([*range(9), -1], "labels.npy has label -1; labels are whole numbers from 0 to 9"),

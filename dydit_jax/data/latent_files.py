@@ -12,13 +12,14 @@ Without a scale and a shift in `info.json` they are those of Stable Diffusion.
 import logging
 import os
 import pathlib
+import typing
 import zlib
 
 import numpy as np
 
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, name_file
 from dydit_jax.models.autoencoder import AutoencoderConfig
-from dydit_jax.records import read_record
+from dydit_jax.records import read_mapping, read_record
 from dydit_jax.runtime.files import read_json
 
 LATENTS_FILE, LABELS_FILE, CHECKSUMS_FILE, INFO_FILE = "moments.npy", "labels.npy", "checksums.npy", "info.json"
@@ -26,6 +27,15 @@ CLASSES_KEY = "classes"  # of info.json: names of the classes by label
 AUTOENCODER_FILE = "autoencoder.safetensors"  # the latents' own, where they were normalised
 
 logger = logging.getLogger(__name__)
+
+
+class LatentsInfo(typing.TypedDict, total=False):
+    """What is read of `info.json`."""
+
+    classes: tuple[str, ...]
+    checksum: str
+    autoencoder: str
+    normalized: bool
 
 
 class LatentFiles:
@@ -68,12 +78,13 @@ class LatentFiles:
                 raise InputError(f"{folder / CHECKSUMS_FILE} is of other latents: {self._checksums.shape}; remove it.")
         else:
             logger.info("%s has no %s: damage to its latents goes unnoticed.", folder, CHECKSUMS_FILE)
-        self.info = read_json(folder / INFO_FILE) if (folder / INFO_FILE).exists() else {}
+        described = read_json(folder / INFO_FILE) if (folder / INFO_FILE).exists() else {}
+        with name_file(folder / INFO_FILE):
+            self.info = read_mapping(LatentsInfo, described, "info")
+            known = {name: self.info[name] for name in ("scale", "shift") if name in self.info}
+            self.record = read_record(AutoencoderConfig, dict(known, channels=self.shape[-1] // 2), "info")
         own = folder / AUTOENCODER_FILE if self.info.get("normalized") else ""
         self.autoencoder = str(own or self.info.get("autoencoder", ""))
-        known = {name: self.info[name] for name in ("scale", "shift") if name in self.info}
-        record = dict(known, channels=self.shape[-1] // 2)
-        self.record = read_record(AutoencoderConfig, record, str(folder / INFO_FILE))
 
     def __len__(self):
         return len(self.labels)
