@@ -237,7 +237,7 @@ def test_wrong_requests_are_refused(files):
         evaluate(Evaluation((str(files / "a.npz"),), inception="nowhere"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "not finite", "other moments", "no JSON"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not finite", "other moments", "no JSON", "deep JSON", "a list"])
 def test_damaged_statistics_are_refused(files, tmp_path, damage):
     arrays = dict(mu=np.zeros(2048), sigma=np.zeros((2048, 2048)), mu_s=np.zeros(2023), sigma_s=np.zeros((2023, 2023)))
     if damage == "not finite":
@@ -246,12 +246,14 @@ def test_damaged_statistics_are_refused(files, tmp_path, damage):
         arrays["mu_s"] = np.zeros(7)
     elif damage == "no JSON":
         arrays["told"] = '{"name": '
+    elif damage in ("deep JSON", "a list"):
+        arrays["about"] = "[" * 100_000 if damage == "deep JSON" else "[]"
     path = tmp_path / "statistics.npz"
     np.savez_compressed(path, **arrays)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= damage == "flipped"
     path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
-    with pytest.raises(InputError, match="statistics.npz (is not an .npz|holds)") as caught:
+    with pytest.raises(InputError, match="statistics.npz (is not an .npz|holds|is damaged)") as caught:
         load_reference(str(path), "network", None, None)
     assert len(str(caught.value).splitlines()) == 1
 

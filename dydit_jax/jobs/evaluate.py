@@ -22,7 +22,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.metrics.distances import NEIGHBOURS, frechet_distance, inception_score, moments, precision_recall
 from dydit_jax.metrics.inception import convert_inception, features
 from dydit_jax.records import require_range
-from dydit_jax.runtime.files import write_atomically, write_json
+from dydit_jax.runtime.files import parse_json, write_atomically, write_json
 from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.settings import own_settings
@@ -234,7 +234,6 @@ def load_reference(path: str, network: str, measure, open_set) -> Statistics:
             other = "network" in arrays and str(arrays["network"]) != network
             known = {name: np.asarray(arrays[name], np.float64) for name in names}
             record = arrays.get("about", arrays.get("told"))  # its name in earlier versions
-            about = dict(name=path) if record is None else json.loads(str(record))
             pool = arrays.get("pool")
     except ZIP_ERRORS as error:
         raise InputError(f"{path} holds no statistics, or is damaged ({error}); make it again.") from error
@@ -242,6 +241,9 @@ def load_reference(path: str, network: str, measure, open_set) -> Statistics:
         raise InputError(f"{path} holds statistics of another network; make them again with --save_statistics.")
     if not all(np.isfinite(array).all() for array in known.values()):
         raise InputError(f"{path} holds moments that are not finite; make it again.")
+    about = dict(name=path)
+    if record is not None:
+        about = parse_json(str(record), f"The record in {path}", remedy="make it again with --save_statistics")
     if pool is None and IMAGES_ENTRY in shapes:
         # The moments of ADM's batches are those of the whole training set, the images a part of it.
         images = measure(open_set(path))
