@@ -136,6 +136,15 @@ def test_array_within_an_array_is_refused(tmp_path, weights):
             load_weights(path)
 
 
+@pytest.mark.parametrize("kind, size", [("F8_E4M3", 4), ("F8_E8M0", 4), ("F4", 2), ("C64", 32)])
+def test_types_that_no_file_of_ours_has_are_refused(tmp_path, kind, size):
+    tensor = dict(dtype=kind, shape=[4], data_offsets=[0, size])
+    header = json.dumps({"__metadata__": dict(format="test 1"), "a": tensor}).encode()
+    (tmp_path / "w").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(InputError, match=f"w has the tensor 'a' of type {kind}, which no file of ours has; known"):
+        read_arrays(tmp_path / "w", "test 1")
+
+
 def test_checksums_of_a_stranger_are_one_line_that_names_the_file(tmp_path):
     write_arrays(tmp_path / "w", dict(a=np.zeros(1)), dict(format="test 1"))
     content = (tmp_path / "w").read_bytes()

@@ -70,7 +70,7 @@ def read_arrays(path, wanted_format: str) -> tuple[dict[str, np.ndarray], dict[s
                 f"{path} is not of the format {wanted_format!r}, but {metadata.get('format')!r}; "
                 "convert files of other programs with convert_torch_weights.py."
             )
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        arrays = {name: _read_tensor(path, file, name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     checksums = parse_json(metadata.pop(TENSORS_KEY, "{}"), f"{TENSORS_KEY} in {path}", remedy=REMEDY)
     for name, array in counted_bytes(arrays, f"checking {epath.Path(path).name}"):
         if name in checksums and _checksum(_as_bytes(array)) != checksums[name]:
@@ -107,6 +107,14 @@ def _header(arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def _read_tensor(path, file, name: str) -> np.ndarray:
+    kind = file.get_slice(name).get_dtype()
+    if kind not in DTYPES.values():  # numpy has not all of them
+        known = ", ".join(DTYPES.values())
+        raise InputError(f"{path} has the tensor {name!r} of type {kind}, which no file of ours has; known: {known}.")
+    return file.get_tensor(name)
 
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:
