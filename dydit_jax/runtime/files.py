@@ -21,7 +21,6 @@ from etils import epath
 from dydit_jax.errors import InputError
 
 CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.")  # of buckets
-
 MOST_LEVELS = 100  # of JSON; ours has a few
 
 logger = logging.getLogger(__name__)
