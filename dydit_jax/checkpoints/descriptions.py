@@ -16,11 +16,18 @@ class TrainSection(TypedDict, total=False):
     trainable: tuple[str, ...]
 
 
+class ModelSection(TypedDict, total=False):
+    """The section `model` of a config."""
+
+    guidance_free: bool
+
+
 class LossSection(TypedDict, total=False):
     """The section `loss` of a config."""
 
     label_dropout: Share
     weighting: str
+    guidance_free: bool
 
 
 class DataSection(TypedDict, total=False):
@@ -37,6 +44,7 @@ class Config(TypedDict, total=False):
     """The config of a training."""
 
     train: TrainSection
+    model: ModelSection
     loss: LossSection
     data: DataSection
 
