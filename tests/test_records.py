@@ -74,8 +74,8 @@ def test_mapping_of_others_is_checked_in_the_keys_that_are_read():
         (dict(inner={}), "part.inner lacks share"),
         (dict(inner=dict(share=None)), "part.inner lacks share"),
         (dict(inner=dict(share=2)), "part.inner.share must be from 0.0 to 1.0, not 2.0"),
-        (dict(inner=dict(share=float("nan"))), "part.inner.share must be from 0.0 to 1.0, not nan"),
-        (dict(inner=dict(share=10**400)), "part.inner.share must be of type float, not 1000"),
+        (dict(inner=dict(share=float("nan"))), "part.inner.share must be a finite number, not nan"),
+        (dict(inner=dict(share=10**400)), "part.inner.share must be a finite number, not 1000"),
     ],
 )
 def test_wrong_values_of_others_are_refused_by_name(mapping, message):

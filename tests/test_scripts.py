@@ -62,7 +62,7 @@ def test_command_is_started_again_until_it_is_done(tmp_path, code):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_command_told_to_stop_is_not_started_again(tmp_path, number):
+def test_command_asked_to_stop_is_not_started_again(tmp_path, number):
     waiting = f"trap 'exit 75' TERM; echo >> {tmp_path}/begun; while true; do sleep 0.1; done"
     process = subprocess.Popen(["launch/until_done.sh", "bash", "-c", waiting], cwd=ROOT)
     while not (tmp_path / "begun").exists():

@@ -137,7 +137,7 @@ def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
 # --- Being stopped -------------------------------------------------------------------------------
 
 
-def test_run_told_to_stop_saves_its_step_and_goes_on_from_it(tmp_path, monkeypatch):
+def test_run_asked_to_stop_saves_its_step_and_goes_on_from_it(tmp_path, monkeypatch):
     whole = train_and_evaluate(changed(STATIC, train=dict(steps=5)), tmp_path / "whole")
 
     class Stopping(steps.PreemptionNotice):
