@@ -194,11 +194,10 @@ def main():
     for point in counted(missing, len(missing), "point", "points"):
         found["points"].append(measure(point, folders[point.model], judge))
         write_json(path, found | provenance())
-    if all("seconds" in row for row in found["points"]):
-        return
-    for row, seconds in zip(found["points"], time_points([point_of(row) for row in found["points"]], folders)):
-        row |= dict(seconds=statistics.median(seconds) / TIMED_IMAGES.value, seconds_of_rounds=seconds)
-    write_json(path, found | provenance())
+    if not all("seconds" in row for row in found["points"]):
+        for row, seconds in zip(found["points"], time_points([point_of(row) for row in found["points"]], folders)):
+            row |= dict(seconds=statistics.median(seconds) / TIMED_IMAGES.value, seconds_of_rounds=seconds)
+        write_json(path, found | provenance())
     with write_atomically(path.with_suffix(".md")) as partial:
         partial.write_text(table(found["points"]))
     save_figure(path.with_suffix(".png"), draw(found["points"]))

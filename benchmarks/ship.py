@@ -102,6 +102,8 @@ def conditions_table(rows: list[dict]) -> str:
 def main():
     if not OUT.value:
         raise InputError("--out is required: a .safetensors file.")
+    if SAMPLING_SEEDS.value < 2:
+        raise InputError(f"--sampling_seeds must be at least 2, for a deviation; not {SAMPLING_SEEDS.value}.")
     study = STUDIES[DATA.value]
     model, parent = (Training(study, name, 0) for name in (SHIPPED, STATIC))
     if not model.has_ended:

@@ -205,11 +205,11 @@ class Results:
         """Read what is there by now.
 
         Raises:
-          InputError: results of other images or other data.
+          InputError: results of other images, other data, or trainings of another length.
         """
-        about = dict(data=DATA.value, images=NUM_IMAGES.value)
+        about = dict(data=DATA.value, images=NUM_IMAGES.value, steps=STEPS.value)
         self.found = read_json(self._path) if self._path.is_file() else dict(about, results=[])
-        changed = [key for key in about if self.found[key] != about[key]]
+        changed = [key for key in about if self.found.get(key, 0) != about[key]]
         if changed:
             raise InputError(f"{self._path} was measured otherwise ({', '.join(changed)} differ); name another --runs.")
 

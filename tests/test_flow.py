@@ -103,6 +103,11 @@ def test_times_are_stratified_and_uniform(batch):
         np.testing.assert_array_equal((4 * t).astype(int), np.tile(np.arange(4), (len(t), batch // 4)))
 
 
+def test_logit_normal_times_without_deviation_are_refused():
+    with pytest.raises(InputError, match="loss.logit_normal.1. must be at least"):
+        LossConfig(times="logit_normal", logit_normal=(0.0, 0.0))
+
+
 def test_logit_normal_times_have_their_mean_and_deviation():
     loss = LossConfig(times="logit_normal", logit_normal=(-0.5, 0.8))
     t = np.float64(Flow().draw_times(jax.random.key(0), 100_000, loss))

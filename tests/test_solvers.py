@@ -16,10 +16,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from dydit_jax.diffusion.process import Diffusion
+from dydit_jax.diffusion.process import Diffusion, Flow
 from dydit_jax.diffusion.samplers import Sampler, SamplingConfig
 from dydit_jax.diffusion.schedules import DiffusionConfig, make_schedule
-from dydit_jax.diffusion.solvers import MOST_HISTORY, SOLVERS, Path
+from dydit_jax.diffusion.solvers import MOST_HISTORY, SOLVERS, Path, solver_table
 from dydit_jax.sampling.table import make_table
 
 STEPS = 10  # a divisor of 1000: diffusers' ddim knows no others
@@ -147,6 +147,17 @@ def test_order_of_convergence(name, order):
     errors = np.array([final_error(name, steps) for steps in (40, 80, 160)])
     slopes = np.log2(errors[:-1] / errors[1:])
     assert (slopes > order - 0.25).all() and errors[0] < 0.05, (errors, slopes)
+
+
+@pytest.mark.parametrize("process, steps", [(Diffusion(), "10"), (Flow(), "10"), (Flow(), "logsnr:10")], ids=str)
+def test_full_noise_of_ddim_is_that_of_the_posterior(process, steps):
+    path, timesteps = process.path(steps, "ddim", 1.0)
+    noise = solver_table("ddim", path, timesteps).noise
+    with np.errstate(divide="ignore"):
+        kept = path.alpha[:-1] / path.alpha[1:]  # x_i = kept x_{i+1} + noise of this variance:
+        variance = path.sigma[:-1] ** 2 - kept**2 * path.sigma[1:] ** 2
+        posterior = 1 / (1 / path.sigma[1:] ** 2 + kept**2 / variance)  # of x_{i+1}, given x_i and x_0
+    np.testing.assert_allclose(noise, np.sqrt(posterior), rtol=1e-5, atol=1e-7)
 
 
 def test_orders_fall_back_where_history_is_missing():

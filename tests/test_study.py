@@ -348,6 +348,8 @@ def test_page_measures_the_models_that_are_there(modules, given, tmp_path, monke
     assert len(measured) == 1 + 12 and len(set(measured)) == 1 + 12  # of the static model, each once
     rows = json.loads((tmp_path / "pareto.json").read_text())["points"]
     assert [row["seconds"] for row in rows] == list(range(11)) + [10]  # the median round, for one image
+    (tmp_path / "pareto.md").unlink()  # killed before it was written
+    modules.pareto.main()
     assert (tmp_path / "pareto.md").read_text().startswith("| model |")
 
 
@@ -367,6 +369,15 @@ def test_a_point_is_drawn_judged_and_timed(modules, given, tiny, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "cost.json", "samples.npz"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["num_images"] == 12 and manifest["sampling"]["guidance_interval"] == [100, 700]
+
+
+def test_trials_of_a_few_steps_are_not_taken_for_the_study(modules, given, tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps(dict(data="digits", images=12, results=[])))
+    given("--num_images=12")
+    modules.study.Results(None)  # of a version that did not say the steps
+    given("--num_images=12", "--steps=20")
+    with pytest.raises(InputError, match="was measured otherwise .steps differ"):
+        modules.study.Results(None)
 
 
 # --- What comes with the package -----------------------------------------------------------------

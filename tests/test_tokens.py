@@ -132,6 +132,10 @@ def test_limited_model_samples_the_same_fast_and_gated(tiny):
     assert gated.usage.mean[:, 0].max() <= 0.25 < gated.usage.mean[:, 1].max()
 
 
+def test_a_capacity_lets_a_token_pass_at_least(tiny_config):
+    assert dataclasses.replace(tiny_config, token_capacity=(1e-9,)).capacities == (1, 1)
+
+
 @pytest.mark.parametrize(
     "shares, message", [((0.5, 0.5, 0.5), "one for each of the 2 blocks"), ((0.0,), "above 0"), ((1.5,), "at most 1")]
 )

@@ -46,7 +46,7 @@ def flow_times(spacing: str, sampler: str = "") -> np.ndarray:
 
 
 def _count(text: str, spacing: str) -> int:
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= MOST_STEPS):
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 0 < int(text) <= MOST_STEPS):
         raise InputError(
             f"Unknown spacing {spacing!r} for the process flow; write a number of steps, or a grid: "
             f"{EXAMPLES.format('|'.join(GRIDS))}."

@@ -17,6 +17,7 @@ from dydit_jax.errors import InputError, require_known
 from dydit_jax.records import require_range
 
 GUIDED_CHANNELS = ("first_three", "all")
+MOST_GUIDANCE = 1e6  # nobody wants more, and products with it stay in float32
 SEARCHED = "searched"  # the sampler whose weights are in the settings
 
 
@@ -62,7 +63,7 @@ class SamplingConfig:
             require_rows(self.searched_weights, "sampling.searched_weights")
         require_known("sampling.guided_channels", self.guided_channels, GUIDED_CHANNELS)
         require_range("sampling.eta", self.eta, low=0.0, high=1.0)
-        require_range("sampling.guidance", self.guidance, low=0.0)
+        require_range("sampling.guidance", self.guidance, 0.0, MOST_GUIDANCE)
         if self.clip is not None:
             require_range("sampling.clip", self.clip, low=0.0)
         if self.sampler != "ddim" and self.eta:
@@ -74,9 +75,8 @@ class SamplingConfig:
             raise InputError(
                 "sampling.guidance_scales says all about guidance; set sampling.guidance to 1 and no guidance_interval."
             )
-        wrong = [scale for scale in self.guidance_scales or () if not (scale >= 0 and math.isfinite(scale))]
-        if wrong:
-            raise InputError(f"sampling.guidance_scales must be numbers from 0 on, not {wrong[0]}.")
+        for scale in self.guidance_scales or ():
+            require_range("sampling.guidance_scales", scale, 0.0, MOST_GUIDANCE)
 
     @property
     def is_guided(self) -> bool:

@@ -207,7 +207,9 @@ def _ddim(path: Path, x, base, m):
     """Implicit sampling: deterministic at eta 0, DDPM's posterior noise at eta 1."""
     for i in range(path.steps):
         left = (path.alpha[i] / path.alpha[i + 1]) ** 2
-        deviation = path.eta * path.sigma[i + 1] / path.sigma[i] * np.sqrt(1 - left)
+        # That of x_{i+1} given x_i and x_0; with alpha^2 + sigma^2 = 1 the root is that of 1 - left.
+        rest = path.sigma[i] ** 2 - left * path.sigma[i + 1] ** 2
+        deviation = path.eta * path.sigma[i + 1] / path.sigma[i] * np.sqrt(rest)
         along_noise = np.sqrt(path.sigma[i + 1] ** 2 - deviation**2) / path.sigma[i]
         yield Row(i, path.alpha[i + 1] * m[0] + along_noise * (x - path.alpha[i] * m[0]), noise=deviation)
 

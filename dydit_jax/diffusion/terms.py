@@ -23,6 +23,7 @@ from dydit_jax.registry import Registry, require_array
 WEIGHTINGS = ("none", "min_snr")
 MOST_SNR = 5.0
 TIMES = ("uniform", "logit_normal")
+LEAST_DEVIATION = 1e-3  # of logit-normal times: 0 times an infinite quantile is no number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class LossConfig:
             )
         require_known("loss.weighting", self.weighting, WEIGHTINGS)
         require_known("loss.times", self.times, TIMES)
-        require_range("loss.logit_normal[1]", self.logit_normal[1], 0.0)
+        require_range("loss.logit_normal[1]", self.logit_normal[1], LEAST_DEVIATION)
         require_range("loss.label_dropout", self.label_dropout, 0.0, 1.0)
         require_range("loss.complete_steps", self.complete_steps, -1)
         require_range("loss.budget", self.budget, 0.0, 1.0)

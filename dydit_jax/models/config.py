@@ -112,7 +112,7 @@ class DiTConfig:
         """How many tokens of an image may pass each block's MLP; N where there is no limit."""
         shares = self.token_capacity or (1.0,)
         shares = shares * self.depth if len(shares) == 1 else shares
-        return tuple(math.ceil(round(share * self.tokens, 6)) for share in shares)
+        return tuple(max(1, math.ceil(round(share * self.tokens, 6))) for share in shares)
 
     @property
     def hidden(self) -> int:
