@@ -1,8 +1,9 @@
 """Classes by number or by name: what users write -> labels, with a hint where a name is nearly right.
 
 A decimal number always is the label itself, also where a class is called by another number. A name may hold synonyms
-with commas between them, as ImageNet's do ("tench, Tinca tinca"); each of them is a name too. Upper and lower case are
-the same.
+with commas between them, as ImageNet's do ("tench, Tinca tinca"); each of them is a name too. A name as it is written
+comes before the same in another case, and both before synonyms. Classes that share a name, as ImageNet's two cranes do,
+are chosen by number.
 """
 
 import difflib
@@ -30,10 +31,11 @@ def read_labels(words: Sequence, classes: int, names: Sequence[str], where: str)
       int32 [n].
 
     Raises:
-      InputError: no labels, or words that are none; with names that are near.
+      InputError: no labels, words that are none, with names that are near, or names that several classes share.
     """
     words = [str(word).strip() for word in words]
-    labels = [find_label(word, names) for word in words]
+    index = index_names(names)
+    labels = [find_label(word, index, where) for word in words]
     wrong = [word for word, label in zip(words, labels) if label is None or label > classes]
     if wrong or not words:
         allowed = f"numbers from 0 to {classes - 1} ({classes} for no class)" if classes else "0, for no class"
@@ -43,11 +45,47 @@ def read_labels(words: Sequence, classes: int, names: Sequence[str], where: str)
     return np.asarray(labels, np.int32)
 
 
-def find_label(word: str, names: Sequence[str]) -> int | None:
-    """Return the label that a number or a name stands for; None for a name that no class has."""
+def index_names(names: Sequence[str]) -> list[dict[str, list[int]]]:
+    """Return the labels of names: as they are written, in any case, and by their synonyms, to try in this order."""
+    synonyms = [(part, label) for label, name in enumerate(names) for part in name.split(",")]
+    whole = [(name, label) for label, name in enumerate(names)]
+    index = []
+    for spell, called in ((_written, whole), (_plain, whole), (_plain, synonyms)):
+        index.append(labels := {})
+        for name, label in called:
+            labels.setdefault(spell(name), []).append(label)
+    return index
+
+
+def find_by_name(name: str, index: list[dict[str, list[int]]]) -> list[int]:
+    """Return the labels of the classes of a name, in order: none, one, or several that share it.
+
+    Args:
+      name: as users or data write it.
+      index: from `index_names`.
+    """
+    places = zip((_written, _plain, _plain), index)
+    return sorted(set(next((labels[spell(name)] for spell, labels in places if spell(name) in labels), [])))
+
+
+def find_label(word: str, index: list[dict[str, list[int]]], where: str) -> int | None:
+    """Return the label that a number or a name stands for; None for a name that no class has.
+
+    Args:
+      word: the number or name.
+      index: from `index_names`.
+      where: the word comes from, for the message.
+
+    Raises:
+      InputError: a name that several classes have.
+    """
     if word.isascii() and word.isdecimal():
         return int(word) if len(word) <= MOST_DIGITS else None
-    return _labels_of(names).get(_plain(word))
+    labels = find_by_name(word, index)
+    if len(labels) > 1:
+        shown = ascii(word[:SHOWN_LETTERS])
+        raise InputError(f"{where}: {shown} is the name of the classes {some_of(labels)}; give the number of one.")
+    return labels[0] if labels else None
 
 
 def name_hint(words: Sequence[str], names: Sequence[str]) -> str:
@@ -61,12 +99,9 @@ def name_hint(words: Sequence[str], names: Sequence[str]) -> str:
     return f" Names: {some_of(names, most=10)}."
 
 
-def _labels_of(names: Sequence[str]) -> dict[str, int]:
-    """Return the labels of whole names and of synonyms; of two classes with one name, the first; whole names first."""
-    synonyms = [(part, label) for label, name in enumerate(names) for part in name.split(",")]
-    whole = [(name, label) for label, name in enumerate(names)]
-    return {_plain(name): label for name, label in reversed([*whole, *synonyms])}
+def _written(name: str) -> str:
+    return " ".join(name.split())
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.casefold().split())
+    return _written(name.casefold())

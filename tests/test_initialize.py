@@ -41,6 +41,7 @@ from dydit_jax.training.update import TrainConfig
 CONFIG = DiTConfig(depth=1, width=32, heads=2, patch=4, side=8, channels=1, classes=5, positions="stored")
 ONE = changed(STATIC, mesh=dict(data=1, fsdp=1))  # device: split over several, sums have another order
 NAMES = ("ant", "bee", "cat, house cat", "dog", "eel")
+TWO_CRANES = ("crane", "tulip", "crane", "fox", "hen")  # as ImageNet has them
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,9 @@ def test_new_classes_stay_random_or_start_from_the_mean(save):
         (NAMES, ("dog", "House Cat", "fox"), 3, [3, 2, NO_ROW, 5]),
         (NAMES, ("v", "w", "x", "y", "z"), 5, [NO_ROW] * 5 + [5]),
         (("0", "1", "2", "3", "4"), ("5", "6", "4"), 3, [NO_ROW, NO_ROW, 4, 5]),  # names that are numbers are names
+        (("A", "B", "a", "b", "c"), ("B", "a", "b", "C"), 4, [1, 2, 3, 4, 5]),  # each its own case where there is one
+        (TWO_CRANES, TWO_CRANES, 5, [0, 1, 2, 3, 4, 5]),
+        (TWO_CRANES, ("crane", "fox"), 2, [NO_ROW, 3, 5]),  # which of them, nobody says
     ],
 )
 def test_classes_are_matched_by_name_or_by_number(save, theirs, ours, classes, expected):
@@ -210,6 +214,7 @@ def test_stored_positions_are_interpolated_to_another_side(save, caplog):
     "theirs, classes, train, expected",
     [
         (NAMES, 5, {}, NAMES),  # by number
+        (TWO_CRANES, 5, {}, TWO_CRANES),
         (NAMES, 2, dict(class_map="0:dog,1:1"), ("dog", "bee")),
         (NAMES, 3, dict(class_map="0:dog,1:1"), ()),  # one is new
         (NAMES, 2, dict(class_map="0:dog,1:3"), ()),  # two would have one name

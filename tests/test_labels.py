@@ -1,5 +1,7 @@
 """Labels are numbers or names of classes; a name that is nearly right gets a hint."""
 
+import time
+
 import pytest
 
 from dydit_jax.errors import InputError
@@ -20,6 +22,29 @@ NAMES = ("tench, Tinca tinca", "golden retriever", "7", "Tinca tinca")
 )
 def test_words_stand_for_labels(words, labels):
     assert read_labels(words, 4, NAMES, "--labels").tolist() == labels
+
+
+def test_name_as_written_comes_before_other_cases_and_these_before_synonyms():
+    names = ("A", "a", "maillot", "maillot, tank suit", "Tank Suit")
+    words = ["a", "A", "maillot", "Maillot", "tank suit"]
+    assert read_labels(words, 5, names, "--labels").tolist() == [1, 0, 2, 2, 4]
+
+
+@pytest.mark.parametrize("word", ["crane", "CRANE", "bird"])
+def test_name_of_several_classes_is_refused_with_their_numbers(word):
+    names = ("crane", "tulip, bird", "crane", "hen, bird")
+    numbers = "1, 3" if word == "bird" else "0, 2"
+    with pytest.raises(InputError, match=f"^--labels: '{word}' is the name of the classes {numbers}; give the number"):
+        read_labels(["tulip", word], 4, names, "--labels")
+    assert read_labels(["0", "2", "tulip"], 4, names, "--labels").tolist() == [0, 2, 1]
+
+
+def test_many_names_are_read_at_once():
+    names = [f"class {number}, alias {number}" for number in range(1000)]
+    words = [f"Alias {number % 1000}" for number in range(50_000)]
+    began = time.process_time()
+    assert read_labels(words, 1000, names, "--labels_file").tolist() == [number % 1000 for number in range(50_000)]
+    assert time.process_time() - began < 5  # minutes where each word reads all names
 
 
 def test_typo_is_answered_with_near_names():

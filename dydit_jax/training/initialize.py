@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from dydit_jax.checkpoints import Weights, describe_base
 from dydit_jax.errors import InputError
-from dydit_jax.labels import find_label, name_hint
+from dydit_jax.labels import find_by_name, find_label, index_names, name_hint
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
@@ -172,14 +172,14 @@ def kept_class_names(source: Weights | None, experiment: Experiment) -> tuple[st
       experiment: what is trained.
 
     Returns:
-      By label; empty unless every class starts from another one with a name.
+      By label; empty unless each class starts from a class of its own with a name.
     """
     if source is None:
         return ()
     classes, theirs = experiment.model.classes, dict(enumerate(source.class_names))
     _, pairs = _matched_classes(source, classes, experiment.train, ())
-    names = [theirs[pairs[label]] for label in range(classes) if pairs.get(label) in theirs]
-    return tuple(names) if len(names) == len(set(names)) == classes else ()
+    kept = [pairs[label] for label in range(classes) if pairs.get(label) in theirs]
+    return tuple(theirs[label] for label in kept) if len(set(kept)) == classes else ()
 
 
 def _matched_classes(source: Weights, classes: int, train: TrainConfig, class_names: Sequence[str]) -> tuple[str, dict]:
@@ -188,16 +188,24 @@ def _matched_classes(source: Weights, classes: int, train: TrainConfig, class_na
     if train.class_map:
         how, pairs = "train.class_map", _read_class_map(train.class_map, (classes, class_names), source)
     elif class_names and source.class_names:
-        # Here a name that is a number is a name: what is called "7" here and there is one class.
-        exact = {name: label for label, name in enumerate(source.class_names)}
-        found = lambda name: exact.get(name) if name.isdecimal() else find_label(name, source.class_names)
-        how, labels = "their names", map(found, class_names)
-        pairs = {own: label for own, label in enumerate(labels) if label is not None}
+        how, pairs = "their names", _match_names(class_names, source.class_names)
     elif classes == theirs:
         how, pairs = "their numbers", {label: label for label in range(classes)}
     else:
         how, pairs = "nothing", {}
     return how, pairs
+
+
+def _match_names(own: Sequence[str], theirs: Sequence[str]) -> dict[int, int]:
+    """Return the other label of each class whose name is that of one class there; of equal lists each its own.
+
+    A name that is a number is a name here: what is called "7" here and there is one class.
+    """
+    if tuple(own) == tuple(theirs):  # also where several classes share a name
+        return {label: label for label in range(len(own))}
+    index = index_names(theirs)
+    found = {label: find_by_name(name, index) for label, name in enumerate(own)}
+    return {label: labels[0] for label, labels in found.items() if len(labels) == 1}
 
 
 def _read_class_map(text: str, own: tuple[int, Sequence[str]], source: Weights) -> dict[int, int]:
@@ -209,20 +217,21 @@ def _read_class_map(text: str, own: tuple[int, Sequence[str]], source: Weights) 
         lines = epath.Path(text).read_text().splitlines() if is_file else text.split(",")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"train.class_map {text} can't be read as text ({error}).") from error
-    pairs, theirs = {}, (source.model.classes, source.class_names)
+    pairs, ours = {}, (*own, index_names(own[1]))
+    theirs = source.model.classes, source.class_names, index_names(source.class_names)
     for line in filter(None, map(str.strip, lines)):
         first, colon, second = line.rpartition(":")
         if not colon:
             raise InputError(f"train.class_map has {line[:80]!r}; a pair is <own class>:<class of train.init_from>.")
-        label = _class_of(first.strip(), *own, "this model")
+        label = _class_of(first.strip(), *ours, "this model")
         if label in pairs:
             raise InputError(f"train.class_map names the own class {first.strip()!r} twice; give each class once.")
         pairs[label] = _class_of(second.strip(), *theirs, "train.init_from")
     return pairs
 
 
-def _class_of(word: str, classes: int, names: Sequence[str], whose: str) -> int:
-    label = find_label(word, names)
+def _class_of(word: str, classes: int, names: Sequence[str], index: list[dict], whose: str) -> int:
+    label = find_label(word, index, f"train.class_map, {whose}")
     if label is None or label >= classes:
         raise InputError(
             f"train.class_map names the class {word[:80]!r}, which {whose} does not have; its classes are 0 to "
