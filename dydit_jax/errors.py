@@ -32,6 +32,11 @@ def name_file(path) -> Iterator[None]:
         raise InputError(f"{path}: {message}") from error
 
 
+def escape_unprintable(text: str) -> str:
+    """Return a text with what can't be printed, or isn't Unicode, escaped: such letters command terminals."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def some_of(names, *, most: int = 4, separator: str = ", ") -> str:
     """Return the first of many names, and how many more there are."""
     names = list(names)

@@ -7,15 +7,24 @@ are chosen by number.
 """
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 
-from dydit_jax.errors import InputError, some_of
+from dydit_jax.errors import InputError, escape_unprintable, some_of
 
 MOST_DIGITS = 12  # of a number
 SHOWN_LETTERS = 40  # of what stands in the place of a label
 NEAR = 0.6  # the likeness from which on a name is offered for another
+
+
+def spell_name(name: str) -> str:
+    """Return a class's name as it is compared and shown: composed (Unicode's NFC), with single spaces, and printable.
+
+    File systems and keyboards spell the same accented letter in one or two code points, and names may be a stranger's.
+    """
+    return escape_unprintable(" ".join(unicodedata.normalize("NFC", name).split()))
 
 
 def read_labels(words: Sequence, classes: int, names: Sequence[str], where: str) -> np.ndarray:
@@ -50,7 +59,7 @@ def index_names(names: Sequence[str]) -> list[dict[str, list[int]]]:
     synonyms = [(part, label) for label, name in enumerate(names) for part in name.split(",")]
     whole = [(name, label) for label, name in enumerate(names)]
     index = []
-    for spell, called in ((_written, whole), (_plain, whole), (_plain, synonyms)):
+    for spell, called in ((spell_name, whole), (_plain, whole), (_plain, synonyms)):
         index.append(labels := {})
         for name, label in called:
             labels.setdefault(spell(name), []).append(label)
@@ -64,7 +73,7 @@ def find_by_name(name: str, index: list[dict[str, list[int]]]) -> list[int]:
       name: as users or data write it.
       index: from `index_names`.
     """
-    places = zip((_written, _plain, _plain), index)
+    places = zip((spell_name, _plain, _plain), index)
     return sorted(set(next((labels[spell(name)] for spell, labels in places if spell(name) in labels), [])))
 
 
@@ -99,9 +108,5 @@ def name_hint(words: Sequence[str], names: Sequence[str]) -> str:
     return f" Names: {some_of(names, most=10)}."
 
 
-def _written(name: str) -> str:
-    return " ".join(name.split())
-
-
 def _plain(name: str) -> str:
-    return _written(name.casefold())
+    return spell_name(name).casefold()

@@ -25,6 +25,7 @@ from dydit_jax.checkpoints import (
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
+from dydit_jax.labels import read_labels
 from dydit_jax.loading import load_checkpoint
 
 
@@ -124,6 +125,14 @@ def test_what_a_description_says_beyond_what_is_read_is_kept(tmp_path, weights):
     about = dict(step=7, class_names=("a", "b"), source=[{"any": 1}], config=dict(train=dict(seed="x", ema_decay=1)))
     save_weights(tmp_path / "w.safetensors", dataclasses.replace(weights, about=about | dict(versions=None)))
     assert load_weights(tmp_path / "w.safetensors").about == about
+
+
+def test_class_names_of_a_stranger_can_not_command_a_terminal(tmp_path, weights):
+    about = dict(class_names=("\x1b[31mant\x1b]0;owned\x07", "two  words", "\u202egod"))
+    save_weights(tmp_path / "w.safetensors", dataclasses.replace(weights, about=about))
+    names = load_weights(tmp_path / "w.safetensors").class_names
+    assert names == (r"\x1b[31mant\x1b]0;owned\x07", "two words", r"\u202egod")
+    assert read_labels(about["class_names"], 3, names, "--labels").tolist() == [0, 1, 2]  # and still are found
 
 
 def test_array_within_an_array_is_refused(tmp_path, weights):

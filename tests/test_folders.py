@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -134,6 +135,21 @@ def test_names_that_are_no_unicode_are_read(folder):
     levels = sorted(int(source[index]["pixels"].min()) for index in range(8))
     np.testing.assert_allclose(levels, np.arange(8) * 10, atol=2.5)  # bicubic
     assert open_images(folder / "ants").count == 4
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_classes_have_the_same_numbers_however_accents_are_encoded(folder, form):
+    (folder / "ants").rename(folder / unicodedata.normalize(form, "ébène"))  # é is one letter after z, or e and another
+    (folder / "bees").rename(folder / "zebra")
+    source, _ = opened(folder)
+    assert source.class_names == ("zebra", "ébène") and source.labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_class_folders_of_one_name_are_refused(folder):
+    for form, name in (("NFC", "ants"), ("NFD", "bees")):
+        (folder / name).rename(folder / unicodedata.normalize(form, "é"))
+    with pytest.raises(InputError, match="names differ in unseen letters alone; merge or rename them"):
+        opened(folder)
 
 
 def test_strays_beside_folders_of_pictures_are_not_taken_for_the_set(folder):

@@ -1,6 +1,7 @@
 """Labels are numbers or names of classes; a name that is nearly right gets a hint."""
 
 import time
+import unicodedata
 
 import pytest
 
@@ -37,6 +38,14 @@ def test_name_of_several_classes_is_refused_with_their_numbers(word):
     with pytest.raises(InputError, match=f"^--labels: '{word}' is the name of the classes {numbers}; give the number"):
         read_labels(["tulip", word], 4, names, "--labels")
     assert read_labels(["0", "2", "tulip"], 4, names, "--labels").tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])  # Linux and most keyboards; macOS
+def test_accents_are_the_same_however_they_are_encoded(form):
+    names = [unicodedata.normalize(form, name) for name in ("café", "Æble, Öl")]
+    for typed in ("NFC", "NFD"):
+        words = [unicodedata.normalize(typed, word) for word in ("café", "CAFÉ", "öl")]
+        assert read_labels(words, 2, names, "--labels").tolist() == [0, 0, 1]
 
 
 def test_many_names_are_read_at_once():

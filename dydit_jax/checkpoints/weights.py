@@ -18,6 +18,7 @@ from dydit_jax.checkpoints.places import without_places
 from dydit_jax.diffusion.process import Process, process_sections, read_process
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, name_file
+from dydit_jax.labels import spell_name
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import LoRAConfig
@@ -48,7 +49,7 @@ class Weights:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes by label; empty where they are not known."""
-        return tuple(self.about.get("class_names", ()))
+        return tuple(map(spell_name, self.about.get("class_names", ())))
 
 
 def package_versions() -> dict[str, str]:

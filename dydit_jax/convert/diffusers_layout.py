@@ -24,6 +24,7 @@ from dydit_jax.convert.tables import POSITION_NAME, export_state_dict
 from dydit_jax.diffusion.process import Diffusion, Process
 from dydit_jax.diffusion.schedules import make_schedule
 from dydit_jax.errors import InputError, some_of
+from dydit_jax.labels import spell_name
 from dydit_jax.models.autoencoder import NORM_GROUPS, AutoencoderConfig
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.runtime.files import read_json
@@ -127,7 +128,11 @@ def read_class_names(source) -> list[str]:
     if not listed:
         return []
     listed = listed if isinstance(listed, dict) else {"": listed}
-    names = {int(label): str(name) for label, name in listed.items() if label.isdecimal() and len(label) <= MOST_DIGITS}
+    names = {
+        int(label): spell_name(str(name))
+        for label, name in listed.items()
+        if label.isdecimal() and len(label) <= MOST_DIGITS
+    }
     if sorted(names) != list(range(len(listed))):
         raise InputError(f"{path} has an id2label whose labels are not 0 to {len(listed) - 1}; mend it, or remove it.")
     return [names[label] for label in range(len(names))]

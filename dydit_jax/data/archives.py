@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from dydit_jax.data.folders import is_left_by_system, is_picture, list_class_folders, log_ignored
+from dydit_jax.data.folders import is_left_by_system, is_picture, list_class_folders, log_ignored, name_order
 from dydit_jax.data.images import MAX_BYTES, SUFFIXES, read_picture
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, escape_unprintable
+from dydit_jax.labels import spell_name
 from dydit_jax.runtime.files import is_local
 
 READ_AT_ONCE = 2**20  # bytes after the end of a tar
@@ -75,19 +76,20 @@ def open_pictures(source: str) -> PictureSource:
         return _open_tar_of_tars(path)
     if not path.is_dir():
         raise InputError(f"There is no file or folder {source}.")
-    tars = sorted(tar for tar in path.glob("*.tar") if not is_left_by_system(tar.name))
+    tars = [tar for tar in path.glob("*.tar") if not is_left_by_system(tar.name)]
+    tars.sort(key=lambda tar: name_order(tar.name))
     return _open_tars(path, tars) if tars else _open_class_folders(path)
 
 
 def _open_class_folders(path) -> PictureSource:
     files, labels = list_class_folders(path)
-    names = [_printable(f"{file.parent.name}/{file.name}") for file in files]
+    names = [escape_unprintable(f"{file.parent.name}/{file.name}") for file in files]
 
     def pictures():
         for name, label, file in zip(names, labels, files):
             yield Picture(name, int(label), functools.partial(read_picture, file))
 
-    classes = list(dict.fromkeys(_printable(file.parent.name) for file in files))
+    classes = list(dict.fromkeys(spell_name(file.parent.name) for file in files))
     return PictureSource(classes, _fingerprint(names), len(files), pictures)
 
 
@@ -113,16 +115,18 @@ def _open_tar_of_tars(path) -> PictureSource:
         for _, member in _walk(file, path):
             is_tar = member.name.endswith(".tar") and not is_left_by_system(member.name)
             if is_tar and (reason := _unusual(member)):
-                raise InputError(f"{_printable(member.name)} in {path} is {reason}; it must be an ordinary tar.")
+                raise InputError(
+                    f"{escape_unprintable(member.name)} in {path} is {reason}; it must be an ordinary tar."
+                )
             (tars if is_tar else others).append(member)
     if not tars:
         raise InputError(f"{path} holds no .tar per class.")
-    tars.sort(key=lambda member: member.name)
+    tars.sort(key=lambda member: name_order(member.name))
     classes = [_class_name(member.name) for member in tars]
     twice = [name for name, count in collections.Counter(classes).items() if count > 1]
     if twice:
         raise InputError(f"{path} holds {twice[0]}.tar more than once; make an archive with one tar per class.")
-    log_ignored(path, [_printable(member.name) for member in others if not member.isdir()])
+    log_ignored(path, [escape_unprintable(member.name) for member in others if not member.isdir()])
 
     def pictures():
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -138,9 +142,9 @@ def _pictures_of_class(file, where, class_name: str, label: int) -> Iterator[Pic
     seen, ignored = collections.Counter(), []
     for archive, member in _walk(file, where):
         if member.isdir() or not is_picture(member.name):
-            ignored += [] if member.isdir() else [_printable(member.name)]
+            ignored += [] if member.isdir() else [escape_unprintable(member.name)]
             continue
-        name = _printable(f"{class_name}/{member.name.rsplit('/', 1)[-1]}")
+        name = escape_unprintable(f"{class_name}/{member.name.rsplit('/', 1)[-1]}")
         seen[name] += 1
         distinct = name if seen[name] == 1 else f"{name}#{seen[name]}"
         yield Picture(distinct, label, functools.partial(_read_member, archive, member, distinct))
@@ -164,7 +168,7 @@ def _walk(file, where) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
                 if member.size < 0:
                     raise tarfile.ReadError("a length below zero")
                 yield archive, member
-                last = _printable(member.name)
+                last = escape_unprintable(member.name)
             _require_end(file, archive.offset, where)
     except InputError:
         raise
@@ -207,12 +211,7 @@ def _unusual(member: tarfile.TarInfo) -> str:
 
 
 def _class_name(name: str) -> str:
-    return _printable(name.rsplit("/", 1)[-1].removesuffix(".tar"))
-
-
-def _printable(name: str) -> str:
-    """Return a name with what can't be printed, or isn't Unicode, escaped: it goes into logs and a list of lines."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)
+    return spell_name(name.rsplit("/", 1)[-1].removesuffix(".tar"))
 
 
 def _fingerprint(content: list) -> str:

@@ -5,18 +5,25 @@ classes. Whatever else is passed over is counted and named in the log, so that n
 """
 
 import logging
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
 
 from dydit_jax.data.images import SUFFIXES
 from dydit_jax.errors import InputError
+from dydit_jax.labels import spell_name
 
 # Beside all names that begin with a dot, such as .ipynb_checkpoints, .DS_Store and the ._x of macOS.
 LEFT_BY_SYSTEMS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 LEFT_BY_SYSTEMS += ("thumbs.db", "desktop.ini")
 
 logger = logging.getLogger(__name__)
+
+
+def name_order(name: str) -> tuple[str, str]:
+    """Return what files and folders are sorted by: their name, however the file system spells its accents."""
+    return unicodedata.normalize("NFC", name), name
 
 
 def is_left_by_system(name: str) -> bool:
@@ -34,13 +41,17 @@ def list_class_folders(folder) -> tuple[list, np.ndarray]:
     """Return the pictures of a folder of class folders and their labels, both in alphabetical order.
 
     Raises:
-      InputError: no class folders, an empty one, folders inside them, or one that can't be listed.
+      InputError: no class folders, an empty one, folders inside them, two of one name, or one that can't be listed.
     """
     inside = _list_folder(folder)
     classes = [path for path in inside if _is_data_folder(path)]
     if not classes:
         raise InputError(f"{folder} has no sub-folders; it needs one per class.")
     names = {path.name for path in classes}
+    if len({spell_name(name) for name in names}) < len(names):
+        raise InputError(
+            f"{folder} has class folders whose names differ in unseen letters alone; merge or rename them."
+        )
     files, labels, ignored = [], [], [path.name for path in inside if path.name not in names]
     for label, place in enumerate(classes):
         pictures, others = _pictures_and_others(place)
@@ -120,6 +131,6 @@ def _some(names: list[str]) -> str:
 def _list_folder(folder) -> list:
     """Return the content of a folder, in alphabetical order."""
     try:
-        return sorted(folder.iterdir())
+        return sorted(folder.iterdir(), key=lambda path: name_order(path.name))
     except OSError as error:
         raise InputError(f"{folder} can't be listed: {error.strerror or error}.") from error

@@ -22,6 +22,7 @@ from dydit_jax.data.images import center_crop, decode_image, read_picture
 from dydit_jax.data.latent_files import CLASSES_KEY, LABELS_FILE, LATENTS_FILE, LatentFiles
 from dydit_jax.data.prepared import open_prepared, read_example
 from dydit_jax.errors import InputError
+from dydit_jax.labels import spell_name
 from dydit_jax.models.autoencoder import AutoencoderConfig
 from dydit_jax.records import require_range
 from dydit_jax.registry import Registry, is_built_in, require_array
@@ -168,7 +169,7 @@ class Latents:
             )
         self.files, self.flip = LatentFiles(folder), config.flip
         _, _, *side, channels = self.files.shape
-        self.class_names = tuple(self.files.info.get(CLASSES_KEY, ()))
+        self.class_names = tuple(map(spell_name, self.files.info.get(CLASSES_KEY, ())))
         require_labels(folder / LABELS_FILE, self.files.labels, len(self.class_names) or model.classes or np.inf)
         self.classes = len(self.class_names) or model.classes or int(self.files.labels.max()) + 1
         require_shape("latents", (*side, channels // 2), self.classes, model, self.class_names)
@@ -251,7 +252,7 @@ class Images(_Pictures):
                 f"Dataset images needs data.path, a folder with one sub-folder per class, not {config.path!r}."
             )
         self.files, self.labels = list_class_folders(folder)
-        self.class_names = tuple(dict.fromkeys(file.parent.name for file in self.files))
+        self.class_names = tuple(dict.fromkeys(spell_name(file.parent.name) for file in self.files))
         self.classes = len(self.class_names)
         require_shape("images", (model.side, model.side, self.channels), self.classes, model, self.class_names)
         names = "\n".join(f"{file.parent.name}/{file.name}" for file in self.files)
@@ -283,7 +284,7 @@ class Prepared(_Pictures):
                 f"{config.path!r} has no classes named {config.label_key!r} but {', '.join(features)}; "
                 "name them with data.label_key."
             )
-        self.class_names = tuple(features[config.label_key].names)
+        self.class_names = tuple(map(spell_name, features[config.label_key].names))
         self.classes = len(self.class_names)
         require_shape("tfds", (model.side, model.side, self.channels), self.classes, model, self.class_names)
         keys = "" if self._keys == ("image", "label") else " " + " ".join(self._keys)
