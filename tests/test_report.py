@@ -60,6 +60,26 @@ def test_page_holds_what_lies_in_the_folder(tmp_path):
         assert words in text
 
 
+def test_sets_of_every_format_and_size_are_shown_by_their_first_images(tmp_path):
+    for place in ("flat", "classes/ant", "classes/bee", "sampled/images"):
+        (tmp_path / place).mkdir(parents=True)
+        for number in range(30):
+            image = Image.new("RGB", (8 + number % 3, 9), "#336699")
+            image.save(tmp_path / place / f"{number:06d}.{('png', 'jpg', 'webp')[number % 3]}")
+    for folder in ("flat", "classes", "sampled"):
+        text = write_report(tmp_path / folder).read_text()
+        assert_self_contained(text, pictures=1)
+        assert "The first images of the set" in text and len(text) < 20_000
+
+
+def test_pictures_that_can_not_be_read_leave_the_page_without_images(tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    assert_self_contained(write_report(tmp_path).read_text(), pictures=0)
+    (tmp_path / "images" / "0.jpg").write_bytes(b"none")
+    assert_self_contained(write_report(tmp_path).read_text(), pictures=0)
+    assert "0.jpg is not a readable picture" in caplog.text and "The report goes without images." in caplog.text
+
+
 def write_folder(folder):
     """Lay down all that a page can show, with long names that have no place to break."""
     sampling = dict(sampler="ddim", steps="50", guidance=4.0, guided_channels="first_three")

@@ -3,8 +3,10 @@
 A page is made of what lies in the folder, so that `sample.py`, `evaluate.py` and `analyze.py` add to the same one:
 
     manifest.json     what made the images                     cost.json     what a pass and the job cost
-    analysis.json     what `analyze.py` was asked for          *.png         pictures, also of sub-folders
+    analysis.json     what `analyze.py` was asked for          <figure>.png  see `PICTURES`, also of sub-folders
     evaluation.json   metrics                                  images/       the first images, without a grid
+
+The images may also lie in the folder itself or its class folders, in any size and format that is read.
 
 It is read on phones too, by day and by night: no word is broken, what is too wide scrolls in its own box, and the
 figures' paper is dark where the page is.
@@ -14,13 +16,17 @@ import base64
 import html
 import io
 import json
+import logging
 import re
 import time
 
 import numpy as np
 from etils import epath
 
-from dydit_jax.drawing.pictures import draw_grid, read_image
+from dydit_jax.data.folders import is_picture
+from dydit_jax.data.images import center_crop, decode_image, read_picture
+from dydit_jax.drawing.pictures import draw_grid
+from dydit_jax.errors import InputError
 from dydit_jax.models.cost import format_count
 from dydit_jax.runtime.files import read_json, write_atomically
 
@@ -29,7 +35,9 @@ MANIFEST_FILE = "manifest.json"
 COST_FILE = "cost.json"
 ANALYSIS_FILE = "analysis.json"
 EVALUATION_FILE = "evaluation.json"
-IMAGES_SHOWN = 24
+IMAGES_SHOWN, IMAGE_SIDE = 24, 256  # of a set without a grid: so many, cropped to at most so many pixels
+
+logger = logging.getLogger(__name__)
 
 # Pictures with a known meaning, in the order of the page: heading and what to see.
 PICTURES = {
@@ -184,24 +192,39 @@ def _lead(manifest: dict | None, cost: dict | None) -> str:
 def _picture_sections(folder) -> list[str]:
     """Return the pictures of a folder and its sub-folders in the order of the page."""
     folders = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "images")]
-    order = list(PICTURES)
-    rank = lambda path: order.index(path.stem) if path.stem in order else len(order)
-    in_order = lambda owner: sorted(owner.glob("*.png"), key=lambda path: (rank(path), path.name))
-    sections = []
-    if not (folder / "grid.png").is_file() and (folder / "images").is_dir():
-        first = _first_images(folder / "images")
-        sections.append(_section("Images", _figure(first, "The first images of the set.", "images")))
-    for path in [path for owner in folders for path in in_order(owner)]:
-        heading, caption = PICTURES.get(path.stem, (path.stem, ""))
+    paths = [owner / f"{name}.png" for owner in folders for name in PICTURES]
+    paths = [path for path in paths if path.is_file()]
+    sections = _image_sections(folder, paths)
+    for path in paths:
+        heading, caption = PICTURES[path.stem]
         owner = "" if path.parent == folder else f": {path.parent.name}"
         sections.append(_section(heading + owner, _figure(path.read_bytes(), caption, path.stem)))
     return sections
 
 
-def _first_images(folder) -> bytes:
-    paths = sorted(folder.glob("*.png"))[:IMAGES_SHOWN]
+def _image_sections(folder, figures: list) -> list[str]:
+    """Return the first images of a set that no grid shows; the set lies in `images`, or is a folder without figures."""
+    images = folder / "images" if (folder / "images").is_dir() else folder
+    if folder / "grid.png" in figures or (figures and images == folder):
+        return []
+    first = _first_images(images)
+    return [_section("Images", _figure(first, "The first images of the set.", "images"))] if first else []
+
+
+def _first_images(folder) -> bytes | None:
+    """Return the first images of a folder, or of its class folders, as one PNG; None without any that can be read."""
+    paths = sorted([*folder.glob("*"), *folder.glob("*/*")])
+    paths = [path for path in paths if is_picture(path.relative_to(folder).as_posix())][:IMAGES_SHOWN]
+    try:
+        images = [decode_image(read_picture(path), str(path)) for path in paths]
+    except InputError as error:
+        logger.warning("%s The report goes without images.", error)
+        return None
+    if not images:
+        return None
+    side = min(IMAGE_SIDE, *(min(image.size) for image in images))
     file = io.BytesIO()
-    draw_grid(np.stack([read_image(path) for path in paths]), columns=8).save(file, format="PNG")
+    draw_grid(np.stack([center_crop(image, side) for image in images]), columns=8).save(file, format="PNG")
     return file.getvalue()
 
 
