@@ -11,11 +11,13 @@ import pytest
 from PIL import Image
 from test_report import assert_self_contained
 
-from dydit_jax.checkpoints import Weights, save_weights
+from dydit_jax.checkpoints import Weights, load_weights, save_weights
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
+from dydit_jax.drawing.figures import draw_macs
+from dydit_jax.drawing.loss_figures import draw_losses
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.jobs.analyze import Analysis, _labels, analyze, short_names
+from dydit_jax.jobs.analyze import Analysis, _labels, _named, analyze, short_names
 from dydit_jax.models.dit import Model
 from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.probe import patch_losses
@@ -92,6 +94,30 @@ def test_pictures_numbers_and_page(checkpoints, tmp_path):
 )
 def test_models_are_named_by_what_tells_their_paths_apart(paths, names):
     assert short_names([Path(path).parts for path in paths]) == names
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [(["."], ["b"]), ([".."], ["a"]), (["../b", "../c.safetensors"], ["b", "c"]), ([".", "c"], ["b", "c"])],
+)
+def test_models_at_dots_have_the_names_of_their_folders(paths, names, checkpoints, tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    weights = load_weights(checkpoints / "static.safetensors")
+    assert list(_named([weights] * len(paths), tuple(paths))) == names
+    with pytest.raises(InputError, match="--checkpoints names a model twice: ., ../b"):
+        _named([weights] * 2, (".", "../b"))
+
+
+def test_legends_name_every_model():
+    values = {name: np.ones((2, 3)) for name in ("_b", "a")}
+    assert legend(draw_losses(np.arange(3), values)) == ["_b", "a"]
+    timesteps, macs = (dict.fromkeys(values, np.ones(3)) for _ in range(2))
+    assert legend(draw_macs(timesteps, macs, dict(_b=1, a=2)))[0] == "_b: 1.0, 100 % of complete"
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].texts]
 
 
 def test_losses_do_not_depend_on_the_batch(checkpoints, tmp_path):

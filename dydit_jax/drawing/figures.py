@@ -158,16 +158,18 @@ def draw_macs(timesteps: dict, macs: dict, complete: dict):
     """
     figure = new_figure(3.4)
     axis = figure.subplots()
+    lines, labels = [], []
     for (name, cost), (color, dashes) in zip(macs.items(), LINES * len(macs)):
-        label = f"{name}: {format_count(np.mean(cost))}, {100 * np.mean(cost) / complete[name]:.0f} % of complete"
-        axis.plot(timesteps[name], np.asarray(cost), linestyle=dashes, color=color, label=label, drawstyle="steps-mid")
+        mean = np.mean(cost)
+        labels.append(f"{name}: {format_count(mean)}, {100 * mean / complete[name]:.0f} % of complete")
+        lines += axis.plot(timesteps[name], np.asarray(cost), linestyle=dashes, color=color, drawstyle="steps-mid")
         axis.axhline(complete[name], color=color, linestyle=dashes, linewidth=0.7)
     noise_left(axis, next(iter(timesteps.values())))
     axis.set_ylim(0)
     axis.yaxis.set_major_formatter(count_ticks())
     axis.set_xlabel(TIMESTEPS)
     axis.set_title("MACs per image and pass; thin lines: every gate open")
-    figure.legend(loc="outside lower left")
+    figure.legend(handles=lines, labels=labels, loc="outside lower left")
     return figure
 
 

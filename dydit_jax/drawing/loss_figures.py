@@ -24,8 +24,9 @@ def draw_losses(timesteps: np.ndarray, losses: dict):
     names = list(losses)
     figure = new_figure(5.6 if len(names) > 1 else 3.4)
     axes = figure.subplots(2 if len(names) > 1 else 1, 1, sharex=True, squeeze=False)[:, 0]
+    lines = []
     for name, (color, dashes) in zip(names, LINES * len(names)):
-        axes[0].plot(timesteps, losses[name].mean(0), linestyle=dashes, color=color, label=name)
+        lines += axes[0].plot(timesteps, losses[name].mean(0), linestyle=dashes, color=color)
         if name != names[0]:
             gap = 100 * (losses[name] - losses[names[0]]) / losses[names[0]].mean(0)
             mean, error = gap.mean(0), 2 * gap.std(0, ddof=1) / len(gap) ** 0.5
@@ -42,7 +43,8 @@ def draw_losses(timesteps: np.ndarray, losses: dict):
         axes[1].set_title(f"Difference to {names[0]}; shaded: two standard errors")
     noise_left(axes[0], timesteps)
     axes[-1].set_xlabel(TIMESTEPS)
-    figure.legend(loc="outside lower left", ncols=1)
+    # Of labels that are not given here, those that begin with "_" are left out.
+    figure.legend(handles=lines, labels=names, loc="outside lower left", ncols=1)
     return figure
 
 

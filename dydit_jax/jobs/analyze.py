@@ -14,6 +14,7 @@ figure 1): some timesteps are easy, and so are some patches. Examples, noise and
 import dataclasses
 import functools
 import logging
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -150,10 +151,16 @@ def _named(weights: list[Weights], paths: tuple[str, ...]) -> dict[str, Weights]
                 f"{path} has inputs {shape(other.model)} (side, channels, classes) and {other.process}, {paths[0]} "
                 f"{shape(first.model)} and {first.process}; losses of the same examples can't be compared."
             )
-    names = short_names([epath.Path(str(path).removesuffix(".safetensors")).parts for path in paths])
+    names = short_names([_parts(str(path).removesuffix(".safetensors")) for path in paths])
     if names is None:
         raise InputError(f"--checkpoints names a model twice: {', '.join(paths)}.")
     return dict(zip(names, weights))
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    """Return the parts of a path; where it is relative to what has another name, such as "." or "..", of what it is."""
+    parts = epath.Path(path).parts
+    return pathlib.Path(path).resolve().parts if not parts or ".." in parts else parts
 
 
 def short_names(paths: list[tuple[str, ...]]) -> list[str] | None:
