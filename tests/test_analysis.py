@@ -15,7 +15,8 @@ from dydit_jax.checkpoints import Weights, load_weights, save_weights
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.drawing.figures import draw_macs
-from dydit_jax.drawing.loss_figures import draw_losses
+from dydit_jax.drawing.loss_figures import draw_loss_maps, draw_losses
+from dydit_jax.drawing.style import save_figure
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.jobs.analyze import Analysis, _labels, _named, analyze, short_names
 from dydit_jax.models.dit import Model
@@ -114,6 +115,17 @@ def test_legends_name_every_model():
     assert legend(draw_losses(np.arange(3), values)) == ["_b", "a"]
     timesteps, macs = (dict.fromkeys(values, np.ones(3)) for _ in range(2))
     assert legend(draw_macs(timesteps, macs, dict(_b=1, a=2)))[0] == "_b: 1.0, 100 % of complete"
+
+
+def test_dollars_in_names_are_no_formulas(tmp_path):
+    names = (r"a$\foo$", "b")
+    figures = (
+        draw_losses(np.arange(3), dict.fromkeys(names, np.ones((2, 3)))),
+        draw_loss_maps(np.arange(3), dict.fromkeys(names, np.ones((3, 4)))),
+        draw_macs(*(dict.fromkeys(names, np.ones(3)) for _ in range(2)), dict.fromkeys(names, 1)),
+    )
+    for figure in figures:
+        save_figure(tmp_path / "figure.svg", figure)
 
 
 def legend(figure) -> list[str]:

@@ -18,6 +18,7 @@ from dydit_jax.drawing.style import (
     TIMESTEPS,
     count_ticks,
     draw_field,
+    escape_math,
     in_style,
     label_steps,
     new_figure,
@@ -161,7 +162,7 @@ def draw_macs(timesteps: dict, macs: dict, complete: dict):
     lines, labels = [], []
     for (name, cost), (color, dashes) in zip(macs.items(), LINES * len(macs)):
         mean = np.mean(cost)
-        labels.append(f"{name}: {format_count(mean)}, {100 * mean / complete[name]:.0f} % of complete")
+        labels.append(f"{escape_math(name)}: {format_count(mean)}, {100 * mean / complete[name]:.0f} % of complete")
         lines += axis.plot(timesteps[name], np.asarray(cost), linestyle=dashes, color=color, drawstyle="steps-mid")
         axis.axhline(complete[name], color=color, linestyle=dashes, linewidth=0.7)
     noise_left(axis, next(iter(timesteps.values())))

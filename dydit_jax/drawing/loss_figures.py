@@ -3,7 +3,17 @@
 import numpy as np
 
 from dydit_jax.diffusion.process import format_time
-from dydit_jax.drawing.style import FAINT, LINES, SMALL, TIMESTEPS, in_style, new_figure, noise_left, shades
+from dydit_jax.drawing.style import (
+    FAINT,
+    LINES,
+    SMALL,
+    TIMESTEPS,
+    escape_math,
+    in_style,
+    new_figure,
+    noise_left,
+    shades,
+)
 
 PERCENTS = (0, 5, 10, 20, 50, 100, 200, 500, 1000)  # ticks of a difference
 
@@ -40,11 +50,11 @@ def draw_losses(timesteps: np.ndarray, losses: dict):
         axes[1].yaxis.set_major_locator(FixedLocator([sign * value for value in PERCENTS for sign in (-1, 1)]))
         axes[1].yaxis.set_minor_locator(NullLocator())
         axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:+g} %".replace("-", "−") if value else "0")
-        axes[1].set_title(f"Difference to {names[0]}; shaded: two standard errors")
+        axes[1].set_title(f"Difference to {escape_math(names[0])}; shaded: two standard errors")
     noise_left(axes[0], timesteps)
     axes[-1].set_xlabel(TIMESTEPS)
     # Of labels that are not given here, those that begin with "_" are left out.
-    figure.legend(handles=lines, labels=names, loc="outside lower left", ncols=1)
+    figure.legend(handles=lines, labels=list(map(escape_math, names)), loc="outside lower left", ncols=1)
     return figure
 
 
@@ -89,7 +99,7 @@ def draw_loss_maps(timesteps, maps: dict):
             axis.spines[:].set_visible(False)
             text = f"t = {format_time(timesteps[column])}\n{maps[name][column].mean():.2g}"
             axis.set_xlabel(text, fontsize=SMALL, labelpad=2)
-        line[0].set_title(name)
+        line[0].set_title(escape_math(name))
     bar = figure.colorbar(picture, ax=axes, location="bottom", shrink=0.7, aspect=30)
     bar.set_label("loss of a patch, in units of its map's mean")
     bar.outline.set_visible(False)

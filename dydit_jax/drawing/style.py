@@ -101,6 +101,11 @@ def save_table(path, rows: list[dict]) -> None:
         partial.write_text(text.getvalue())
 
 
+def escape_math(name: str) -> str:
+    """Return a name as a figure's text shows it, where two dollars would begin and end a formula."""
+    return name.replace("$", r"\$")
+
+
 def noise_left(axis, timesteps) -> None:
     """Let an axis of timesteps run from noise on the left to the image, as they do."""
     if timesteps[0] > timesteps[-1]:
