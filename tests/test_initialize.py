@@ -128,6 +128,7 @@ def test_new_classes_stay_random_or_start_from_the_mean(save):
         (("A", "B", "a", "b", "c"), ("B", "a", "b", "C"), 4, [1, 2, 3, 4, 5]),  # each its own case where there is one
         (("a", "b", "cafe\u0301", "d", "e"), ("caf\u00e9", "d"), 2, [2, 3, 5]),
         (TWO_CRANES, TWO_CRANES, 5, [0, 1, 2, 3, 4, 5]),
+        ((*NAMES, "none", "x"), ("dog", "none", "x"), 3, [3, NO_ROW, NO_ROW, 5]),  # more names than classes
         (TWO_CRANES, ("crane", "fox"), 2, [NO_ROW, 3, 5]),  # which of them, nobody says
     ],
 )

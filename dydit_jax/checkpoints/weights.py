@@ -48,8 +48,8 @@ class Weights:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes by label; empty where they are not known."""
-        return tuple(map(spell_name, self.about.get("class_names", ())))
+        """Names of the classes by label, none beyond the model's classes; empty where they are not known."""
+        return tuple(map(spell_name, self.about.get("class_names", ())[: self.model.classes]))
 
 
 def package_versions() -> dict[str, str]:
