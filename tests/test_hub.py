@@ -25,7 +25,7 @@ from dydit_jax.checkpoints import (
 from dydit_jax.checkpoints.arrays import read_metadata
 from dydit_jax.convert.exporting import Export, export
 from dydit_jax.convert.hub import choose_files, split_hub_address
-from dydit_jax.convert.publishing import push
+from dydit_jax.convert.publishing import _use, push
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
@@ -367,6 +367,15 @@ def test_finished_folder_is_sent_with_a_card_and_loads_from_there(hub, folders, 
     Hub.repositories["me/flowers"] = commit
     assert load_checkpoint("hf://me/flowers").class_names == ("ant", "golden retriever", "hen")
     (folders / "ours" / "evaluation.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "names, label",
+    [(("ant", "hen"), "'ant'"), (("5", "0"), "0"), (("crane", "crane"), "0"), ((), "0")],
+)
+def test_card_draws_the_first_class_by_what_stands_for_it_alone(names, label):
+    weights = Weights(CONFIG, Diffusion(), SamplingConfig(), {}, dict(class_names=names))
+    assert f"pipe([{label}], seed=1)" in _use(weights, "hf://me/flowers")
 
 
 def test_nothing_is_replaced_unless_asked_for(hub, folders):

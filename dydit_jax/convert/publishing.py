@@ -26,6 +26,7 @@ from dydit_jax.convert.diffusers_layout import AUTOENCODER, INDEX_FILE, SCHEDULE
 from dydit_jax.convert.hub import HUB, split_hub_address
 from dydit_jax.convert.published import hub_reason
 from dydit_jax.errors import InputError, some_of
+from dydit_jax.labels import find_by_name, index_names
 from dydit_jax.models.cost import format_count
 from dydit_jax.models.dit import count_parameters
 from dydit_jax.runtime.files import read_json
@@ -139,7 +140,9 @@ def _parts(path: str, address: str) -> list[str]:
 
 
 def _use(weights: Weights, address: str) -> str:
-    label = repr(weights.class_names[0]) if weights.class_names else "0"
+    names = weights.class_names
+    is_known = names and not names[0].isdecimal() and find_by_name(names[0], index_names(names)) == [0]
+    label = repr(names[0]) if is_known else "0"
     return (
         "```python\nfrom dydit_jax import Pipeline\n\n"
         f'pipe = Pipeline.load("{address}")\npipe([{label}], seed=1).pictures[0].save("picture.png")\n```\n'
