@@ -132,6 +132,14 @@ def legend(figure) -> list[str]:
     return [text.get_text() for text in figure.legends[0].texts]
 
 
+def test_data_that_a_file_names_are_named_before_they_are_opened(checkpoints, tmp_path, tiny, caplog):
+    about, path = dict(config=dict(data=dict(name="tfds", path="data/flowers/train"))), tmp_path / "strange.safetensors"
+    save_weights(path, Weights(tiny[0].config, Diffusion(), SamplingConfig(), jax.device_get(tiny[1]), about))
+    with caplog.at_level("INFO"), pytest.raises(InputError, match="'data/flowers/train' can't be opened"):
+        analyze(Analysis((str(path),), str(tmp_path / "out")))
+    assert f"The data are those that {path} names: tfds data/flowers/train" in caplog.text
+
+
 def test_losses_do_not_depend_on_the_batch(checkpoints, tmp_path):
     each = [
         analyze(request(checkpoints, "static", out=str(tmp_path / str(size)), batch_size=size))["static"]

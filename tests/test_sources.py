@@ -1,11 +1,14 @@
 """Batches are a function of seed and step."""
 
 import itertools
+import json
+import sys
 
 import numpy as np
 import pytest
 
 from dydit_jax.data.batches import batches
+from dydit_jax.data.image_sets import open_images
 from dydit_jax.data.sources import DataConfig, digits, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
@@ -142,3 +145,36 @@ def test_latents_that_are_no_arrays_are_refused(packed, tmp_path, name):
 def test_absurd_settings_are_refused_at_once(name, value, allowed):
     with pytest.raises(InputError, match=rf"data\.{name} must be {allowed}"):
         DataConfig(**{"name": "digits", "batch_size": 1, name: value})
+
+
+STRANGE = dict(pythonClassName="strange_notes.Notes", jsonFeature=dict(json="{}"))
+OWN = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+
+
+@pytest.mark.parametrize(
+    "info, features",
+    [
+        ({}, STRANGE),
+        ({}, dict(python_class_name="strange_notes.Notes")),
+        ({}, dict(type="strange_notes.Notes", content={})),
+        ({}, dict(pythonClassName=OWN, featuresDict=dict(features=dict(image=STRANGE)))),
+        ({}, dict(pythonClassName=OWN, jsonFeature=dict(json=json.dumps(dict(image=STRANGE))))),
+        (dict(features=STRANGE), None),
+    ],
+)
+def test_datasets_that_name_classes_of_their_own_run_nothing(tmp_path, monkeypatch, info, features):
+    (tmp_path / "strange_notes.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    described = dict(name="flowers", version="1.0.0", fileFormat="array_record", **info)
+    (tmp_path / "dataset_info.json").write_text(json.dumps(described))
+    if features is not None:
+        (tmp_path / "features.json").write_text(json.dumps(features))
+    with pytest.raises(InputError, match=r".json names the class 'strange_notes.Notes' .*Prepare the dataset again"):
+        open_images(f"tfds:{tmp_path}/train")
+    assert "strange_notes" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["flowers/data_dir=data", "huggingface:flowers", "../flowers"])
+def test_names_that_lead_elsewhere_are_refused(name):
+    with pytest.raises(InputError, match=r"no name of the form dataset\[/config\]\[:version\]"):
+        open_images(f"tfds:{name}/train")

@@ -1,8 +1,28 @@
-"""Datasets that lie as array_record files, read without TensorFlow, for training and evaluation alike."""
+"""Datasets that lie as array_record files, read without TensorFlow, for training and evaluation alike.
+
+A dataset's folder names the Python classes of its features, and tensorflow_datasets imports the module of any class
+that it does not know: a folder from elsewhere could so run code of its own. Therefore its files are read here first,
+and classes other than those of tensorflow_datasets itself are refused.
+"""
+
+import re
+from collections.abc import Iterator
 
 from etils import epath
 
 from dydit_jax.errors import InputError
+from dydit_jax.runtime.files import parse_json, read_json
+
+INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
+CLASS_KEYS = (
+    "pythonClassName",
+    "python_class_name",
+    "type",
+)  # that name a feature's class; the last is of old datasets
+# dataset[/config][:version]. tensorflow_datasets itself takes more: `namespace:` for code and data that it fetches, and
+# arguments such as data_dir=..., which is a folder that nobody has looked at.
+KNOWN_NAME = re.compile(r"[A-Za-z]\w*(/[\w+.-]+)?(:[\d.*]+)?")
+REMEDY = "copy the dataset again"
 
 
 def open_prepared(path: str, image_key: str = "image"):
@@ -16,14 +36,19 @@ def open_prepared(path: str, image_key: str = "image"):
       Its `DatasetInfo` and a random-access source of examples, pictures as the bytes of their files.
 
     Raises:
-      InputError: not there, without such pictures, or prepared in another form.
+      InputError: not there, without such pictures, prepared in another form, or with features of unknown classes.
     """
     import tensorflow_datasets as tfds
 
     name, _, split = path.rpartition("/")
+    folder = epath.Path(name).expanduser()
+    found = (folder / INFO_FILE).is_file()
+    if found:
+        _require_own_features(folder)
     try:
-        found = (epath.Path(name) / "dataset_info.json").is_file()
-        builder = tfds.builder_from_directory(name) if found else tfds.builder(name)
+        if not found and not KNOWN_NAME.fullmatch(name):
+            raise InputError(f"it is no folder with {INFO_FILE}, and no name of the form dataset[/config][:version]")
+        builder = tfds.builder_from_directory(str(folder)) if found else tfds.builder(name)
         features = dict(builder.info.features.items())
         if not isinstance(features.get(image_key), tfds.features.Image):
             names = ", ".join(features)
@@ -34,6 +59,41 @@ def open_prepared(path: str, image_key: str = "image"):
         raise InputError(
             f"{path!r} can't be opened as <folder or name>/<split> of a prepared dataset: {reason}"
         ) from error
+
+
+def _require_own_features(folder) -> None:
+    """Raise unless all classes that a dataset's files name are features of tensorflow_datasets itself."""
+    import tensorflow_datasets as tfds
+
+    feature = tfds.features.FeatureConnector
+    own = [kind for kind in vars(tfds.features).values() if isinstance(kind, type) and issubclass(kind, feature)]
+    known = {name for kind in own for name in (f"{kind.__module__}.{kind.__name__}", *kind.ALIASES)}
+    described = {folder / INFO_FILE: read_json(folder / INFO_FILE, remedy=REMEDY).get("features")}
+    if (folder / FEATURES_FILE).is_file():
+        described[folder / FEATURES_FILE] = read_json(folder / FEATURES_FILE, remedy=REMEDY)
+    for file, content in described.items():
+        for name in _class_names(content, file):
+            if name not in known:
+                raise InputError(
+                    f"{file} names the class {name[:80]!r} for a feature, whose module would be run; only those of "
+                    "tensorflow_datasets itself are read, such as Image, ClassLabel, Text and Tensor. Prepare the "
+                    "dataset again with these."
+                )
+
+
+def _class_names(content, file) -> Iterator[str]:
+    """Yield the names of classes in a description of features, also in JSON that it holds as a text."""
+    if isinstance(content, list):
+        content = dict(enumerate(content))
+    if not isinstance(content, dict):
+        return
+    for key, value in content.items():
+        if key in CLASS_KEYS and isinstance(value, str):
+            yield value
+        elif key == "json" and isinstance(value, str):
+            yield from _class_names(parse_json(value, file, remedy=REMEDY), file)
+        else:
+            yield from _class_names(value, file)
 
 
 def read_example(source, index: int, name: str) -> dict:

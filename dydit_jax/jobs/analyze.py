@@ -184,6 +184,7 @@ def _examples(request: Analysis, models: dict[str, Weights]) -> dict:
     if not request.data:
         path = path or trained_on.get("path", "")
         settings = {key: trained_on[key] for key in ("flip", "image_key", "label_key") if key in trained_on}
+        logger.info("The data are those that %s names: %s %s", request.checkpoints[0], name, path)
     source = open_source(DataConfig(name=name, path=path, batch_size=1, **settings), first.model)
     return examples(source, count=min(request.num_examples, len(source)))
 
