@@ -138,6 +138,16 @@ def test_the_same_file_without_the_lie_is_read(tmp_path):
     assert tensors["w2"] == 5
 
 
+def test_small_files_of_large_networks_are_refused(tmp_path):
+    data = bytes(2**15)
+    whole = tensor(size=(2**13,), storage=reference(count=2**13))
+    assert len(read(tmp_path / "a.pt", around(state_dict(*[whole] * 4), data)).tensors) == 4
+    again = [whole + b"q\x00"] + [b"h\x00"] * 9  # the same tensor from the memo
+    for values in ([whole] * 10, again):
+        with pytest.raises(InputError, match=r"10 tensors share .* 327680 bytes, its file has 3\d{4}; at most 4 times"):
+            read(tmp_path / "a.pt", around(state_dict(*values), data))
+
+
 PICKLES = {
     "memo index of 2^31": (b"\x80\x02}r" + struct.pack("<I", 2**31) + b".", "no tensors|holds"),
     "memo index that is not there": (b"\x80\x02j" + struct.pack("<I", 2**31) + b".", "broken"),

@@ -47,6 +47,9 @@ SAFETENSORS_DTYPES = {
 ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, then the lengths of the name and of the extra field
 ZIP_SIGNATURE = b"PK\x03\x04"
 ZIP_ENCRYPTED = 1  # bit of a member's flags
+# Times the bytes of its files that a network may have. Tensors may be tied, as an embedding and a last layer are, which
+# doubles it at the most; more than this is one storage under many names, which a small file could have without end.
+MOST_SHARING = 4
 LEGACY_START = [0x1950A86A20F9469CFC6C, 1001]  # what the first two pickles of a file from before 2020 hold
 
 
@@ -79,7 +82,8 @@ def read_torch_file(path, *, weights: str = "ema") -> TorchFile:
       The content, under the network's own names: see `state_dicts`.
 
     Raises:
-      InputError: no such file, an unknown or broken format, something that weights have no need of, or no tensors.
+      InputError: no such file, an unknown or broken format, something that weights have no need of, or no tensors; or
+        tensors that share their numbers until they are much larger than the file.
     """
     path = Path(path)
     try:
@@ -93,8 +97,20 @@ def read_torch_file(path, *, weights: str = "ema") -> TorchFile:
     except OSError as error:
         raise InputError(f"{path} can't be read ({error.strerror or error}).") from error
     tensors = pick_state_dict(content, weights, path)
+    _require_stored(tensors, path)
     options = content.get("args")
     return TorchFile(tensors, options.plain_values() if isinstance(options, Namespace) else {})
+
+
+def _require_stored(tensors: dict[str, np.ndarray], path) -> None:
+    """Raise where tensors together are much larger than the files that they are views of."""
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    stored = sum({id(file): len(file) for file in map(_file_of, tensors.values()) if file is not None}.values())
+    if needed > MOST_SHARING * stored:
+        raise InputError(
+            f"{path} is refused: its {len(tensors)} tensors share numbers so often that they take {needed} bytes, "
+            f"its file has {stored}; at most {MOST_SHARING} times that is read. Save a copy of each tensor."
+        )
 
 
 def _read(path: Path):
@@ -292,10 +308,16 @@ def _unrepeated(pairs: list[tuple]) -> dict:
 
 def release_pages(array) -> None:
     """Free the memory that reading an array from its file has taken; it is read again at its next use."""
+    file = _file_of(array)
+    if file is not None and hasattr(mmap, "MADV_DONTNEED"):
+        file.madvise(mmap.MADV_DONTNEED)
+
+
+def _file_of(array) -> mmap.mmap | None:
+    """Return the mapped file that an array is a view of."""
     while array is not None and not isinstance(array, mmap.mmap):
         array = getattr(array, "base", None)
-    if array is not None and hasattr(mmap, "MADV_DONTNEED"):
-        array.madvise(mmap.MADV_DONTNEED)
+    return array
 
 
 def write_tensors(path, tensors: Mapping[str, np.ndarray]) -> None:
