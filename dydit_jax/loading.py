@@ -40,7 +40,7 @@ from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import LoRAConfig
 from dydit_jax.models.trainable import EVERYTHING, require_parts, split_params
 from dydit_jax.records import read_record
-from dydit_jax.runtime.files import hold_lock
+from dydit_jax.runtime.files import hold_lock, locate
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import replicated
 
@@ -194,7 +194,7 @@ def find_autoencoder_config(autoencoder: str) -> AutoencoderConfig | None:
       InputError: a file of something else.
     """
     found = known_file(autoencoder) if is_address(autoencoder) else autoencoder
-    path = epath.Path(found or "")
+    path = locate(found or "")
     if found and path.exists():
         return read_autoencoder_config(output_file(path) if path.is_dir() else path)
     return AutoencoderConfig() if autoencoder in known_names("autoencoder") else None
@@ -223,7 +223,7 @@ def _resolved(checkpoint, holds: str) -> epath.Path:
     if is_address(checkpoint):
         make = lambda source, out, exact: convert(Conversion(str(source), str(out)), origin=exact)
         return epath.Path(local_file(str(checkpoint), make))
-    path = epath.Path(checkpoint)
+    path = locate(checkpoint)
     if path.exists():
         if path.is_dir() and not is_run(path) and not (path / WEIGHTS_FILE).is_file():
             raise InputError(

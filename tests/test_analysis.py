@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from dydit_jax.drawing.figures import draw_macs
 from dydit_jax.drawing.loss_figures import draw_loss_maps, draw_losses
 from dydit_jax.drawing.style import save_figure
 from dydit_jax.errors import InputError, StopError
-from dydit_jax.jobs.analyze import Analysis, _labels, _named, analyze, short_names
+from dydit_jax.jobs.analyze import Analysis, _labels, _named, _parts, analyze, short_names
 from dydit_jax.models.dit import Model
 from dydit_jax.sampling.noise import image_keys
 from dydit_jax.training.probe import patch_losses
@@ -91,10 +90,14 @@ def test_pictures_numbers_and_page(checkpoints, tmp_path):
         (["a/x", "a/y", "b/x"], ["a-x", "a-y", "b-x"]),
         (["a", "b/a"], ["a", "b-a"]),
         (["a", "a"], None),
+        (
+            ["https://me:key@host/m.safetensors?token=1#sha256=0", "hf://owner/name@v1", "/runs/c"],
+            ["m", "name@v1", "c"],
+        ),
     ],
 )
 def test_models_are_named_by_what_tells_their_paths_apart(paths, names):
-    assert short_names([Path(path).parts for path in paths]) == names
+    assert short_names([_parts(path) for path in paths]) == names
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,15 @@ import pytest
 import safetensors.numpy
 from buckets import HttpError, memory_for_buckets
 
+from dydit_jax.checkpoints import has_checkpoint
+from dydit_jax.convert.conversion import output_file
+from dydit_jax.data.archives import open_pictures
+from dydit_jax.data.image_sets import open_images
+from dydit_jax.data.sources import DataConfig, open_source
 from dydit_jax.errors import InputError
+from dydit_jax.jobs.evaluate import Evaluation, load_reference
+from dydit_jax.loading import load_checkpoint
+from dydit_jax.models.config import DiTConfig
 from dydit_jax.runtime.files import hold_lock, read_json, write_atomically, write_json
 
 
@@ -78,6 +86,26 @@ def test_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"Can't write .*file/inside.json \(.*\). Make room"):
         write_json(tmp_path / "file" / "inside.json", {})
+
+
+@pytest.mark.parametrize("address", ["ftp://host/a.npz", "https://host/a.npz", "s3://bucket/a.npz", "hf://owner/a"])
+def test_addresses_that_are_no_places_of_files_are_refused(address):
+    config = DataConfig(name="images", path=address, batch_size=1)
+    for use in (
+        lambda: open_images(address),
+        lambda: open_images(f"tfds:{address}/train"),
+        lambda: open_pictures(address),
+        lambda: load_reference(address, "", None, open_images),
+        lambda: Evaluation(("set",), out=address),
+        lambda: open_source(config, DiTConfig(depth=1, width=32, heads=2, patch=2, side=8, channels=3, classes=2)),
+        lambda: has_checkpoint(address),
+        lambda: output_file(address),
+        lambda: write_json(address, {}),
+    ):
+        with pytest.raises(InputError, match=r"://.* is an address, and files are read and written on this machine"):
+            use()
+    with pytest.raises(InputError, match="ftp://host/a is an address"):
+        load_checkpoint("ftp://host/a")
 
 
 def test_errors_of_a_bucket_are_those_of_a_disk(monkeypatch):

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from dydit_jax.checkpoints.digests import digests
 from dydit_jax.errors import DamageError, InputError
+from dydit_jax.runtime.files import locate
 from dydit_jax.runtime.processes import on_all_processes
 from dydit_jax.trees import flatten
 
@@ -31,7 +32,7 @@ ARRAYS_KEY, SUM_KEY = "arrays", "checksum"
 
 def checkpoint_folder(workdir, step: int | None = None) -> epath.Path:
     """Return where a run's checkpoints lie, or one of them, as an absolute path."""
-    folder = epath.Path(workdir)
+    folder = locate(workdir)
     if not folder.is_absolute():  # gs:// is; `absolute` would put the current folder before it
         folder = folder.absolute()
     folder = folder / CHECKPOINTS_FOLDER

@@ -33,7 +33,7 @@ from dydit_jax.checkpoints.reading import (
 )
 from dydit_jax.errors import DamageError, InputError, StopError, name_file
 from dydit_jax.records import read_mapping, require_mapping
-from dydit_jax.runtime.files import as_system_errors, make_folder, read_json
+from dydit_jax.runtime.files import as_system_errors, locate, make_folder, read_json
 from dydit_jax.runtime.locks import FolderLock
 from dydit_jax.runtime.processes import is_main, on_all_processes
 
@@ -292,12 +292,12 @@ def _whole_below(workdir, step: int, items: dict) -> int | None:
 
 def is_run(path) -> bool:
     """Return whether a folder is the work directory of a training."""
-    return (epath.Path(path) / CONFIG_FILE).is_file()
+    return (locate(path) / CONFIG_FILE).is_file()
 
 
 def split_step(path) -> tuple[epath.Path, int | None]:
     """Return work directory and step of a path to one checkpoint of a run; any other path as it is, and None."""
-    path = epath.Path(path)
+    path = locate(path)
     workdir = path.parent.parent
     if path.name.isdecimal() and path.parent.name == CHECKPOINTS_FOLDER and is_run(workdir):
         return workdir, int(path.name)

@@ -47,7 +47,7 @@ from dydit_jax.models.cost import format_count
 from dydit_jax.models.dit import Model
 from dydit_jax.models.routing import LAYOUTS
 from dydit_jax.records import require_range
-from dydit_jax.runtime.files import write_json
+from dydit_jax.runtime.files import locate, write_json
 from dydit_jax.runtime.progress import counted, counted_bytes
 from dydit_jax.runtime.seeds import make_key, require_seed
 from dydit_jax.runtime.settings import own_settings
@@ -329,7 +329,7 @@ def output_file(out) -> epath.Path:
     """Return the file that an `--out` means: itself, or the weights in that folder."""
     if not str(out):
         raise InputError("--out is empty; name a .safetensors file or a folder.")
-    out = epath.Path(out)
+    out = locate(out)
     return out if out.suffix == ".safetensors" else out / WEIGHTS_FILE
 
 

@@ -13,7 +13,7 @@ from dydit_jax.convert.conversion import output_file
 from dydit_jax.convert.tables import export_state_dict
 from dydit_jax.convert.torch_files import write_tensors
 from dydit_jax.errors import InputError, require_known
-from dydit_jax.runtime.files import write_json
+from dydit_jax.runtime.files import locate, write_json
 from dydit_jax.runtime.locks import is_free
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def export(request: Export, load: Callable[..., Weights] = load_weights) -> epat
       InputError: unreadable weights, an output that exists, an unknown ending, or a model that the layout can't hold:
         no other has updates that depend on the timestep, or is conditioned on the guidance scale.
     """
-    out, source = epath.Path(request.out), output_file(request.source)
+    out, source = locate(request.out), output_file(request.source)
     if request.layout == "diffusers":
         _require_free(out, request)
         weights = _load(load, source)

@@ -15,13 +15,11 @@ import pathlib
 import tarfile
 from collections.abc import Callable, Iterator
 
-from etils import epath
-
 from dydit_jax.data.folders import is_left_by_system, is_picture, list_class_folders, log_ignored, name_order
 from dydit_jax.data.images import MAX_BYTES, SUFFIXES, read_picture
 from dydit_jax.errors import InputError, escape_unprintable
 from dydit_jax.labels import spell_name
-from dydit_jax.runtime.files import is_local
+from dydit_jax.runtime.files import is_local, locate
 
 READ_AT_ONCE = 2**20  # bytes after the end of a tar
 
@@ -71,7 +69,7 @@ def open_pictures(source: str) -> PictureSource:
       InputError: nothing of the kind, or damaged. While the pictures are gone through: a tar that is damaged or has
         no pictures.
     """
-    path = epath.Path(source)
+    path = locate(source)
     if path.is_file():
         return _open_tar_of_tars(path)
     if not path.is_dir():

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from dydit_jax.errors import InputError
+from dydit_jax.runtime.files import locate
 
 SPLITS = {"train": ("train",), "test": ("t10k", "test")}
 UINT8_CODE = 8
@@ -41,7 +42,7 @@ def read_idx_split(folder, split: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       InputError: files that are not there, are no gzip, are cut or damaged, or do not belong together.
     """
-    folder = epath.Path(folder)
+    folder = locate(folder)
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder} with IDX files. {WHERE_TO_GET}.")
     images_file, labels_file = _find(folder, split, "images-idx3"), _find(folder, split, "labels-idx1")

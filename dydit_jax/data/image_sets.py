@@ -20,6 +20,7 @@ from dydit_jax.data.folders import list_set
 from dydit_jax.data.images import MAX_PIXELS, center_crop, decode_image, read_picture
 from dydit_jax.data.prepared import open_prepared, read_example
 from dydit_jax.errors import InputError
+from dydit_jax.runtime.files import locate
 from dydit_jax.runtime.progress import Progress, counted
 
 IMAGES_ENTRY = "arr_0"
@@ -78,7 +79,7 @@ def open_images(path, side: int = 0, *, image_key: str = "image") -> ImageSet:
     """
     if str(path).startswith(DATASET_PREFIX):
         return _open_dataset(str(path), side, image_key)
-    path = epath.Path(path)
+    path = locate(path)
     if path.is_dir():
         return _open_folder(path, side)
     if not path.is_file():

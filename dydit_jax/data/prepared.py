@@ -8,10 +8,8 @@ and classes other than those of tensorflow_datasets itself are refused.
 import re
 from collections.abc import Iterator
 
-from etils import epath
-
 from dydit_jax.errors import InputError
-from dydit_jax.runtime.files import parse_json, read_json
+from dydit_jax.runtime.files import locate, parse_json, read_json
 
 INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
 CLASS_KEYS = (
@@ -41,7 +39,7 @@ def open_prepared(path: str, image_key: str = "image"):
     import tensorflow_datasets as tfds
 
     name, _, split = path.rpartition("/")
-    folder = epath.Path(name).expanduser()
+    folder = locate(name).expanduser()
     found = (folder / INFO_FILE).is_file()
     if found:
         _require_own_features(folder)

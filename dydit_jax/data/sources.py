@@ -13,7 +13,6 @@ import typing
 from collections.abc import Callable
 
 import numpy as np
-from etils import epath
 
 from dydit_jax.data.fitting import require_labels, require_shape
 from dydit_jax.data.folders import list_class_folders
@@ -26,6 +25,7 @@ from dydit_jax.labels import spell_name
 from dydit_jax.models.autoencoder import AutoencoderConfig
 from dydit_jax.records import require_range
 from dydit_jax.registry import Registry, is_built_in, require_array
+from dydit_jax.runtime.files import locate
 from dydit_jax.runtime.seeds import require_seed
 
 DIGITS_HELD_OUT = 360
@@ -159,7 +159,7 @@ class Latents:
     """
 
     def __init__(self, config, model):
-        folder = epath.Path(config.path) if config.path else None
+        folder = locate(config.path) if config.path else None
         if "://" in config.path:
             raise InputError(f"Latents are read where they lie: mount {config.path} as a folder, or copy it to a disk.")
         if folder is None or not all((folder / name).is_file() for name in (LATENTS_FILE, LABELS_FILE)):
@@ -246,7 +246,7 @@ class Images(_Pictures):
 
     def __init__(self, config, model):
         super().__init__(config, model)
-        folder = epath.Path(config.path) if config.path else None
+        folder = locate(config.path) if config.path else None
         if folder is None or not folder.is_dir():
             raise InputError(
                 f"Dataset images needs data.path, a folder with one sub-folder per class, not {config.path!r}."

@@ -28,7 +28,7 @@ from dydit_jax.data.images import center_crop, decode_image, read_picture
 from dydit_jax.drawing.pictures import draw_grid
 from dydit_jax.errors import InputError
 from dydit_jax.models.cost import format_count
-from dydit_jax.runtime.files import read_json, write_atomically
+from dydit_jax.runtime.files import locate, read_json, write_atomically
 
 REPORT_FILE = "report.html"
 MANIFEST_FILE = "manifest.json"
@@ -110,7 +110,7 @@ def write_report(folder) -> epath.Path:
     Returns:
       The page's path.
     """
-    folder = epath.Path(folder)
+    folder = locate(folder)
     manifest, cost, analysis = (_read(folder / name, dict) for name in (MANIFEST_FILE, COST_FILE, ANALYSIS_FILE))
     evaluations = _read(folder / EVALUATION_FILE, list)
     parts = [*_picture_sections(folder), _origin(manifest, cost, analysis), _cost(cost), _metrics(evaluations or [])]

@@ -19,9 +19,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from dydit_jax.checkpoints import Weights, package_versions
+from dydit_jax.checkpoints import Weights, package_versions, without_places
+from dydit_jax.convert.hub import is_address
 from dydit_jax.data.batches import examples
 from dydit_jax.data.sources import DataConfig, open_source
 from dydit_jax.diffusion.process import Process, format_time, noise_first, spread_times
@@ -36,7 +36,7 @@ from dydit_jax.models.precision import build_model
 from dydit_jax.models.routing import Routing
 from dydit_jax.pipeline import Pipeline
 from dydit_jax.records import require_range
-from dydit_jax.runtime.files import write_json
+from dydit_jax.runtime.files import locate, write_json
 from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.seeds import require_seed
@@ -109,7 +109,7 @@ def analyze(request: Analysis) -> dict:
     models = _named([load_checkpoint(path, base=request.base) for path in request.checkpoints], request.checkpoints)
     batch = _examples(request, models)
     request = dataclasses.replace(request, labels=_labels(request, models))
-    out = epath.Path(request.out)
+    out = locate(request.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; name another --out.")
     out.mkdir(parents=True, exist_ok=True)
@@ -151,16 +151,21 @@ def _named(weights: list[Weights], paths: tuple[str, ...]) -> dict[str, Weights]
                 f"{path} has inputs {shape(other.model)} (side, channels, classes) and {other.process}, {paths[0]} "
                 f"{shape(first.model)} and {first.process}; losses of the same examples can't be compared."
             )
-    names = short_names([_parts(str(path).removesuffix(".safetensors")) for path in paths])
+    names = short_names([_parts(str(path)) for path in paths])
     if names is None:
         raise InputError(f"--checkpoints names a model twice: {', '.join(paths)}.")
     return dict(zip(names, weights))
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    """Return the parts of a path; where it is relative to what has another name, such as "." or "..", of what it is."""
-    parts = epath.Path(path).parts
-    return pathlib.Path(path).resolve().parts if not parts or ".." in parts else parts
+    """Return the parts of a path or an address, the latter without an account, a query and a checksum.
+
+    Where a path is relative to what has another name, such as "." or "..", they are those of what it is.
+    """
+    if is_address(path):
+        return pathlib.PurePosixPath(without_places(path).partition("#")[0].removesuffix(".safetensors")).parts
+    path = pathlib.PurePosixPath(path.removesuffix(".safetensors"))
+    return pathlib.Path(path).resolve().parts if not path.parts or ".." in path.parts else path.parts
 
 
 def short_names(paths: list[tuple[str, ...]]) -> list[str] | None:

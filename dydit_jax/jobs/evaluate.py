@@ -22,7 +22,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.metrics.distances import NEIGHBOURS, frechet_distance, inception_score, moments, precision_recall
 from dydit_jax.metrics.inception import convert_inception, features
 from dydit_jax.records import require_range
-from dydit_jax.runtime.files import parse_json, write_atomically, write_json
+from dydit_jax.runtime.files import locate, parse_json, write_atomically, write_json
 from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.settings import own_settings
@@ -71,9 +71,11 @@ class Evaluation:
             raise InputError("--samples is empty; name one set of images or several, with commas between them.")
         require_range("--batch_size", self.batch_size, low=1, high=MOST_BATCH)
         require_range("--side", self.side, low=0, high=MOST_SIDE)
+        for path in (self.out, self.save_statistics):
+            locate(path)  # what can't be written is refused before anything is computed
         if self.save_statistics and not self.reference:
             raise InputError("--save_statistics keeps those of --reference; name one.")
-        if self.report and not all(epath.Path(path).is_dir() for path in self.samples):
+        if self.report and not all(locate(path).is_dir() for path in self.samples):
             raise InputError(f"--report needs folders, such as sample.py writes, not {', '.join(self.samples)}.")
 
 
@@ -153,7 +155,7 @@ def load_inception(inception: str) -> tuple[dict, str]:
     Raises:
       InputError: no such file, or another network.
     """
-    path = epath.Path(inception)
+    path = locate(inception)
     if not path.exists():
         if inception not in known_names("judge"):
             raise InputError(
@@ -224,7 +226,7 @@ def load_reference(path: str, network: str, measure, open_set) -> Statistics:
     Raises:
       InputError: nothing of the kind, damaged, or statistics of another network.
     """
-    shapes = npz_shapes(path) if path.endswith(".npz") and epath.Path(path).is_file() else {}
+    shapes = npz_shapes(path) if path.endswith(".npz") and locate(path).is_file() else {}
     names = MOMENTS if all(name in shapes for name in MOMENTS) else MOMENTS[:2]
     if not all(name in shapes for name in names):
         return measure(open_set(path))

@@ -45,7 +45,7 @@ from dydit_jax.latents import encode_moments
 from dydit_jax.loading import load_autoencoder
 from dydit_jax.models.autoencoder import Autoencoder
 from dydit_jax.records import require_range
-from dydit_jax.runtime.files import read_json, write_json
+from dydit_jax.runtime.files import locate, read_json, write_json
 from dydit_jax.runtime.locks import FolderLock, claim_folder
 from dydit_jax.runtime.processes import is_main, on_all_processes, require_same
 from dydit_jax.runtime.progress import Progress
@@ -118,7 +118,7 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
     source, autoencoder = on_all_processes(lambda: _open(request))
     job = _describe(request, source, autoencoder)
     require_same("source or autoencoder", json.dumps(job))
-    out = epath.Path(request.out)
+    out = locate(request.out)
     with contextlib.ExitStack() as held:
         prepare = lambda: _prepare_out(out, job, request)
         lock = on_all_processes(lambda: held.enter_context(prepare()) if is_main() else None)
@@ -175,7 +175,7 @@ def _make_missing(
     job: dict, source: DataSource, autoencoder: Autoencoder, request: LatentsRequest, lock: FolderLock | None
 ) -> None:
     """Make what is left of the latents, each process its share, and finish the folder."""
-    out = epath.Path(request.out)
+    out = locate(request.out)
     done = on_all_processes(lambda: read_journals(out))
     left = [first for first in range(0, len(source), request.chunk) if first not in done]
     mine = left[jax.process_index() :: jax.process_count()]
@@ -256,7 +256,7 @@ def verify_latents(folder) -> None:
     Raises:
       InputError: not finished, or other numbers; with the first chunk that differs.
     """
-    folder = epath.Path(folder)
+    folder = locate(folder)
     if not (folder / INFO_FILE).is_file():
         raise InputError(f"{folder} has no {INFO_FILE}: it is not finished, or not of this tool.")
     files = LatentFiles(folder)

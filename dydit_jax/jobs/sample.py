@@ -26,7 +26,6 @@ import time
 
 import jax
 import numpy as np
-from etils import epath
 
 from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.process import process_sections
@@ -53,7 +52,7 @@ from dydit_jax.models.cost import format_count
 from dydit_jax.models.precision import resolve_precision
 from dydit_jax.pipeline import DrawJob, DrawResult, Pipeline
 from dydit_jax.records import require_range
-from dydit_jax.runtime.files import write_json
+from dydit_jax.runtime.files import locate, write_json
 from dydit_jax.runtime.locks import FolderLock
 from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.processes import from_main, is_main, on_all_processes
@@ -172,7 +171,7 @@ def sample(request: Request) -> Samples:
     segments = _segments_given(request, run, len(labels))
     manifest = _manifest(request, pipeline, labels) | dict(segments=segments)
     size = 0 if request.labels is not None else len(labels) * math.prod(pipeline.image_shape)
-    out, set_labels = epath.Path(request.out), labels if request.labels is None else None
+    out, set_labels = locate(request.out), labels if request.labels is None else None
     prepare = lambda: prepare_folder(out, manifest, sample_bytes=size, labels=set_labels)
     with contextlib.ExitStack() as held:
         lock = on_all_processes(lambda: held.enter_context(prepare()) if is_main() else None)
@@ -219,7 +218,7 @@ def _draw_missing(
     request: Request, pipeline: Pipeline, labels: np.ndarray, manifest: dict, lock: FolderLock | None
 ) -> DrawResult:
     """Draw the images that are not in the folder, in the number of segments that the manifest says, or will say."""
-    out, segments, sampling = epath.Path(request.out), manifest["segments"], pipeline.weights.sampling
+    out, segments, sampling = locate(request.out), manifest["segments"], pipeline.weights.sampling
     missing = missing_images(out, len(labels), pipeline.image_shape) if is_main() else []
     missing = from_main(missing, len(labels))  # the others may not see the folder
     logger.info("%d of %d images to draw into %s.", len(missing), len(labels), out)
@@ -364,7 +363,7 @@ def _labels(request: Request, weights: Weights) -> np.ndarray:
 
 def _read_words(path) -> list[str]:
     """Read a file of labels, as far as it can be one: numbers by spaces or lines, a name is a line."""
-    path = epath.Path(path)
+    path = locate(path)
     if not path.is_file():
         raise InputError(f"There is no file {path} (--labels_file).")
     most = MOST_IMAGES * LABEL_BYTES

@@ -21,7 +21,7 @@ from PIL import Image
 from dydit_jax.drawing.pictures import image_of, read_image, save_image
 from dydit_jax.drawing.report import MANIFEST_FILE
 from dydit_jax.errors import InputError
-from dydit_jax.runtime.files import is_local, read_json, write_atomically, write_json
+from dydit_jax.runtime.files import is_local, locate, read_json, write_atomically, write_json
 from dydit_jax.runtime.locks import FolderLock, claim_folder
 from dydit_jax.runtime.progress import counted
 
@@ -51,7 +51,7 @@ def prepare_folder(out, manifest: dict, *, sample_bytes: int, labels: np.ndarray
       InputError: a folder of another job, one that another command works in, one that can't be written to, or a disk
         that is too small.
     """
-    out = epath.Path(out)
+    out = locate(out)
     _require_room(out, sample_bytes)
     with claim_folder(out, MANIFEST_FILE) as lock:
         _begin(out, manifest, labels)
@@ -82,10 +82,10 @@ def segments_begun_with(out, images: int) -> int | None:
     Raises:
       InputError: a manifest that can't be read.
     """
-    path = epath.Path(out) / MANIFEST_FILE
+    path = locate(out) / MANIFEST_FILE
     found = read_json(path, remedy=MANIFEST_REMEDY) if path.is_file() else {}
     begun = found.get("segments")
-    goes_on = found.get("num_images") == images and any((epath.Path(out) / "images").glob("*.png"))
+    goes_on = found.get("num_images") == images and any((locate(out) / "images").glob("*.png"))
     return begun if goes_on and type(begun) is int and begun >= 0 else None
 
 

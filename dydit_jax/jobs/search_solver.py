@@ -28,7 +28,7 @@ from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import resolve_precision
 from dydit_jax.records import require_range
-from dydit_jax.runtime.files import read_json, write_atomically, write_json
+from dydit_jax.runtime.files import locate, read_json, write_atomically, write_json
 from dydit_jax.runtime.locks import FolderLock, claim_folder
 from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.progress import Progress, counted
@@ -133,7 +133,7 @@ def search_solver(request: SearchRequest) -> dict:
         raise InputError(
             f"--reference={request.reference} has too few timesteps for {request.evaluations} evaluations."
         )
-    out, about = epath.Path(request.out), _about(request, weights, own, teacher)
+    out, about = locate(request.out), _about(request, weights, own, teacher)
     with claim_folder(out, JOB_FILE) as lock:
         _begin(out, about | dict(batch_size=request.batch_size))
         if (out / SOLVER_FILE).is_file():

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 
 from dydit_jax.checkpoints import (
@@ -38,7 +37,7 @@ from dydit_jax.models.cost import format_count
 from dydit_jax.models.dit import Model
 from dydit_jax.models.precision import build_model
 from dydit_jax.models.trainable import EVERYTHING, split_params
-from dydit_jax.runtime.files import write_json
+from dydit_jax.runtime.files import locate, write_json
 from dydit_jax.runtime.locks import FolderLock, is_free
 from dydit_jax.runtime.processes import is_main, on_all_processes, one_for_all, require_same, to_host
 from dydit_jax.runtime.settings import own_settings
@@ -58,7 +57,7 @@ def require_own_workdir(workdir, config: dict) -> None:
     Raises:
       InputError: not empty, or another configuration's; nothing is changed.
     """
-    workdir = epath.Path(workdir)
+    workdir = locate(workdir)
     if is_run(workdir):
         found = differences(read_run_config(workdir), config)
         if found:
@@ -74,7 +73,7 @@ def claimed_workdir(workdir, config: dict) -> Iterator[FolderLock]:
     Raises:
       InputError: see `require_own_workdir`; or not writable, or one that another training works in.
     """
-    workdir = epath.Path(workdir)
+    workdir = locate(workdir)
     require_own_workdir(workdir, config)
     with FolderLock(workdir) as lock:
         write_json(workdir / CONFIG_FILE, config)
@@ -120,7 +119,7 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
     with contextlib.ExitStack() as claim:
         lock = on_all_processes(lambda: claim.enter_context(claimed_workdir(workdir, config)) if is_main() else None)
         on_all_processes(lambda: _require_shared(workdir))
-        workdir = epath.Path(workdir)
+        workdir = locate(workdir)
         run = Run(workdir, experiment.checkpoint, lock=lock, from_step=from_step)
         about = dict(versions=package_versions(), data=data.fingerprint, class_names=names)
         about |= dict(base=base) if base else {}

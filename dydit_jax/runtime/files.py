@@ -20,6 +20,7 @@ from etils import epath
 
 from dydit_jax.errors import InputError
 
+BUCKET = "gs://"
 CLIENTS = ("aiohttp.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud.")  # of buckets
 MOST_LEVELS = 100  # of JSON; ours has a few
 
@@ -29,6 +30,23 @@ logger = logging.getLogger(__name__)
 def is_local(path) -> bool:
     """Return whether a path is of this machine's file system, not of a bucket."""
     return "://" not in str(path)
+
+
+def locate(path) -> epath.Path:
+    """Return where a file or folder is that a user names.
+
+    Args:
+      path: of this machine or a bucket (`gs://...`).
+
+    Raises:
+      InputError: an address of another kind.
+    """
+    if not is_local(path) and not str(path).startswith(BUCKET):
+        raise InputError(
+            f"{path} is an address, and files are read and written on this machine and at {BUCKET} alone; fetch it, or "
+            "name such a path. Weights may also be read from https:// and hf://."
+        )
+    return epath.Path(path)
 
 
 def is_of_bucket(error: BaseException) -> bool:
@@ -65,7 +83,7 @@ def write_atomically(path) -> Iterator[epath.Path]:
       InputError: a place that can't be written to, or a disk that is full. Nothing is left there then, and a file that
         already had the name is as it was. What is no error of the system passes as it is.
     """
-    path = epath.Path(path)
+    path = locate(path)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         with as_system_errors():
@@ -110,7 +128,7 @@ def write_tail(path, start: int, text: str) -> None:
     Raises:
       InputError: a place that can't be written to, or a disk that is full.
     """
-    path = epath.Path(path)
+    path = locate(path)
     if not is_local(path):
         before = path.read_bytes()[:start] if start else b""
         with write_atomically(path) as partial:
@@ -164,7 +182,7 @@ def read_json(path, *, remedy: str = "restore it from a copy, or remove it and s
     Raises:
       InputError: no such file, one that can't be read, is empty, cut short or no JSON, or holds another kind.
     """
-    path = epath.Path(path)
+    path = locate(path)
     try:
         with as_system_errors():
             text = path.read_text()

@@ -21,6 +21,7 @@ from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import is_low_rank
 from dydit_jax.models.trainable import EVERYTHING, split_params
+from dydit_jax.runtime.files import locate
 from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.sharding import shardings
 from dydit_jax.training.experiment import Experiment
@@ -210,7 +211,7 @@ def _match_names(own: Sequence[str], theirs: Sequence[str]) -> dict[int, int]:
 
 def _read_class_map(text: str, own: tuple[int, Sequence[str]], source: Weights) -> dict[int, int]:
     """Read "0:207,1:360", or a file with such a pair per line: own class, then the source's, by number or name."""
-    is_file = epath.Path(text).is_file()
+    is_file = locate(text).is_file()
     if not is_file and ":" not in text:
         raise InputError(f"train.class_map {text!r} is neither a file nor a map such as 0:207,1:360.")
     try:
