@@ -4,6 +4,7 @@ import contextlib
 from unittest import mock
 
 from etils.epath import backend
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 
@@ -25,6 +26,7 @@ class Bucket(MemoryFileSystem):
 @contextlib.contextmanager
 def memory_for_buckets():
     """Put memory in the place of every bucket; gives the store."""
-    bucket = Bucket(global_store=False, skip_instance_cache=True)
-    with mock.patch.object(type(backend.fsspec_backend), "fs", lambda self, path: bucket):
+    bucket, disk = Bucket(global_store=False, skip_instance_cache=True), LocalFileSystem()
+    store_of = lambda self, path: bucket if "://" in str(path) else disk
+    with mock.patch.object(type(backend.fsspec_backend), "fs", store_of):
         yield bucket

@@ -9,6 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from buckets import memory_for_buckets
 
 from dydit_jax.convert.torch_files import read_tensors, write_tensors
 from dydit_jax.errors import InputError
@@ -79,6 +80,17 @@ def test_what_is_written_is_read_again(tmp_path, suffix):
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(read[name], tensor)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_what_is_written_to_a_bucket_lies_there(tmp_path, monkeypatch, suffix):
+    monkeypatch.chdir(tmp_path)
+    with memory_for_buckets() as bucket:
+        write_tensors(f"gs://bucket/out/w{suffix}", {"a": np.ones(4, np.float32)})
+        [path] = bucket.find("gs://bucket")
+        (tmp_path / f"copy{suffix}").write_bytes(bucket.cat(path))
+    np.testing.assert_array_equal(read_tensors(tmp_path / f"copy{suffix}")["a"], 1)
+    assert path.endswith(f"bucket/out/w{suffix}") and [file.name for file in tmp_path.iterdir()] == [f"copy{suffix}"]
 
 
 def test_bfloat16_safetensors_are_read(tmp_path):

@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import struct
+import tempfile
 import textwrap
 import zipfile
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ import numpy as np
 from dydit_jax.convert.pickles import MAX_AXES, MAX_LIST_BYTES, Namespace, RefusedError, read_pickle
 from dydit_jax.convert.state_dicts import pick_state_dict
 from dydit_jax.errors import InputError
-from dydit_jax.runtime.files import write_atomically
+from dydit_jax.runtime.files import is_local, locate, write_atomically
 
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -324,25 +325,30 @@ def write_tensors(path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write arrays by name, as `.safetensors` or, where PyTorch is installed, as torch.save does.
 
     Args:
-      path: ends in .safetensors, .pt, .pth or .bin.
+      path: of this machine or a bucket; ends in .safetensors, .pt, .pth or .bin.
       tensors: float32 arrays.
 
     Raises:
       InputError: another ending, PyTorch is needed and not there, or a place that can't be written to.
     """
-    path = Path(path)
+    path = locate(path)
     if path.suffix == ".safetensors":
         import safetensors.numpy
 
-        save = lambda partial: safetensors.numpy.save_file(dict(tensors), partial)
+        save = lambda file: safetensors.numpy.save_file(dict(tensors), file)
     elif path.suffix in (".pt", ".pth", ".bin"):
         try:
             import torch
         except ImportError as error:
             raise InputError(f"Writing {path.suffix} needs PyTorch: pip install 'dydit-jax[torch]'.") from error
         state = collections.OrderedDict((name, torch.from_numpy(np.array(array))) for name, array in tensors.items())
-        save = lambda partial: torch.save(state, partial)
+        save = lambda file: torch.save(state, file)
     else:
         raise InputError(f"Can't tell the format of {path}; end it in .safetensors, .pt, .pth or .bin.")
-    with write_atomically(path) as partial:
-        save(partial)
+    with write_atomically(path) as partial, tempfile.TemporaryDirectory() as folder:
+        if is_local(partial):
+            save(partial)
+            return
+        local = locate(folder) / partial.name  # neither library writes to a bucket
+        save(local)
+        local.copy(partial)
