@@ -123,6 +123,24 @@ def test_labels_outside_the_range_are_refused(packed, tmp_path, labels, message)
         take(0, 1, name="latents", path=packed)
 
 
+@pytest.mark.parametrize("dtype", ["<U3", "complex64", "datetime64[s]", "int16", "bool"])
+def test_moments_that_are_no_floats_are_refused(packed, tmp_path, dtype):
+    np.save(tmp_path / "moments.npy", np.zeros((40, 2, 8, 8, 2), dtype))
+    with pytest.raises(InputError, match=r"moments.npy holds .*, not floats; save it again"):
+        take(0, 1, name="latents", path=packed)
+
+
+def test_latents_of_a_wide_variance_are_as_wide_as_the_encoder_makes_them(packed, tmp_path):
+    drawn = {}
+    for log_variance in (20, 200):
+        moments = np.zeros((40, 2, 8, 8, 2), np.float32)
+        moments[..., 1] = log_variance
+        np.save(tmp_path / "moments.npy", moments)
+        drawn[log_variance] = take(0, 1, name="latents", path=packed)[0]["image"]
+    assert np.isfinite(drawn[200]).all()
+    np.testing.assert_array_equal(drawn[200], drawn[20])
+
+
 @pytest.mark.parametrize("name", ["labels.npy", "moments.npy"])
 def test_latents_that_are_no_arrays_are_refused(packed, tmp_path, name):
     whole = (tmp_path / name).read_bytes()

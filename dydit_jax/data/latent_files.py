@@ -1,6 +1,6 @@
 """The files of prepared latents: `tools/prepare_latents.py` writes them, `data.name=latents` reads them.
 
-    <folder>/moments.npy    [n,2,side,side,2C], of an image and of its mirror image: mean, then log-variance
+    <folder>/moments.npy    floats [n,2,side,side,2C], of an image and of its mirror image: mean, then log-variance
     <folder>/labels.npy     integers [n]
     <folder>/checksums.npy  uint32 [n]: the CRC-32 of an example's moments and label, compared whenever it is read
     <folder>/info.json      what made them, scale and shift with which a model sees them, mean and deviation per channel
@@ -67,6 +67,8 @@ class LatentFiles:
                 f"{folder} holds moments {self.shape} and {self.labels.size} labels; it must be "
                 "[n,2,side,side,2C] and n."
             )
+        if moments.dtype.kind != "f":
+            raise InputError(f"{self._path} holds {moments.dtype}, not floats; save it again from moments as float32.")
         if not moments.flags.c_contiguous:
             raise InputError(f"{self._path} is in Fortran's order; save it again from np.ascontiguousarray(moments).")
         self._dtype, self._offset, self._size = moments.dtype, moments.offset, moments[:1].nbytes

@@ -22,7 +22,7 @@ from dydit_jax.data.latent_files import CLASSES_KEY, LABELS_FILE, LATENTS_FILE, 
 from dydit_jax.data.prepared import open_prepared, read_example
 from dydit_jax.errors import InputError
 from dydit_jax.labels import spell_name
-from dydit_jax.models.autoencoder import AutoencoderConfig
+from dydit_jax.models.autoencoder import LOG_VARIANCE_RANGE, AutoencoderConfig
 from dydit_jax.records import require_range
 from dydit_jax.registry import Registry, is_built_in, require_array
 from dydit_jax.runtime.files import locate
@@ -186,12 +186,12 @@ class Latents:
         return {"moments": self.files.read(index), "label": self.labels[index]}
 
     def draw(self, example, generator: np.random.Generator):
-        """Choose the image or its mirror image, and a latent from its Gaussian."""
+        """Choose the image or its mirror image, and a latent from its Gaussian, whose variance has limits."""
         view = generator.integers(2) if self.flip else 0
         moments = np.asarray(example["moments"][view], np.float32)
         mean, log_variance = np.split(moments, 2, axis=-1)
         noise = generator.standard_normal(mean.shape, np.float32)
-        latents = mean + np.exp(0.5 * log_variance) * noise
+        latents = mean + np.exp(0.5 * np.clip(log_variance, *LOG_VARIANCE_RANGE)) * noise
         return {"image": self.record.to_model(latents), "label": example["label"]}
 
 
