@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
+from dydit_jax.errors import InputError
 from dydit_jax.metrics.distances import frechet_distance, inception_score, moments, precision_recall, squared_radii
 
 
@@ -35,6 +36,17 @@ def test_sets_of_other_features_are_not_compared():
         frechet_distance(*moments(few), *moments(many))
     with pytest.raises(AssertionError, match="rank"):
         moments(few[0])
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused(wrong):
+    good = np.random.default_rng(0).standard_normal((50, 16)).astype(np.float32)
+    bad = good.copy()
+    bad[7, 3] = wrong
+    with pytest.raises(InputError, match="Point 7 of the reference has features that are not finite"):
+        precision_recall(bad, good)
+    with pytest.raises(InputError, match="Point 7 of the samples has features that are not finite"):
+        precision_recall(good, bad)
 
 
 def test_distance_of_known_gaussians():

@@ -237,11 +237,16 @@ def test_wrong_requests_are_refused(files):
         evaluate(Evaluation((str(files / "a.npz"),), inception="nowhere"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "not finite", "other moments", "no JSON", "deep JSON", "a list"])
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "flipped", "not finite", "features not finite", "other moments", "no JSON", "deep JSON", "a list"],
+)
 def test_damaged_statistics_are_refused(files, tmp_path, damage):
     arrays = dict(mu=np.zeros(2048), sigma=np.zeros((2048, 2048)), mu_s=np.zeros(2023), sigma_s=np.zeros((2023, 2023)))
     if damage == "not finite":
         arrays["mu"][5] = np.nan
+    elif damage == "features not finite":
+        arrays["pool"] = np.full((5, 2048), np.inf, np.float32)
     elif damage == "other moments":
         arrays["mu_s"] = np.zeros(7)
     elif damage == "no JSON":

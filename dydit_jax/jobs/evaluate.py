@@ -241,8 +241,10 @@ def load_reference(path: str, network: str, measure, open_set) -> Statistics:
         raise InputError(f"{path} holds no statistics, or is damaged ({error}); make it again.") from error
     if other:
         raise InputError(f"{path} holds statistics of another network; make them again with --save_statistics.")
-    if not all(np.isfinite(array).all() for array in known.values()):
-        raise InputError(f"{path} holds moments that are not finite; make it again.")
+    read = known if pool is None else known | dict(pool=pool)
+    wrong = [name for name, array in read.items() if not np.isfinite(array).all()]
+    if wrong:
+        raise InputError(f"{path} holds numbers that are not finite, in {', '.join(wrong)}; make it again.")
     about = dict(name=path)
     if record is not None:
         about = parse_json(str(record), f"The record in {path}", remedy="make it again with --save_statistics")

@@ -15,6 +15,7 @@ import numpy as np
 import scipy.linalg
 import scipy.special
 
+from dydit_jax.errors import InputError
 from dydit_jax.runtime.progress import Progress
 
 NEIGHBOURS = 3  # k of precision and recall in the field's figures
@@ -90,10 +91,17 @@ def precision_recall(
       Both in [0, 1]. Precision is None if the reference has fewer than k + 1 points, recall if the samples have: the
       k-th neighbour is then infinitely far, and everything would lie inside.
 
+    Raises:
+      InputError: features that are not finite: a single NaN would put every point outside.
+
     Source: https://arxiv.org/abs/1904.06991.
     """
     chex.assert_rank([reference, samples], 2)
     chex.assert_equal_shape_suffix([reference, samples], 1)
+    for name, points in (("reference", reference), ("samples", samples)):
+        wrong = np.flatnonzero(~np.isfinite(points).all(1))
+        if wrong.size:
+            raise InputError(f"Point {wrong[0]} of the {name} has features that are not finite; compute them again.")
     # Distances do not change, but their squares are differences of smaller numbers.
     centre = np.mean(reference, axis=0, dtype=np.float64).astype(np.float32)
     blocks = sum(-(-len(points) // block) for points in (reference, samples))
