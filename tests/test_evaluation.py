@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -185,6 +186,18 @@ def test_class_folders_are_a_set(tmp_path):
     np.testing.assert_array_equal(found, pictures(4, 0)[[0, 2, 1, 3]])
     (tmp_path / "set" / "class0").rename(tmp_path / "set" / "class2")
     assert images.count == 4 and open_images(tmp_path / "set").checksum != images.checksum
+
+
+def test_class_named_images_hides_no_other_class(tmp_path, caplog):
+    for number, place in enumerate(("images", "images", "drawings", "drawings", "drawings")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        Image.fromarray(pictures(1, number)[0]).save(tmp_path / place / f"{number}.png")
+    assert open_images(tmp_path).count == 5
+    (tmp_path / "manifest.json").write_text("{}")  # now it is what sample.py wrote, with something beside it
+    assert open_images(tmp_path).count == 2 and "1 entries are ignored" in caplog.text and "drawings" in caplog.text
+    shutil.rmtree(tmp_path / "drawings")
+    (tmp_path / "manifest.json").unlink()
+    assert open_images(tmp_path).count == 2
 
 
 def test_statistics_of_mu_and_sigma_alone_give_the_fid_and_reasons_for_the_rest(tmp_path):

@@ -17,6 +17,7 @@ from dydit_jax.labels import spell_name
 # Beside all names that begin with a dot, such as .ipynb_checkpoints, .DS_Store and the ._x of macOS.
 LEFT_BY_SYSTEMS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 LEFT_BY_SYSTEMS += ("thumbs.db", "desktop.ini")
+SET_FOLDER, SET_MANIFEST = "images", "manifest.json"  # of what sample.py writes
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,23 @@ def list_pictures(folder) -> list:
         raise InputError(f"{folder} has no pictures ({', '.join(SUFFIXES)}).")
     log_ignored(folder, [path.name for path in others])
     return files
+
+
+def find_set(folder):
+    """Return where a set lies: in a folder, or in `images` inside it, as `sample.py` writes, if that is no class of it.
+
+    Raises:
+      InputError: a folder that can't be listed.
+    """
+    inside = folder / SET_FOLDER
+    if not inside.is_dir():
+        return folder
+    others = [path for path in _list_folder(folder) if path.name != SET_FOLDER and _is_data_folder(path)]
+    filled = [path.name for path in others if _pictures_and_others(path)[0]]
+    if filled and not (folder / SET_MANIFEST).is_file():
+        return folder
+    log_ignored(folder, filled)
+    return inside
 
 
 def list_set(folder) -> list:

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from dydit_jax.data.folders import list_set
+from dydit_jax.data.folders import find_set, list_set
 from dydit_jax.data.images import MAX_PIXELS, center_crop, decode_image, read_picture
 from dydit_jax.data.prepared import open_prepared, read_example
 from dydit_jax.errors import InputError
@@ -69,7 +69,8 @@ def open_images(path, side: int = 0, *, image_key: str = "image") -> ImageSet:
 
     Args:
       path: an `.npz` with the key arr_0, uint8 [n,height,width,3], or grey: [n,height,width] or [n,height,width,1]; a
-        folder of pictures, of class folders, or with a sub-folder `images` (what `sample.py` writes); or
+        folder of pictures, of class folders, or with a sub-folder `images` (what `sample.py` writes; without its
+        manifest and beside other folders of pictures, `images` is one of the classes); or
         "tfds:<folder or name>/<split>" of a dataset that is prepared.
       side: pictures of a folder or a dataset are cropped to it as ADM does; 0 leaves them as they are.
       image_key: name of the picture in the examples of a dataset.
@@ -154,7 +155,7 @@ def _open_npz(path) -> ImageSet:
 
 
 def _open_folder(path, side: int) -> ImageSet:
-    folder = path / "images" if (path / "images").is_dir() else path
+    folder = find_set(path)
     files = list_set(folder)
     digest = hashlib.sha256()
     for file in counted(files, len(files), "image", f"checksum of {path}"):
