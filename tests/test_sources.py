@@ -9,6 +9,7 @@ import pytest
 
 from dydit_jax.data.batches import batches
 from dydit_jax.data.image_sets import open_images
+from dydit_jax.data.prepared import _known_builder
 from dydit_jax.data.sources import DataConfig, digits, open_source
 from dydit_jax.errors import InputError
 from dydit_jax.models.config import DiTConfig
@@ -190,6 +191,21 @@ def test_datasets_that_name_classes_of_their_own_run_nothing(tmp_path, monkeypat
     with pytest.raises(InputError, match=r".json names the class 'strange_notes.Notes' .*Prepare the dataset again"):
         open_images(f"tfds:{tmp_path}/train")
     assert "strange_notes" not in sys.modules
+
+
+def test_names_mean_datasets_that_tensorflow_datasets_has_code_for(tmp_path, monkeypatch):
+    folder = tmp_path / "flowers" / "1.0.0"
+    folder.mkdir(parents=True)
+    (tmp_path / "strange_notes.py").write_text("")
+    (folder / "dataset_info.json").write_text(json.dumps(dict(name="flowers", version="1.0.0", splits=[])))
+    (folder / "features.json").write_text(json.dumps(STRANGE))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path))
+    for name in ("flowers", "flowers:1.0.0"):
+        with pytest.raises(InputError, match="Dataset flowers not found"):
+            open_images(f"tfds:{name}/train")
+    assert "strange_notes" not in sys.modules
+    assert _known_builder("mnist:3.0.1").info.full_name == "mnist/3.0.1"
 
 
 @pytest.mark.parametrize("name", ["flowers/data_dir=data", "huggingface:flowers", "../flowers"])

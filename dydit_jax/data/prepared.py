@@ -12,14 +12,9 @@ from dydit_jax.errors import InputError
 from dydit_jax.runtime.files import locate, parse_json, read_json
 
 INFO_FILE, FEATURES_FILE = "dataset_info.json", "features.json"
-CLASS_KEYS = (
-    "pythonClassName",
-    "python_class_name",
-    "type",
-)  # that name a feature's class; the last is of old datasets
-# dataset[/config][:version]. tensorflow_datasets itself takes more: `namespace:` for code and data that it fetches, and
-# arguments such as data_dir=..., which is a folder that nobody has looked at.
-KNOWN_NAME = re.compile(r"[A-Za-z]\w*(/[\w+.-]+)?(:[\d.*]+)?")
+CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # of a feature's class; the last in old datasets
+# tensorflow_datasets takes more: `namespace:` for code and data that it fetches, arguments such as data_dir=...
+KNOWN_NAME = re.compile(r"(?P<dataset>[A-Za-z]\w*)(/(?P<config>[\w+.-]+))?(:(?P<version>[\d.]+))?")
 REMEDY = "copy the dataset again"
 
 
@@ -44,9 +39,7 @@ def open_prepared(path: str, image_key: str = "image"):
     if found:
         _require_own_features(folder)
     try:
-        if not found and not KNOWN_NAME.fullmatch(name):
-            raise InputError(f"it is no folder with {INFO_FILE}, and no name of the form dataset[/config][:version]")
-        builder = tfds.builder_from_directory(str(folder)) if found else tfds.builder(name)
+        builder = tfds.builder_from_directory(str(folder)) if found else _known_builder(name)
         features = dict(builder.info.features.items())
         if not isinstance(features.get(image_key), tfds.features.Image):
             names = ", ".join(features)
@@ -57,6 +50,16 @@ def open_prepared(path: str, image_key: str = "image"):
         raise InputError(
             f"{path!r} can't be opened as <folder or name>/<split> of a prepared dataset: {reason}"
         ) from error
+
+
+def _known_builder(name: str):
+    """Return the builder of a dataset that tensorflow_datasets has code for, which then says what its features are."""
+    import tensorflow_datasets as tfds
+
+    match = KNOWN_NAME.fullmatch(name)
+    if not match:
+        raise InputError(f"it is no folder with {INFO_FILE}, and no name of the form dataset[/config][:version]")
+    return tfds.builder_cls(match["dataset"])(config=match["config"], version=match["version"])
 
 
 def _require_own_features(folder) -> None:
