@@ -108,7 +108,7 @@ def test_folder_of_another_search_is_left_alone(checkpoint, found, tmp_path):
         (dict(reference="trailing:7"), "too few timesteps for 4 evaluations"),
         (dict(reference="1001"), "wants 1001 steps"),
         (dict(overrides=dict(steps="10")), "sampling.steps is what this command finds"),
-        (dict(overrides=dict(guidance=-1.0)), "sampling.guidance must be at least 0"),
+        (dict(overrides=dict(guidance=-1.0)), "sampling.guidance must be from 0.0 to"),
         (dict(out=""), "--out is empty"),
     ],
 )

@@ -41,7 +41,7 @@ def locate(path) -> epath.Path:
     Raises:
       InputError: an address of another kind.
     """
-    if not is_local(path) and not str(path).startswith(BUCKET):
+    if "://" in str(path).removeprefix(BUCKET):
         raise InputError(
             f"{path} is an address, and files are read and written on this machine and at {BUCKET} alone; fetch it, or "
             "name such a path. Weights may also be read from https:// and hf://."
