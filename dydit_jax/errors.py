@@ -28,8 +28,7 @@ def name_file(path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        message = "".join(letter if letter.isprintable() else "?" for letter in str(error))
-        raise InputError(f"{path}: {message}") from error
+        raise InputError(f"{path}: {escape_unprintable(str(error))}") from error
 
 
 def escape_unprintable(text: str) -> str:

@@ -110,7 +110,7 @@ def trained_with(**train) -> str:
         (trained_with(ema_decay="x"), "train.ema_decay must be of type float, not 'x'"),
         (trained_with(ema_decay=2.0), "train.ema_decay must be from 0.0 to 1.0, not 2.0"),
         (trained_with(ema_decay=10**400), "train.ema_decay must be a finite number, not 1000"),
-        (described(dict(model={"de\npth\33": 1})), r"Unknown key model.de\?pth\?; Did"),
+        (described(dict(model={"de\npth\33": 1})), r"Unknown key model.de\\npth\\x1b; Did"),
     ],
 )
 def test_description_of_a_stranger_is_one_line_that_names_the_file(tmp_path, description, message):
