@@ -291,7 +291,7 @@ def _receive(response, partial: Path, done: int) -> None:
     if not done:
         partial.unlink(missing_ok=True)
         with write_atomically(_version_of(partial)) as version:
-            version.write_text(_version_told(response.headers))
+            version.write_text(_stated_version(response.headers))
     with (
         partial.open("ab") as file,
         Progress(total, "B", partial.stem, done=done) as progress,
@@ -309,7 +309,7 @@ def _version_of(partial: Path) -> Path:
     return partial.with_name(partial.name + ".version")
 
 
-def _version_told(headers) -> str:
+def _stated_version(headers) -> str:
     """Return the server's mark of a version of its file, "" if it has none."""
     tag = headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")

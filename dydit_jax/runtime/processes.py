@@ -167,7 +167,7 @@ class PreemptionNotice:
     """
 
     def __init__(self):
-        self._told, self._before = False, {}
+        self._asked, self._before = False, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -183,7 +183,7 @@ class PreemptionNotice:
             signal.signal(number, handler)
 
     def _hear(self, number, _):
-        self._told = True
+        self._asked = True
         logger.warning("Stopping (%s): saving after this step.", signal.Signals(number).name)
         signal.signal(number, self._before[number])  # the second time means at once
 
@@ -196,4 +196,4 @@ class PreemptionNotice:
         """Return whether to leave after `step`; every process must ask at every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._told
+        return self._asked
