@@ -194,9 +194,10 @@ STUDIES = {
 def ordered_runs() -> list[tuple[str, int]]:
     """Return (model, training seed) of all trainings, in their order; what one starts from precedes it.
 
-    A first seed of every model comes before a second of any: every question has an answer early, its spread later.
+    First seeds of all models, so that every question has an answer early; then the spreads, question by question.
     """
-    seeds = range(max(question.seeds for question in QUESTIONS))
-    return [
-        (name, seed) for seed in seeds for question in QUESTIONS if seed < question.seeds for name in question.models
+    first = [(name, 0) for question in QUESTIONS for name in question.models]
+    others = [
+        (name, seed) for question in QUESTIONS for seed in range(1, question.seeds) for name in question.models
     ]
+    return first + others
