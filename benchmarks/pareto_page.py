@@ -5,10 +5,10 @@ import textwrap
 from studies import table_header, table_line
 from study_models import LAMBDAS, ONE_PASS, STATIC
 
-from dydit_jax.drawing.style import INK, LINES, count_ticks, in_style, new_figure
+from dydit_jax.drawing.style import INK, LINES, in_style, new_figure
 
-# Costs, with what stands below their axis.
-COSTS = {"macs": "MACs per image, of all passes", "seconds": "seconds per image, in a batch"}
+# Costs, with what stands below their axis, and its unit.
+COSTS = {"macs": ("million MACs per image, of all passes", 1e6), "seconds": ("milliseconds per image, in a batch", 1e-3)}
 QUALITY = "distance"
 MODELS = (STATIC, *LAMBDAS.values(), ONE_PASS)
 MARKERS = {"none": "o", "constant": "s", "interval": "^"}
@@ -60,19 +60,19 @@ def draw(points: list[dict]):
     figure = new_figure(7.4)
     axes = figure.subplots(2, 1)
     colours = dict(zip(MODELS, (colour for colour, _ in (LINES[1], LINES[4], LINES[0], LINES[2], LINES[3]))))
-    for axis, (cost, label) in zip(axes, COSTS.items()):
+    for axis, (cost, (label, unit)) in zip(axes, COSTS.items()):
         best = front(points, cost)
-        axis.plot([point[cost] for point in best], [point[QUALITY] for point in best], color=INK, lw=0.8, zorder=1)
+        axis.plot([point[cost] / unit for point in best], [point[QUALITY] for point in best], color=INK, lw=0.8, zorder=1)
         for point in points:
             # Hollow: all gates open, or all of it computed and multiplied by them.
             colour, hollow = colours[point["model"]], point["model"] != STATIC and point["mode"] != "fast"
             look = dict(marker=MARKERS[point["guidance"]], color=colour, ms=5, mew=1, mfc="none" if hollow else colour)
-            axis.plot(point[cost], point[QUALITY], ls="", **look)
+            axis.plot(point[cost] / unit, point[QUALITY], ls="", **look)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="Fréchet distance")
-        for line, formatter in ((axis.xaxis, count_ticks()), (axis.yaxis, ScalarFormatter())):
+        for line in (axis.xaxis, axis.yaxis):
             line.set_major_locator(LogLocator(subs=TICKS))
             line.set_minor_locator(NullLocator())
-            line.set_major_formatter(formatter)
+            line.set_major_formatter(ScalarFormatter())
         axis.set_title(textwrap.fill(finding(points, cost), TITLE_COLUMNS))
     of_models = [Line2D([], [], marker="o", ls="", color=colours[name], label=name) for name in MODELS]
     of_guidance = [
