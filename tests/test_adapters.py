@@ -158,7 +158,7 @@ def test_run_of_a_part_whose_checkpoint_names_no_base_is_refused(tmp_path):
     experiment = read_experiment(DYNAMIC)
     part, _ = split_params(jax.jit(Model(experiment.model).init)(jax.random.key(0)), ("labels",))
     with Run(tmp_path, CheckpointConfig()) as run:
-        run.save(1, dict(ema=part), {}, force=True)
+        run.save(1, dict(ema=part), {})
     (tmp_path / "config.json").write_text(json.dumps(DYNAMIC | dict(train=dict(trainable=["labels"]))))
     with pytest.raises(InputError, match="trains labels alone, but its checkpoint names no base"):
         load_checkpoint(tmp_path)

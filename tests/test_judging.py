@@ -84,13 +84,32 @@ def test_a_measured_run_is_the_run_that_is_not_measured(tiny_judge, tmp_path):
 
 def test_the_best_checkpoint_is_kept_until_another_is_the_best(tmp_path):
     items, kept = dict(params=dict(x=jnp.zeros(3))), []
-    with Run(tmp_path, CheckpointConfig(every_steps=1, keep=1)) as run:
-        for step, best in ((1, None), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5)):
+    with Run(tmp_path, CheckpointConfig(keep=1)) as run:
+        for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5)):
             run.save(step, items, {})
             run.wait()
             run.keep_best(best)
             kept.append(saved_steps(tmp_path))
-    assert kept == [[1], [2], [2, 3], [2, 4], [2, 5], [5, 6]]
+    assert kept == [[1], [1, 2], [2, 3], [2, 4], [2, 5], [5, 6]]
+
+
+def test_the_best_checkpoint_stays_where_a_run_goes_on_with_other_settings(tmp_path):
+    items, kept = dict(params=dict(x=jnp.zeros(3))), []
+    for start in (1, 3):  # the second start measures nothing
+        with Run(tmp_path, CheckpointConfig(keep=1)) as run:
+            for step in (start, start + 1):
+                run.save(step, items, {})
+                run.wait()
+                kept.append(saved_steps(tmp_path))
+        (tmp_path / "best.json").write_text(json.dumps(dict(step=2, by_step={"2": 1.0})))
+    # A run that goes back to an older step has set it aside.
+    with Run(tmp_path, CheckpointConfig(keep=1), from_step=1) as run:
+        run.set_aside(after=1)
+        for step in (2, 3):
+            run.save(step, items, {})
+            run.wait()
+            kept.append(saved_steps(tmp_path))
+    assert kept == [[1], [2], [2, 3], [2, 4], [2], [3]]
 
 
 class FakeRun:
@@ -117,13 +136,15 @@ def test_a_run_that_goes_on_knows_its_best_checkpoint_among_those_that_are_there
     (tmp_path / "best.json").write_text(json.dumps(record))
     judge.open(tmp_path, run, step)
     assert run.best == best and judge.is_due(step) == due and not judge.is_due(step + 1) and judge.is_due(10)
-    # With other settings the values can't be compared.
+    # With other settings the values can't be compared; the best checkpoint stays.
     other = judging.Judge(read_experiment(measured(tiny_judge, metrics_images=20)), make_mesh(MeshConfig()))
     other.open(tmp_path, run, step)
-    assert run.best is None and other.is_due(step) == (step > 0)
+    assert run.best == best and other.is_due(step) == (step > 0)
 
 
-@pytest.mark.parametrize("content", ["{}", "[", '{"by_step": {"x": 1.0}}', '{"by_step": {"2": null}}'])
+@pytest.mark.parametrize(
+    "content", ["{}", "[", '{"by_step": {"x": 1.0}}', '{"by_step": {"2": null}}', '{"by_step": {}}']
+)
 def test_damaged_values_are_one_line(tiny_judge, tmp_path, content):
     (tmp_path / "best.json").write_text(content)
     judge = judging.Judge(read_experiment(measured(tiny_judge)), make_mesh(MeshConfig()))

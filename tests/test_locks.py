@@ -123,7 +123,7 @@ def test_lock_of_another_machine_that_gives_no_sign_of_life_is_taken_over(tmp_pa
 
 
 def test_owner_that_was_taken_over_does_not_save(tmp_path):
-    with FolderLock(tmp_path) as lock, Run(tmp_path, CheckpointConfig(every_steps=1), lock=lock) as run:
+    with FolderLock(tmp_path) as lock, Run(tmp_path, CheckpointConfig(), lock=lock) as run:
         write_lock(tmp_path)
         with pytest.raises(StopError, match="taken over by process 1 on elsewhere"):
             run.save(1, dict(params=dict(a=1.0)), {})

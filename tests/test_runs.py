@@ -28,6 +28,7 @@ MESH = Mesh(np.asarray(jax.devices()).reshape(2, 2), ("x", "y"))
 def test_checkpoints_of_a_run_lie_where_its_path_says(tmp_path, monkeypatch):
     given = []
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "read_best", lambda workdir: None)
     monkeypatch.setattr(ocp, "CheckpointManager", lambda path, options: given.append(str(path)))
     for workdir in ("gs://bucket/run", "runs/run", "/runs/run"):
         Run(workdir, CheckpointConfig())
@@ -36,10 +37,11 @@ def test_checkpoints_of_a_run_lie_where_its_path_says(tmp_path, monkeypatch):
 
 def test_run_keeps_the_newest_and_restores_bit_for_bit(tmp_path):
     tree = {"a": {"b": jax.numpy.arange(6.0)}}
-    with Run(tmp_path, CheckpointConfig(every_steps=2, keep=2)) as run:
-        for step in range(1, 8):
+    with Run(tmp_path, CheckpointConfig(keep=2)) as run:
+        for step in (2, 4, 6):
             run.save(step, dict(params=jax.tree.map(lambda leaf, s=step: leaf + s, tree)), {"n": step})
-        assert run.save(9, dict(params=tree), {"n": 9}, force=True)
+        run.save(9, dict(params=tree), {"n": 9})
+        run.save(9, dict(params=tree), {"n": 9})  # it is there
     with Run(tmp_path, CheckpointConfig()) as run:
         assert run.latest_step == 9
         restored = run.restore(6, dict(params=jax.eval_shape(lambda: tree)))
@@ -50,7 +52,7 @@ def test_run_keeps_the_newest_and_restores_bit_for_bit(tmp_path):
 
 
 def test_run_of_another_shape_is_refused(tmp_path):
-    with Run(tmp_path, CheckpointConfig(every_steps=1)) as run:
+    with Run(tmp_path, CheckpointConfig()) as run:
         run.save(1, dict(params={"a": jax.numpy.zeros(3)}), {})
     with Run(tmp_path, CheckpointConfig()) as run, pytest.raises(InputError, match="does not fit this model"):
         run.restore(
@@ -63,7 +65,7 @@ def test_full_disk_names_the_last_whole_checkpoint(tmp_path):
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
     with (
         pytest.raises(StopError, match="could not be written .*newest whole one is of step 1"),
-        Run(tmp_path, CheckpointConfig(every_steps=1)) as run,
+        Run(tmp_path, CheckpointConfig()) as run,
     ):
         run.save(1, dict(params=tree), {})
         run.wait()
@@ -73,7 +75,7 @@ def test_full_disk_names_the_last_whole_checkpoint(tmp_path):
             run.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, kept)
-    with Run(tmp_path, CheckpointConfig(every_steps=1)) as run:
+    with Run(tmp_path, CheckpointConfig()) as run:
         assert run.latest_step == 1
         np.testing.assert_array_equal(run.restore(1, dict(params=tree))["params"]["leaf"], tree["leaf"])
 
@@ -140,7 +142,7 @@ def save_two(workdir) -> dict:
     tree = dict(params={"a": {"b": jnp.arange(4000.0) ** 0.5}, "c": jnp.ones((), jnp.int32)})
     tree = jax.device_put(tree, NamedSharding(MESH, PartitionSpec()))
     tree["params"]["a"]["b"] = jax.device_put(tree["params"]["a"]["b"], NamedSharding(MESH, PartitionSpec(("x", "y"))))
-    with Run(workdir, CheckpointConfig(every_steps=1)) as run:
+    with Run(workdir, CheckpointConfig()) as run:
         for step in (1, 2):
             run.save(step, tree, {"data": "d"})
     return tree
@@ -351,7 +353,7 @@ def test_reading_changes_nothing_in_a_work_directory_that_is_trained_in(workdir)
     assert listing(workdir) == before
     # That the name is one that Orbax clears: a training of its own does away with it.
     with Run(workdir, CheckpointConfig()) as run:
-        run.save(5, dict(params={"a": jnp.ones(1)}), {}, force=True)
+        run.save(5, dict(params={"a": jnp.ones(1)}), {})
     assert not saving.exists()
 
 

@@ -34,7 +34,7 @@ def run(request, tmp_path_factory):
         for n, kind in ((0.0, "ema"), (1.0, "params"))
     }
     with Run(workdir, CheckpointConfig()) as saved:
-        saved.save(STEP, trees, dict(data=""), force=True)
+        saved.save(STEP, trees, dict(data=""))
     return workdir, request.param > 0.99
 
 

@@ -34,9 +34,10 @@ def save(workdir: str, full: int) -> None:
 
     mesh = jax.make_mesh((jax.device_count(),), ("data",))
     array = jax.jit(lambda: np.ones(64), out_shardings=jax.NamedSharding(mesh, jax.P("data")))()
-    with Run(workdir, CheckpointConfig(every_steps=5)) as run, one_for_all(lambda: about_newest(workdir)):
+    with Run(workdir, CheckpointConfig()) as run, one_for_all(lambda: about_newest(workdir)):
         for step in range(1, 100):
-            run.save(step, dict(params=dict(array=array)), {})
+            if step % 5 == 0:
+                run.save(step, dict(params=dict(array=array)), {})
             if step == 12 and jax.process_index() == full:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 

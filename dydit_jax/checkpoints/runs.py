@@ -21,6 +21,7 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
+from dydit_jax.checkpoints.best import read_best
 from dydit_jax.checkpoints.descriptions import About, Config
 from dydit_jax.checkpoints.reading import (
     CHECKPOINTS_FOLDER,
@@ -82,8 +83,8 @@ def _make_barrier_fn() -> Callable:
 class _Kept:
     """Orbax's policy of what is kept: the newest checkpoints, and the best one."""
 
-    def __init__(self, newest: int):
-        self.newest, self.best = newest, None
+    def __init__(self, newest: int, best: int | None):
+        self.newest, self.best = newest, best
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         """Return for each checkpoint, oldest first, whether it stays."""
@@ -95,10 +96,14 @@ class Run:
     """The checkpoints of one work directory, written and read; use as a context, leaving waits for writes under way.
 
     Args:
-      workdir: of one run. Opening removes what a killed run had half written.
-      config: when to save and how many to keep.
+      workdir: of one run. Opening removes what a killed run had half written. The best checkpoint of `best.json` is
+        kept from the start, whether or not the run measures.
+      config: how many checkpoints to keep.
       lock: of the work directory, asked for before every save; None in processes that do not hold it.
       from_step: noted in every checkpoint: see `resume`.
+
+    Raises:
+      InputError: a `best.json` that is damaged.
     """
 
     def __init__(
@@ -106,7 +111,8 @@ class Run:
     ):
         import orbax.checkpoint as ocp
 
-        self._kept = _Kept(config.keep)
+        known = on_all_processes(lambda: read_best(workdir))
+        self._kept = _Kept(config.keep, None if known is None else known["step"])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._kept,
             enable_async_checkpointing=True,
@@ -114,7 +120,7 @@ class Run:
             async_options=ocp.AsyncOptions(barrier_sync_fn=_make_barrier_fn()),
             lightweight_initialize=True,  # damaged metadata must not keep the run from its other checkpoints
         )
-        self._workdir, self._every, self._lock, self._from_step = workdir, config.every_steps, lock, from_step
+        self._workdir, self._lock, self._from_step = workdir, lock, from_step
         self._manager = ocp.CheckpointManager(checkpoint_folder(workdir), options=options)
 
     def __enter__(self):
@@ -133,8 +139,8 @@ class Run:
         """The newest whole checkpoint's step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, items: dict, about: dict, *, force: bool = False) -> bool:
-        """Save trees by name if `step` is due (or `force`); returns whether it did. Writing goes on behind.
+    def save(self, step: int, items: dict, about: dict) -> None:
+        """Save trees by name, unless the newest checkpoint is of this step. Writing goes on behind.
 
         Digests are taken before this returns: the arrays may then be donated.
 
@@ -144,8 +150,8 @@ class Run:
         """
         import orbax.checkpoint as ocp
 
-        if self.latest_step == step or not (force or step % self._every == 0):
-            return False
+        if self.latest_step == step:
+            return
         if self._lock is not None:
             self._lock.require_held()
         if self._from_step is not None:
@@ -153,9 +159,9 @@ class Run:
         trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         arguments = ocp.args.Composite(**trees, about=ocp.args.JsonSave(describe(items, about)))
         with self._named_failure():
-            return self._manager.save(step, args=arguments, force=True)
+            self._manager.save(step, args=arguments, force=True)
 
-    def keep_best(self, step: int | None) -> None:
+    def keep_best(self, step: int) -> None:
         """Keep the checkpoint of a step, however many are saved after it, until another is the best."""
         self._kept.best = step
 
@@ -239,6 +245,8 @@ class Run:
         """
         on_all_processes(lambda: _set_aside(self._workdir, after) if is_main() else None)
         self._manager.reload()
+        if self._kept.best is not None and self._kept.best > after:
+            self._kept.best = None
 
 
 def _set_aside(workdir, after: int) -> None:

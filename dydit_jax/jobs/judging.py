@@ -1,10 +1,9 @@
 """FID and its kin while a model trains: of images from the EMA, by the numbers that `evaluate.py` gives for them.
 
-    <workdir>/best.json    step and value of the best checkpoint, all values by step, and how they were measured
-
 The images are those that `sample.py --mode=gated` draws from the checkpoint of the same step with the training's seed
-and precision, `--num_images` and the same sampling settings, none of them written. The best checkpoint by the FID is
-kept for good. A run that was stopped before it had measured a checkpoint does so when it goes on.
+and precision, `--num_images` and the same sampling settings, none of them written. The best checkpoint by the FID,
+which `<workdir>/best.json` names, is kept for good. A run that was stopped before it had measured a checkpoint does so
+when it goes on.
 """
 
 import dataclasses
@@ -19,13 +18,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from dydit_jax.checkpoints import Run, Weights
+from dydit_jax.checkpoints.best import BEST_FILE, read_best
 from dydit_jax.checkpoints.reading import saved_steps
 from dydit_jax.data.image_sets import ImageSet, open_images
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.evaluate import compare, image_statistics, load_inception, load_reference
 from dydit_jax.loading import load_decoder
 from dydit_jax.pipeline import DrawJob, Pipeline
-from dydit_jax.runtime.files import read_json, write_json
+from dydit_jax.runtime.files import write_json
 from dydit_jax.runtime.processes import from_main, is_main
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
 from dydit_jax.sampling.noise import uniform_labels
@@ -34,7 +34,6 @@ from dydit_jax.training.update import TrainState
 
 logger = logging.getLogger(__name__)
 
-BEST_FILE = "best.json"
 FEATURES_BATCH = 64  # images at once, as in `evaluate.py`
 SCORES = ("fid", "sfid", "inception_score", "precision", "recall")
 
@@ -75,7 +74,7 @@ class Judge:
     def open(self, workdir, run: Run, step: int) -> None:
         """Take up what was measured before; later steps than the one that the run goes on from are forgotten."""
         self._path, self._run = epath.Path(workdir) / BEST_FILE, run
-        known = self._read_values() if is_main() and self._path.exists() else {}
+        known = self._known_values() if is_main() else {}
         steps = from_main(sorted(known.keys() & range(step + 1)), limit=step + 1)
         self._by_step = {step: known.get(step) for step in steps}  # of values the main process alone makes use
         self._choose()
@@ -107,29 +106,32 @@ class Judge:
             )
         return scores
 
-    def _read_values(self) -> dict[int, float]:
-        """Read the values by step that an earlier start has measured; those that were measured otherwise are forgotten.
+    def _known_values(self) -> dict[int, float]:
+        """Return the values by step that an earlier start has measured with these settings.
 
         Raises:
           InputError: a file that is damaged.
         """
-        remedy = "remove it, which forgets what was measured"
-        record = read_json(self._path, remedy=remedy)
-        values = record.get("by_step")
-        if not isinstance(values, dict) or not all(key.isdecimal() and type(values[key]) is float for key in values):
-            raise InputError(f"{self._path} holds no values by step; {remedy}.")
-        if record.get("measured") != self._measured:
-            logger.warning("%s was measured with other settings; the best checkpoint is found again.", self._path)
+        record = read_best(self._path.parent)
+        if record is None:
             return {}
-        return {int(key): value for key, value in values.items()}
+        if record.get("measured") != self._measured:
+            message = (
+                "%s was measured with other settings; its best checkpoint, step %d, is kept until one is measured."
+            )
+            logger.warning(message, self._path, record["step"])
+            return {}
+        return record["by_step"]
 
     def _choose(self) -> int | None:
-        """Have the run keep its best checkpoint, of those that are there; return its step, or None."""
+        """Have the run keep the best of the measured checkpoints that are there; return its step, or None."""
         there = set(saved_steps(self._path.parent)) if is_main() else set()
         steps = sorted(step for step in self._by_step if step in there)
         best = from_main([min(steps, key=self._by_step.get)] if steps else [], limit=max(self._by_step, default=0) + 1)
-        self._run.keep_best(best[0] if best else None)
-        return best[0] if best else None
+        if not best:
+            return None
+        self._run.keep_best(best[0])
+        return best[0]
 
     def _images(self, step: int, state: TrainState, moved: Callable[[str], None]) -> ImageSet:
         """Return the images of a step, drawn when they are asked for."""

@@ -141,7 +141,7 @@ class Records:
         every, last = parts.experiment.checkpoint.every_steps, parts.experiment.train.steps
         if step % every == 0 or step == last or leaving or self._judges(step):
             self.require_finite(step, state)
-            parts.run.save(step, checkpoint_items(state), parts.about, force=True)
+            parts.run.save(step, checkpoint_items(state), parts.about)
         if leaving:
             parts.run.wait()
 
