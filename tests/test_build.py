@@ -124,6 +124,21 @@ def test_routers_have_their_own_learning_rate():
     np.testing.assert_allclose(updates["head_router"]["kernel"], -1e-2, rtol=1e-4)
 
 
+def test_weight_decay_is_that_of_optax_and_leaves_a_stored_table_of_positions_alone():
+    config = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1)
+    theirs = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
+    params = {"patch_embed": {"positions": jnp.ones(2), "bias": jnp.full(2, 3.0)}}
+    gradients = {"patch_embed": {"positions": jnp.zeros(2), "bias": jnp.ones(2)}}
+    optimizer = build_optimizer(config)
+    updates, state = optimizer.update(gradients, optimizer.init(params), params)
+    wanted, layout = theirs.update(gradients, theirs.init(params), params)
+    np.testing.assert_array_equal(updates["patch_embed"]["bias"], wanted["patch_embed"]["bias"])
+    np.testing.assert_array_equal(updates["patch_embed"]["positions"], 0)
+    # Checkpoints of earlier versions fit.
+    layout = (layout[0], layout[1], optax.ScaleByScheduleState(layout[0].count))
+    assert jax.tree.structure(state[1]) == jax.tree.structure(layout)
+
+
 def test_limits_that_would_make_nan_are_refused():
     for name, value in (
         ("beta1", 1.0),

@@ -11,6 +11,7 @@ from dydit_jax.models.lora import is_low_rank
 from dydit_jax.trees import flatten, unflatten
 
 EVERYTHING = ("everything",)
+POSITION_TABLE = "patch_embed/positions"  # stored in some models; it has no gradient and no weight decay
 PARTS = {
     "routers": lambda path: "_router/" in path,
     "labels": lambda path: path.startswith(("label_embed/", "guidance_embed/")),

@@ -20,7 +20,7 @@ from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import is_low_rank
-from dydit_jax.models.trainable import EVERYTHING, split_params
+from dydit_jax.models.trainable import EVERYTHING, POSITION_TABLE, split_params
 from dydit_jax.runtime.files import locate
 from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.sharding import shardings
@@ -31,7 +31,7 @@ from dydit_jax.trees import flatten, unflatten
 logger = logging.getLogger(__name__)
 
 INIT_STEP = 2**32 - 1  # the key of the initial values is that of a step which no run reaches
-LABEL_TABLE, POSITIONS = "label_embed/table", "patch_embed/positions"
+LABEL_TABLE = "label_embed/table"
 NO_ROW = -1  # of a class that no row is copied to
 
 
@@ -52,7 +52,7 @@ def starting_weights(model: Model, experiment: Experiment) -> Weights | None:
     found = flatten(source.params)
     own = {name: leaf.shape for name, leaf in flatten(model.abstract_params()).items()}
     # Their first axes are classes and tokens, which may differ.
-    kept = lambda name, shape: shape[1:] if name in (LABEL_TABLE, POSITIONS) else shape
+    kept = lambda name, shape: shape[1:] if name in (LABEL_TABLE, POSITION_TABLE) else shape
     fits = lambda name, leaf: name in own and kept(name, leaf.shape) == kept(name, own[name])
     wrong = [f"{name} {leaf.shape}" for name, leaf in found.items() if not fits(name, leaf)]
     fresh = lambda name: "_router/" in name or is_low_rank(name) or name.startswith("guidance_embed/")
@@ -83,8 +83,8 @@ def starting_leaves(
     leaves = flatten(source.params)
     rows = label_rows(source, model.config.classes, experiment.train, class_names)
     leaves[LABEL_TABLE] = _label_table(leaves[LABEL_TABLE], rows, model, experiment.train)
-    if POSITIONS in leaves and source.model.side != model.config.side:
-        leaves[POSITIONS] = _resized_positions(leaves[POSITIONS], model.config)
+    if POSITION_TABLE in leaves and source.model.side != model.config.side:
+        leaves[POSITION_TABLE] = _resized_positions(leaves[POSITION_TABLE], model.config)
         sides = source.model.side, model.config.side
         logger.info("The stored position table of side %d is interpolated to side %d (bicubic).", *sides)
     return leaves

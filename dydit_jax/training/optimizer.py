@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from dydit_jax.errors import InputError, require_known
+from dydit_jax.models.trainable import POSITION_TABLE
 from dydit_jax.records import require_range
 from dydit_jax.trees import path_name
 
@@ -81,7 +82,7 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtr
     """
     return optax.chain(
         optax.identity() if config.clip_norm is None else _clip(config.clip_norm),
-        optax.adamw(build_learning_rate(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay),
+        _adamw(config),
         optax.masked(optax.scale(config.router_multiplier), _is_router),
     )
 
@@ -94,6 +95,28 @@ def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
         return optax.tree.scale(limit / jnp.maximum(norm, limit), gradients), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _adamw(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Make AdamW whose weight decay leaves a stored table of positions alone.
+
+    The parts are those of `optax.adamw`. Its own mask would add a level to the state, and so to checkpoints.
+    """
+    return optax.chain(
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
+        _decay(config.weight_decay) if config.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(build_learning_rate(config)),
+    )
+
+
+def _decay(weight: float) -> optax.GradientTransformation:
+    """Add a share of each trained parameter to its update."""
+    decayed = lambda path, update, leaf: update if path_name(path) == POSITION_TABLE else update + weight * leaf
+
+    def update(updates, state, params):
+        return jax.tree_util.tree_map_with_path(decayed, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _is_router(params):
