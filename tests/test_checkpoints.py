@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import stat
+import tracemalloc
 
 import jax
 import numpy as np
@@ -143,6 +144,21 @@ def test_array_within_an_array_is_refused(tmp_path, weights):
         write_arrays(path, dict.fromkeys(names, np.zeros(1)), metadata)
         with pytest.raises(InputError, match=r"within.safetensors: 'a' is an array and has arrays below it"):
             load_weights(path)
+
+
+def test_names_of_many_parts_and_long_names_are_refused_in_a_short_line(tmp_path, weights):
+    save_weights(tmp_path / "w", weights)
+    _, metadata = read_arrays(tmp_path / "w", FORMAT)
+    cases = {"a/" * 40_000 + "b": "has a name of 40001 parts", "a" * 40_000: "does not hold the model"}
+    for name, message in cases.items():
+        path = tmp_path / "long.safetensors"
+        write_arrays(path, {name: np.zeros(1)}, metadata)
+        tracemalloc.start()
+        with pytest.raises(InputError, match=message) as caught:
+            load_weights(path)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(str(caught.value)) < 1000 and most < 20 * 2**20
 
 
 @pytest.mark.parametrize("kind, size", [("F8_E4M3", 4), ("F8_E8M0", 4), ("F4", 2), ("C64", 32)])

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, some_of
 from dydit_jax.runtime.files import is_local, parse_json, write_atomically
 from dydit_jax.runtime.progress import counted_bytes
 
@@ -74,9 +74,27 @@ def read_arrays(path, wanted_format: str) -> tuple[dict[str, np.ndarray], dict[s
     checksums = parse_json(metadata.pop(TENSORS_KEY, "{}"), f"{TENSORS_KEY} in {path}", remedy=REMEDY)
     for name, array in counted_bytes(arrays, f"checking {epath.Path(path).name}"):
         if name in checksums and _checksum(_as_bytes(array)) != checksums[name]:
-            raise _damaged(path, f"tensor {name}")
+            raise _damaged(path, f"tensor {name:.80}")
     metadata.pop(HEADER_KEY, None)
     return arrays, metadata
+
+
+def require_arrays(leaves: dict, expected: dict[str, tuple], holder, kind: str) -> None:
+    """Raise unless arrays have the expected names and shapes.
+
+    Args:
+      leaves: arrays by name.
+      expected: shapes by name.
+      holder: of the arrays, for the message.
+      kind: what they should make, for the message.
+
+    Raises:
+      InputError: with those that are missing, left over or of another shape.
+    """
+    wrong = sorted({(name, leaf.shape) for name, leaf in leaves.items()} ^ set(expected.items()))
+    if wrong:
+        shown = some_of(f"{name!r:.80} {shape}" for name, shape in wrong)
+        raise InputError(f"{holder} does not hold the {kind} that it describes: {shown}.")
 
 
 def format_of(path) -> str | None:
@@ -113,7 +131,9 @@ def _read_tensor(path, file, name: str) -> np.ndarray:
     kind = file.get_slice(name).get_dtype()
     if kind not in DTYPES.values():  # numpy has not all of them
         known = ", ".join(DTYPES.values())
-        raise InputError(f"{path} has the tensor {name!r} of type {kind}, which no file of ours has; known: {known}.")
+        raise InputError(
+            f"{path} has the tensor {name!r:.80} of type {kind}, which no file of ours has; known: {known}."
+        )
     return file.get_tensor(name)
 
 

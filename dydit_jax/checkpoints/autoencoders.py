@@ -6,9 +6,9 @@ Files of earlier versions have no record: they are Stable Diffusion's, by `Autoe
 import dataclasses
 import json
 
-from dydit_jax.checkpoints.arrays import format_of, read_arrays, read_metadata, write_arrays
+from dydit_jax.checkpoints.arrays import format_of, read_arrays, read_metadata, require_arrays, write_arrays
 from dydit_jax.checkpoints.places import without_places
-from dydit_jax.errors import InputError, name_file, some_of
+from dydit_jax.errors import InputError, name_file
 from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig, abstract_params
 from dydit_jax.records import read_record
 from dydit_jax.runtime.files import parse_json
@@ -34,9 +34,7 @@ def read_autoencoder(path) -> Autoencoder:
     config = read_autoencoder_config(path)
     leaves, _ = read_arrays(path, format_of(path))
     expected = {name: leaf.shape for name, leaf in flatten(abstract_params(config)).items()}
-    wrong = sorted(set(expected.items()) ^ {(name, leaf.shape) for name, leaf in leaves.items()})
-    if wrong:
-        raise InputError(f"{path} does not hold the autoencoder that it describes: {some_of(wrong)}.")
+    require_arrays(leaves, expected, path, "autoencoder")
     return Autoencoder(config, unflatten(leaves))
 
 

@@ -12,12 +12,12 @@ import json
 import jax
 import numpy as np
 
-from dydit_jax.checkpoints.arrays import REMEDY, read_arrays, write_arrays
+from dydit_jax.checkpoints.arrays import REMEDY, read_arrays, require_arrays, write_arrays
 from dydit_jax.checkpoints.descriptions import Description
 from dydit_jax.checkpoints.places import without_places
 from dydit_jax.diffusion.process import Process, process_sections, read_process
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.errors import InputError, name_file
+from dydit_jax.errors import name_file
 from dydit_jax.labels import spell_name
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
@@ -154,8 +154,4 @@ def require_shapes(leaves: dict, config: DiTConfig, holder, *, lora: LoRAConfig 
       InputError: with those that are missing, left over or of another shape.
     """
     expected = {name: leaf.shape for name, leaf in flatten(Model(config, lora=lora).abstract_params()).items()}
-    found = {name: leaf.shape for name, leaf in leaves.items()}
-    if found != expected:
-        wrong = sorted(set(found.items()) ^ set(expected.items()))
-        shown = f"{wrong[:6]}{' ...' * (len(wrong) > 6)}"
-        raise InputError(f"{holder} does not hold the model that it describes: {shown}.")
+    require_arrays(leaves, expected, holder, "model")
