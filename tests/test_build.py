@@ -81,12 +81,19 @@ def test_default_config_lists_every_knob():
         ("mesh", "fsdp", -1, "Only one of"),
         ("checkpoint", "keep", 0, "at least 1"),
         ("tracking", "every_steps", 0, "at least 1"),
+        ("train", "steps", 10**19, "from 1 to 2147483647"),
+        ("optimizer", "warmup_steps", 10**19, "from 0 to 2147483647"),
+        ("optimizer", "decay_steps", 10**19, "at most 2147483647"),
+        ("loss", "budget_warmup_steps", 10**19, "from 1 to 2147483647"),
+        ("lora", "rank", 10**19, "from 1 to 65536"),
+        ("lora", "experts", 10**19, "from 1 to 1024"),
+        ("tracking", "stall_seconds", 1e12, "from 1.0 to 1000000000"),
         ("train", "stepz", 1, "Unknown key train.stepz; Did you mean train.steps"),
     ],
 )
 def test_mistakes_in_a_config_are_refused(section, key, value, message):
     config = config_of("digits_dit")
-    config[section][key] = value
+    config.setdefault(section, {})[key] = value
     with pytest.raises(InputError, match=message):
         read_experiment(config)
 

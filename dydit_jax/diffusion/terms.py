@@ -23,6 +23,7 @@ from dydit_jax.registry import Registry, require_array
 WEIGHTINGS = ("none", "min_snr")
 MOST_SNR = 5.0
 TIMES = ("uniform", "logit_normal")
+MOST_STEPS = 2**31 - 1  # of a training: they are counted in int32
 LEAST_DEVIATION = 1e-3  # of logit-normal times: 0 times an infinite quantile is no number
 
 
@@ -75,11 +76,11 @@ class LossConfig:
         require_known("loss.times", self.times, TIMES)
         require_range("loss.logit_normal[1]", self.logit_normal[1], LEAST_DEVIATION)
         require_range("loss.label_dropout", self.label_dropout, 0.0, 1.0)
-        require_range("loss.complete_steps", self.complete_steps, -1)
+        require_range("loss.complete_steps", self.complete_steps, -1, MOST_STEPS)
         require_range("loss.budget", self.budget, 0.0, 1.0)
         require_range("loss.budget_weight", self.budget_weight, 0.0)
-        require_range("loss.budget_hold_steps", self.budget_hold_steps, 0)
-        require_range("loss.budget_warmup_steps", self.budget_warmup_steps, 1)
+        require_range("loss.budget_hold_steps", self.budget_hold_steps, 0, MOST_STEPS)
+        require_range("loss.budget_warmup_steps", self.budget_warmup_steps, 1, MOST_STEPS)
 
     @property
     def weighted_terms(self) -> dict[str, float]:

@@ -32,6 +32,7 @@ from dydit_jax.records import require_range
 # Which part of a block each target lies in. Queries, keys and values are one Linear in DiT, so they share one A.
 TARGETS = {"qkv": "attention", "out": "attention", "up": "mlp", "down": "mlp"}
 MIXTURE = "lora_mixture"
+MOST_RANK, MOST_EXPERTS = 65_536, 1024  # files of strangers may ask for any
 MOST_SUMMED = 16  # of ranks that are added to a kernel one by one
 
 
@@ -52,9 +53,9 @@ class LoRAConfig:
     experts: int = 1
 
     def __post_init__(self):
-        require_range("lora.rank", self.rank, low=1)
-        require_range("lora.alpha", self.alpha, low=1e-6)
-        require_range("lora.experts", self.experts, low=1)
+        require_range("lora.rank", self.rank, 1, MOST_RANK)
+        require_range("lora.alpha", self.alpha, 1e-6, 1e6)
+        require_range("lora.experts", self.experts, 1, MOST_EXPERTS)
         wrong = [target for target in self.targets if target not in TARGETS]
         if wrong or not self.targets or len(set(self.targets)) < len(self.targets):
             came = ", ".join(wrong or self.targets) or "none"

@@ -62,7 +62,7 @@ class TrackingConfig:
         require_range("tracking.metrics_images", self.metrics_images, low=2, high=1_000_000)
         if self.metrics_every_steps and not self.metrics_reference:
             raise InputError("tracking.metrics_every_steps needs tracking.metrics_reference, what to compare with.")
-        require_range("tracking.stall_seconds", self.stall_seconds, low=1.0)
+        require_range("tracking.stall_seconds", self.stall_seconds, 1.0, 1e9)  # threads wait no longer
         if not self.sample_labels:
             raise InputError("tracking.sample_labels is empty; set tracking.samples_every_steps to 0 for no samples.")
         if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]):

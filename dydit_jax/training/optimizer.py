@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dydit_jax.diffusion.terms import MOST_STEPS
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.trainable import POSITION_TABLE
 from dydit_jax.records import require_range
@@ -52,7 +53,9 @@ class OptimizerConfig:
     def __post_init__(self):
         require_range("optimizer.learning_rate", self.learning_rate, 0.0, MAX_RATE)
         require_range("optimizer.router_multiplier", self.router_multiplier, 0.0, MAX_MULTIPLIER)
-        require_range("optimizer.warmup_steps", self.warmup_steps, low=0)
+        require_range("optimizer.warmup_steps", self.warmup_steps, 0, MOST_STEPS)
+        if self.decay_steps is not None:
+            require_range("optimizer.decay_steps", self.decay_steps, high=MOST_STEPS)
         require_range("optimizer.beta1", self.beta1, 0.0, MAX_BETA)
         require_range("optimizer.beta2", self.beta2, 0.0, MAX_BETA)
         require_range("optimizer.weight_decay", self.weight_decay, 0.0, MAX_DECAY)

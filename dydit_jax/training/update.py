@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from dydit_jax.diffusion.losses import STRATA
 from dydit_jax.diffusion.process import Process
-from dydit_jax.diffusion.terms import LossConfig
+from dydit_jax.diffusion.terms import MOST_STEPS, LossConfig
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
@@ -77,7 +77,7 @@ class TrainConfig:
     max_skips: int = 100
 
     def __post_init__(self):
-        require_range("train.steps", self.steps, low=1)
+        require_range("train.steps", self.steps, 1, MOST_STEPS)
         require_range("train.accumulate", self.accumulate, low=1)
         require_range("train.max_skips", self.max_skips, low=1)
         require_seed("train.seed", self.seed)
