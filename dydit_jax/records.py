@@ -51,8 +51,8 @@ def read_mapping(cls, mapping: Mapping, where: str) -> dict:
     """Check what a mapping of somebody else's, or of another version, has in the keys that are read of it.
 
     Args:
-      cls: a `typing.TypedDict` of these keys. Their types are those of `read_record`'s fields, `dict`, a `TypedDict`
-        for a mapping within, or `Annotated[type, low, high]` for a range.
+      cls: a `typing.TypedDict` of these keys. Their types are those of `read_record`'s fields, `dict`,
+        `dict[str, type]`, a `TypedDict` for a mapping within, or `Annotated[type, low, high]` for a range.
       mapping: may have other keys, with any values.
       where: as for `read_record`.
 
@@ -105,6 +105,10 @@ def _checked(value, kind, where: str):
         return value
     if typing.is_typeddict(kind):
         return read_mapping(kind, value, where)
+    if typing.get_origin(kind) is dict:
+        require_mapping(value, where)
+        inner = typing.get_args(kind)[1]
+        return {key: _checked(item, inner, f"{where}.{key!s:.80}") for key, item in value.items()}
     if typing.get_origin(kind) is tuple:
         return _checked_tuple(value, typing.get_args(kind), where)
     if kind is float and type(value) in (int, float):

@@ -16,7 +16,7 @@ from conftest import STATIC, changed
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dydit_jax.checkpoints import CheckpointConfig, Run, runs
+from dydit_jax.checkpoints import CheckpointConfig, Run, reading, runs
 from dydit_jax.checkpoints.digests import _digest_each, digests
 from dydit_jax.errors import DamageError, InputError, StopError
 from dydit_jax.jobs.train import train_and_evaluate
@@ -209,6 +209,28 @@ def test_record_of_another_content_is_damage(two_steps, tmp_path):
     about.write_text(about.read_text().replace('"d"', '"e"'))
     with Run(tmp_path / "run", CheckpointConfig()) as run, pytest.raises(DamageError, match="2/about is damaged"):
         restored_on(1, run, two_steps[1], 2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        7,
+        ["arrays"],
+        dict(data=5),
+        dict(base="b"),
+        dict(arrays=[]),
+        dict(arrays=dict(params=3)),
+        dict(arrays=dict(params=dict(a=1))),
+        dict(arrays=dict(params=dict(a=["float32", [3]]))),
+        dict(arrays=dict(params=dict(a=["float32", 3, 0]))),
+    ],
+)
+def test_record_of_a_stranger_is_damage_whatever_it_holds(tmp_path, monkeypatch, content):
+    if isinstance(content, dict):
+        content = content | dict(checksum=reading._checksum(content))
+    monkeypatch.setattr(reading, "_read", lambda *_: content)
+    with pytest.raises(DamageError, match="1/about is damaged: record"):
+        reading.read_about(tmp_path, 1)
 
 
 def test_wrong_digest_names_checkpoint_and_tensor(two_steps, tmp_path):

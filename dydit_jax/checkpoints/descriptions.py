@@ -66,6 +66,19 @@ class About(TypedDict, total=False):
     base: Base
 
 
+class CheckpointRecord(TypedDict, total=False):
+    """The record of a checkpoint of a run: the data, what the weights are, and its arrays.
+
+    An array is described by its type, shape and digest, by item and path.
+    """
+
+    data: str
+    base: Base
+    class_names: tuple[str, ...]
+    arrays: dict[str, dict[str, tuple[str, tuple[int, ...], int]]]
+    checksum: str
+
+
 class Description(TypedDict):
     """All that describes weights in a file; an adapter's has `base` too."""
 

@@ -18,8 +18,10 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dydit_jax.checkpoints.descriptions import CheckpointRecord
 from dydit_jax.checkpoints.digests import digests
 from dydit_jax.errors import DamageError, InputError
+from dydit_jax.records import read_mapping
 from dydit_jax.runtime.files import locate
 from dydit_jax.runtime.processes import on_all_processes
 from dydit_jax.trees import flatten
@@ -108,7 +110,11 @@ def _read_record(path: epath.Path) -> dict:
     import orbax.checkpoint as ocp
 
     record = _read(path, ocp.JsonCheckpointHandler, ocp.args.JsonRestore())
-    checksum = record.pop(SUM_KEY, None) if isinstance(record, dict) else "none"
+    try:
+        record = read_mapping(CheckpointRecord, record, "record")
+    except InputError as error:
+        raise DamageError(f"{path} is damaged: {error}") from None
+    checksum = record.pop(SUM_KEY, None)
     if checksum != (_checksum(record) if ARRAYS_KEY in record else None):
         raise DamageError(f"{path} is damaged: not as written")
     return record
@@ -183,7 +189,7 @@ def _require_fit(path: epath.Path, items: dict, arrays: dict) -> None:
       InputError: naming some of those that differ.
     """
     for item, tree in items.items():
-        wanted = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in flatten(tree).items()}
+        wanted = {name: (str(leaf.dtype), leaf.shape) for name, leaf in flatten(tree).items()}
         found = {name: entry[:2] for name, entry in arrays.get(item, {}).items()}
         wrong = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
         if wrong:

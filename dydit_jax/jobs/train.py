@@ -217,10 +217,10 @@ def _restored_or_first(run: Run, model: Model, experiment: Experiment, mesh: Mes
             f"train.init_from {experiment.train.init_from} has changed since the run of step {step} started from it; "
             "put the same weights there, or start another run."
         )
-    if before["data"] != data:
+    if before.get("data") != data:
         raise InputError(
             f"The dataset is not the one that the run of step {step} was trained on "
-            f"({data} here, {before['data']} there); give it back, or start another run from these weights."
+            f"({data} here, {before.get('data')} there); give it back, or start another run from these weights."
         )
     run.set_aside(after=step)
     logger.info("Continuing from step %d.", step)
