@@ -115,6 +115,7 @@ def test_differences_leave_out_what_may_change():
     old, new = config_of("digits_dit"), config_of("digits_dit")
     new["train"]["steps"] += 1
     new["checkpoint"]["keep"] += 1
+    new["data"]["path"], new["train"]["init_from"] = "moved/in256", "moved/base.safetensors"
     assert differences(old, new) == []
     new["data"]["batch_size"] = 7
     assert differences(old, new) == ["data.batch_size: 64 there, 7 here"]

@@ -76,8 +76,18 @@ def claimed_workdir(workdir, config: dict) -> Iterator[FolderLock]:
     workdir = locate(workdir)
     require_own_workdir(workdir, config)
     with FolderLock(workdir) as lock:
+        _warn_of_another_start(workdir, config)
         write_json(workdir / CONFIG_FILE, config)
         yield lock
+
+
+def _warn_of_another_start(workdir, config: dict) -> None:
+    """Say so where a run that goes on is given other weights to start from than those that it started from."""
+    before = read_run_config(workdir) if is_run(workdir) and has_checkpoint(workdir) else config
+    old, new = ((each.get("train") or {}).get("init_from") or "" for each in (before, config))
+    if old != new:
+        message = "The run started from %s; train.init_from is %s now, and what it has trained stays."
+        logger.warning(message, old or "random values", new or "empty")
 
 
 @own_settings()

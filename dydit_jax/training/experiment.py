@@ -42,7 +42,8 @@ class Experiment:
     tracking: TrackingConfig
 
 
-# What may change when a run is continued: it alters neither the model nor any step already taken.
+# What may change when a run is continued: it alters neither the model nor any step already taken. Places may, as data
+# and frozen weights have a fingerprint of their own.
 CHANGEABLE = (
     "mesh",
     "checkpoint",
@@ -50,7 +51,9 @@ CHANGEABLE = (
     "sampling",
     "train.steps",
     "train.remat",
+    "train.init_from",
     "train.max_skips",
+    "data.path",
     "data.threads",
     "data.max_bad",
 )
