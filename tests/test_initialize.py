@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import STATIC, changed
 from PIL import Image
-from stand_ins import mean_for_autoencoder, small_autoencoder
+from stand_ins import mean_for_autoencoder, png, small_autoencoder
 
 from dydit_jax.checkpoints import Weights, load_weights, save_autoencoder, save_weights
 from dydit_jax.convert.conversion import Conversion, convert
@@ -330,6 +330,18 @@ def test_pictures_of_a_model_in_latents_are_encoded_once(pictures, tmp_path):
     assert experiment.data.name == "images" and first.data.name == "latents"
 
 
+def test_latents_that_a_training_can_not_make_are_refused_in_its_own_words(pictures, tmp_path):
+    experiment = in_latents(pictures, "sd-vae-ft-ema")
+    with mean_for_autoencoder():
+        with pytest.raises(InputError, match="beside the work directory, and gs://b/run is not a folder on a disk"):
+            with_latents(experiment, "gs://b/run")
+        with_latents(experiment, tmp_path / "run")
+        (tmp_path / "pictures" / "hen" / "more.png").write_bytes(png(9))
+        message = r"made otherwise \(source, count differ\); give the pictures back .* or name another --workdir"
+        with pytest.raises(InputError, match=message):
+            with_latents(experiment, tmp_path / "run")
+
+
 def test_an_autoencoder_of_other_channels_is_refused_before_a_picture_is_encoded(pictures, tmp_path):
     save_autoencoder(tmp_path / "vae.safetensors", small_autoencoder(channels=8), {})
     experiment = in_latents(pictures, str(tmp_path / "vae.safetensors"))
@@ -342,6 +354,6 @@ def test_pictures_have_the_side_that_their_autoencoder_makes_the_models_of(pictu
     """Also that of an address that nothing was fetched from yet."""
     own, requests = small_autoencoder(widths=(32,) * 5), []
     monkeypatch.setattr(training_data, "load_autoencoder", lambda name: {"hf://owner/vae": own}[name])
-    monkeypatch.setattr(training_data, "prepare_latents", lambda request: (requests.append(request), request.out)[1])
+    monkeypatch.setattr(training_data, "prepare_latents", lambda request, **_: (requests.append(request), request.out)[1])
     with_latents(in_latents(pictures, "hf://owner/vae"), tmp_path / "run")
     assert requests[0].side == 2 * own.config.factor == 32

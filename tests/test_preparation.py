@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from conftest import changed
 from stand_ins import mean_for_autoencoder, small_autoencoder, write_pictures
 
 from dydit_jax.checkpoints import read_autoencoder_config, save_autoencoder
@@ -250,6 +251,13 @@ def test_training_refuses_latents_of_another_record(folder, encoded, tmp_path):
         InputError, match="used with scale 0.18215 and shift 0.0; .* has 0.5 and 1.0, 2.0, 3.0, 4.0. Name"
     ):
         open_training_data(read_experiment(config))
+    # One that has moved is known by its weights.
+    moved = changed(config, sampling=dict(autoencoder=str(tmp_path / "moved.safetensors")))
+    save_autoencoder(tmp_path / "moved.safetensors", small_autoencoder(), {})
+    open_training_data(read_experiment(moved))
+    write_json(out / "info.json", info_of(out) | dict(autoencoder_checksum="0"))
+    with pytest.raises(InputError, match="are of .*vae.safetensors, but sampling.autoencoder is .*moved"):
+        open_training_data(read_experiment(moved))
     save_autoencoder(path, small_autoencoder(channels=16), {})
     with pytest.raises(InputError, match="The model draws 4 channels, but the latents of the autoencoder .* have 16"):
         open_training_data(read_experiment(config))
@@ -345,8 +353,9 @@ def test_damaged_files_are_one_line(folder, encoded, tmp_path, damage, message):
 
 def test_damage_and_other_jobs_are_noticed(folder, encoded, tmp_path):
     out = prepare_latents(request(folder, tmp_path / "out"))
-    with pytest.raises(InputError, match=r"made otherwise \(autoencoder differ"):
-        prepare_latents(request(folder, out, autoencoder="another"))
+    prepare_latents(request(folder, out, autoencoder="another name of it"))  # of the same weights
+    with pytest.raises(InputError, match=r"made otherwise \(side differ\); name another --out"):
+        prepare_latents(request(folder, out, side=24))
     moments = np.lib.format.open_memmap(out / "moments.npy", "r+")
     moments[5, 0, 0, 0, 0] += 1
     moments.flush()

@@ -35,6 +35,7 @@ class LatentsInfo(typing.TypedDict, total=False):
     classes: tuple[str, ...]
     checksum: str
     autoencoder: str
+    autoencoder_checksum: str
     normalized: bool
 
 

@@ -175,6 +175,7 @@ class Latents:
         require_shape("latents", (*side, channels // 2), self.classes, model, self.class_names)
         self.labels = self.files.labels.astype(np.int32)
         self.autoencoder, self.record = self.files.autoencoder, self.files.record
+        self.autoencoder_checksum = self.files.info.get("autoencoder_checksum", "")
         checksum = self.files.info.get("checksum") or _digest(self.labels.tobytes())
         record = "" if self.record == AutoencoderConfig() else f" {_digest(repr(self.record).encode())}"
         self.fingerprint = f"latents {len(self.labels)} {checksum}{record}"

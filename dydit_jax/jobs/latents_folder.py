@@ -41,12 +41,14 @@ JOB_FILE, JOURNALS = "job.json", "progress-*.jsonl"
 ARRAYS = (LATENTS_FILE, LABELS_FILE, CHECKSUMS_FILE)
 
 
-def begin_folder(out, job: dict) -> None:
+def begin_folder(out, job: dict, remedy: str) -> None:
     """Make the empty arrays, or find that they are this job's and what is in the journals is whole.
 
     Args:
       out: the folder.
-      job: all that makes the latents, see `prepare_latents`.
+      job: all that makes the latents, see `prepare_latents`. The autoencoder's name may be another one, as its weights
+        and record are compared.
+      remedy: what the user can do where they are of another job, for the message.
 
     Raises:
       InputError: latents of another job, or a damaged description.
@@ -57,9 +59,9 @@ def begin_folder(out, job: dict) -> None:
     else:
         before_records = dict(autoencoder_record=describe_autoencoder(AutoencoderConfig()))
         found = before_records | read_json(known, remedy=f"remove {out} and start again")
-        changed = [key for key in job if found.get(key) != job[key]]
+        changed = [key for key in job if key != "autoencoder" and found.get(key) != job[key]]
         if changed:
-            raise InputError(f"{out} holds latents made otherwise ({', '.join(changed)} differ); name another --out.")
+            raise InputError(f"{out} holds latents made otherwise ({', '.join(changed)} differ); {remedy}.")
     if not (out / INFO_FILE).is_file():
         _make_arrays(out, job)
         _drop_damaged(out, job["chunk"])

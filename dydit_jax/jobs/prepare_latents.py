@@ -106,8 +106,12 @@ class LatentsRequest:
 
 
 @own_settings()
-def prepare_latents(request: LatentsRequest) -> epath.Path:
+def prepare_latents(request: LatentsRequest, *, remedy: str = "name another --out") -> epath.Path:
     """Carry out a request, or what is left of it; with several processes all of them call this.
+
+    Args:
+      request: what to make.
+      remedy: what the user can do where the folder holds other latents, for the message.
 
     Returns:
       The folder, which is what `data.path` should be.
@@ -120,7 +124,7 @@ def prepare_latents(request: LatentsRequest) -> epath.Path:
     require_same("source or autoencoder", json.dumps(job))
     out = locate(request.out)
     with contextlib.ExitStack() as held:
-        prepare = lambda: _prepare_out(out, job, request)
+        prepare = lambda: _prepare_out(out, job, request, remedy)
         lock = on_all_processes(lambda: held.enter_context(prepare()) if is_main() else None)
         on_all_processes(lambda: require_shared(out))
         if (out / INFO_FILE).is_file():
@@ -160,14 +164,14 @@ def _describe(request: LatentsRequest, source: DataSource, autoencoder: Autoenco
 
 
 @contextlib.contextmanager
-def _prepare_out(out, job: dict, request: LatentsRequest) -> Iterator[FolderLock | None]:
+def _prepare_out(out, job: dict, request: LatentsRequest, remedy: str) -> Iterator[FolderLock | None]:
     """Hold the folder of a job; one that is finished, and is to stay as it is, is only compared with the job."""
     if (out / INFO_FILE).is_file() and not request.normalize:
-        begin_folder(out, job)
+        begin_folder(out, job, remedy)
         yield None
     else:
         with claim_folder(out, INFO_FILE, JOB_FILE) as lock:
-            begin_folder(out, job)
+            begin_folder(out, job, remedy)
             yield lock
 
 

@@ -8,9 +8,10 @@ import dataclasses
 import types
 from collections.abc import Mapping
 
+from dydit_jax.checkpoints import checksum
 from dydit_jax.data.sources import DataConfig, DataSource, open_source
 from dydit_jax.errors import InputError, some_of
-from dydit_jax.jobs.prepare_latents import LatentsRequest, prepare_latents
+from dydit_jax.jobs.prepare_latents import MOST_SIDE, LatentsRequest, prepare_latents
 from dydit_jax.latents import require_channels
 from dydit_jax.loading import find_autoencoder_config, load_autoencoder
 from dydit_jax.models.autoencoder import AutoencoderConfig
@@ -54,25 +55,49 @@ def with_latents(experiment: Experiment, workdir) -> Experiment:
       workdir: of the training.
 
     Raises:
-      InputError: an autoencoder whose latents the model can't have, before a picture is encoded; see `prepare_latents`.
+      InputError: an autoencoder whose latents the model can't have, or a work directory that they can't lie beside,
+        before a picture is encoded; see `prepare_latents`.
     """
     data, autoencoder = experiment.data, experiment.sampling.autoencoder
     if data.name not in PICTURES or not autoencoder:
         return experiment
     config = on_all_processes(lambda: _fitting_autoencoder(experiment))
+    side = experiment.model.side * config.factor
+    _require_request(data.path, str(workdir), side)
     request = LatentsRequest(
         out=f"{str(workdir).rstrip('/')}{LATENTS_SUFFIX}",
         path=data.path,
         data=data.name,
         autoencoder=autoencoder,
-        side=experiment.model.side * config.factor,
+        side=side,
         threads=max(data.threads, 1),
         max_bad=data.max_bad,
         image_key=data.image_key,
         label_key=data.label_key,
     )
-    latents = str(prepare_latents(request))
+    remedy = "give the pictures back as they were, or name another --workdir, for which they are made again"
+    latents = str(prepare_latents(request, remedy=remedy))
     return dataclasses.replace(experiment, data=dataclasses.replace(data, name="latents", path=latents))
+
+
+def _require_request(path: str, workdir: str, side: int) -> None:
+    """Raise where no latents can be made of a training's pictures.
+
+    Raises:
+      InputError: in the words of a training, which has other flags than `tools/prepare_latents.py`.
+    """
+    if not path:
+        raise InputError("data.path is empty; name the pictures.")
+    if "://" in workdir:
+        raise InputError(
+            f"Latents of pictures are made beside the work directory, and {workdir} is not a folder on a disk. Prepare "
+            "the latents first, with tools/prepare_latents.py, and train on data.name=latents."
+        )
+    if side % 8 or side > MOST_SIDE:
+        raise InputError(
+            f"This model needs latents of pictures of {side} pixels; sides are multiples of 8, at most {MOST_SIDE}. "
+            "Set model.side."
+        )
 
 
 def _fitting_autoencoder(experiment: Experiment) -> AutoencoderConfig:
@@ -92,11 +117,14 @@ def open_training_data(experiment: Experiment) -> DataSource:
     """
     source = open_source(experiment.data, experiment.model)
     made_by, wanted = getattr(source, "autoencoder", ""), experiment.sampling.autoencoder
-    if made_by and wanted and made_by != wanted:
-        raise InputError(
-            f"The latents in {experiment.data.path} are of {made_by}, but sampling.autoencoder is {wanted}."
-        )
     config = find_autoencoder_config(wanted)
+    if made_by and wanted and made_by != wanted:
+        known = getattr(source, "autoencoder_checksum", "") if config is not None else ""
+        if not known or checksum(load_autoencoder(wanted).params) != known:
+            raise InputError(
+                f"The latents in {experiment.data.path} are of {made_by}, but sampling.autoencoder is {wanted}. Name "
+                "the autoencoder that they were made with, or prepare them again."
+            )
     if config is not None:
         require_channels(config, experiment.model.channels, wanted)
         record = getattr(source, "record", config)
