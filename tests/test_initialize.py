@@ -354,6 +354,7 @@ def test_pictures_have_the_side_that_their_autoencoder_makes_the_models_of(pictu
     """Also that of an address that nothing was fetched from yet."""
     own, requests = small_autoencoder(widths=(32,) * 5), []
     monkeypatch.setattr(training_data, "load_autoencoder", lambda name: {"hf://owner/vae": own}[name])
-    monkeypatch.setattr(training_data, "prepare_latents", lambda request, **_: (requests.append(request), request.out)[1])
+    prepare = lambda request, **_: (requests.append(request), request.out)[1]
+    monkeypatch.setattr(training_data, "prepare_latents", prepare)
     with_latents(in_latents(pictures, "hf://owner/vae"), tmp_path / "run")
     assert requests[0].side == 2 * own.config.factor == 32

@@ -183,8 +183,9 @@ def _make_missing(
     done = on_all_processes(lambda: read_journals(out))
     left = [first for first in range(0, len(source), request.chunk) if first not in done]
     mine = left[jax.process_index() :: jax.process_count()]
-    # Too many bad pictures in one end all.
-    on_all_processes(lambda: _make_chunks(mine, source, autoencoder, request, lock))
+    # For hours: a process that fails here ends the others by the line between them, not where they all are done.
+    _make_chunks(mine, source, autoencoder, request, lock)
+    on_all_processes(lambda: None)  # all chunks are there
     on_all_processes(lambda: finish_folder(out, job, source.class_names) if is_main() else None)
     logger.info("Wrote %s: use data.name=latents, data.path=%s", out, out)
 
