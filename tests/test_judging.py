@@ -11,8 +11,8 @@ from stand_ins import few_numbers_for_inception, write_tiny_reference
 
 from dydit_jax.checkpoints import CheckpointConfig, Run, load_weights
 from dydit_jax.checkpoints.reading import saved_steps
-from dydit_jax.errors import InputError
-from dydit_jax.jobs import judging
+from dydit_jax.errors import InputError, StopError
+from dydit_jax.jobs import judging, steps
 from dydit_jax.jobs.evaluate import Evaluation, evaluate
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.jobs.train import train_and_evaluate
@@ -52,7 +52,7 @@ def require_same_as_evaluate(run, step: int, reference, out) -> None:
     assert scores_of(run, step) == {name: record[name] for name in SCORES}
 
 
-def test_metrics_are_those_of_the_images_that_are_sampled_from_the_checkpoint(tiny_judge, tmp_path):
+def test_metrics_are_those_of_the_images_that_are_sampled_from_the_checkpoint(tiny_judge, tmp_path, monkeypatch):
     config, run = changed(measured(tiny_judge), train=dict(steps=2)), tmp_path / "run"
     train_and_evaluate(config, run)
     require_same_as_evaluate(run, 2, tiny_judge, tmp_path / "set")
@@ -63,6 +63,11 @@ def test_metrics_are_those_of_the_images_that_are_sampled_from_the_checkpoint(ti
     # A run that was stopped before it had measured its checkpoint does so when it goes on.
     (run / "best.json").unlink()
     (run / "metrics.jsonl").unlink()
+    # A notice to leave is heard meanwhile.
+    with monkeypatch.context() as patch, pytest.raises(StopError, match="step 2 is saved") as stopped:
+        patch.setattr(steps.PreemptionNotice, "came", lambda self: True)
+        train_and_evaluate(config, run)
+    assert stopped.value.code == 75 and not (run / "best.json").exists()
     train_and_evaluate(config, run)
     assert json.loads((run / "best.json").read_text()) == best and scores_of(run, 2) == scores
 

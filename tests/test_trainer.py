@@ -141,10 +141,10 @@ def test_run_asked_to_stop_saves_its_step_and_goes_on_from_it(tmp_path, monkeypa
     whole = train_and_evaluate(changed(STATIC, train=dict(steps=5)), tmp_path / "whole")
 
     class Stopping(steps.PreemptionNotice):
-        def at(self, step):
-            if step == 3:
+        def came(self):
+            if self._points == 2:  # after step 3
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().at(step)
+            return super().came()
 
     config = changed(STATIC, train=dict(steps=5), checkpoint=dict(every_steps=100))
     with monkeypatch.context() as patch, pytest.raises(StopError, match="step 3 is saved") as stopped:
@@ -206,6 +206,17 @@ def test_full_disk_ends_the_run_with_its_newest_checkpoint_named(trained, tmp_pa
     said = str(stopped.value)
     assert failing in said and "No space left" in said and f"checkpoint is of step {step}; the same command" in said
     assert "\n" not in said and not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_data_that_can_not_be_read_on_the_way_end_the_run_with_its_newest_checkpoint_named(
+    trained, tmp_path, monkeypatch
+):
+    def fail(self, index):
+        raise InputError(f"Digit {index} can't be read.")
+
+    monkeypatch.setattr(sources.Digits, "__getitem__", fail)
+    with pytest.raises(StopError, match="can't be read. The newest whole checkpoint is of step 4; the same command"):
+        train_and_evaluate(changed(STATIC, train=dict(steps=5)), shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_changed_dataset_is_refused(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import jax
 from dydit_jax.checkpoints.reading import saved_steps
 from dydit_jax.checkpoints.runs import Run
 from dydit_jax.errors import InputError, StopError
+from dydit_jax.runtime.peers import RESTART_CODE
 from dydit_jax.training.experiment import Experiment
 from dydit_jax.training.update import TrainState
 
@@ -21,7 +22,7 @@ def about_newest(workdir) -> str:
 
 @contextlib.contextmanager
 def checkpoint_named(run: Run, workdir):
-    """Turn a failure to write, on a full disk for example, into the run's end that names its newest checkpoint."""
+    """Turn a failure to read or to write, a full disk for example, into the run's end that names its newest checkpoint."""
     try:
         yield
     except (InputError, OSError) as error:
@@ -29,6 +30,11 @@ def checkpoint_named(run: Run, workdir):
             with contextlib.suppress(StopError):
                 run.wait()
         raise StopError(f"{' '.join(str(error).split())} {about_newest(workdir)}") from error
+
+
+def stopped_at(step: int) -> StopError:
+    """Return what ends a run that is asked to leave, whose checkpoint of this step is written."""
+    return StopError(f"Stopped: step {step} is saved, the same command continues from it.", RESTART_CODE)
 
 
 def require_finite(finite, step: int, state: TrainState, workdir) -> None:

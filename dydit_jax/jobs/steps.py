@@ -12,14 +12,12 @@ from jax.sharding import Mesh
 from dydit_jax.checkpoints import Run
 from dydit_jax.data.batches import batches
 from dydit_jax.data.sources import DataConfig, DataSource
-from dydit_jax.errors import StopError
 from dydit_jax.jobs.ema import draw_samples, measure_ema, place_examples
-from dydit_jax.jobs.endings import checkpoint_named, require_finite, require_progress
+from dydit_jax.jobs.endings import checkpoint_named, require_finite, require_progress, stopped_at
 from dydit_jax.jobs.judging import Judge
 from dydit_jax.loading import load_decoder
 from dydit_jax.models.dit import Model
 from dydit_jax.runtime.peaks import best_case, flops_utilisation
-from dydit_jax.runtime.peers import RESTART_CODE
 from dydit_jax.runtime.processes import PreemptionNotice, is_main
 from dydit_jax.runtime.sharding import batch_sharding, process_rows, replicated
 from dydit_jax.runtime.tracking import Clock, Profile, StallWatchdog, duration
@@ -61,29 +59,31 @@ def run_steps(state: TrainState, parts: Parts) -> TrainState:
     update_of = functools.partial(build_update, experiment, parts.model)
     compiled = functools.cache(lambda passes: compile_update(update_of(passes), *shapes, mesh))
     passes = functools.partial(passes_at, model=experiment.model, loss=experiment.loss)
-    source, records = _placed_batches(parts.data, experiment.data, mesh, start=step), Records(parts, step)
+    source, notice = _placed_batches(parts.data, experiment.data, mesh, start=step), PreemptionNotice()
+    records = Records(parts, step, notice)
     if step < last:
         records.require_finite(step, state)
         logger.info("Compiling a step.")
         compiled(passes(step))  # before the clock starts
         _log_time_estimate(step, parts.model, experiment)
     clock, profile, watch = Clock(step, last), Profile(tracking.profile, parts.workdir), records.watch
-    with records.writers, profile, watch, PreemptionNotice() as notice:
+    with records.writers, profile, watch, notice:
         records.judge_first(step, state)
         while step < last:
             profile.at(step)
             watch.now(f"the batch of step {step + 1}")
-            batch = next(source)
+            with checkpoint_named(parts.run, parts.workdir):
+                batch = next(source)
             watch.now(f"step {step + 1}")
             state, metrics = compiled(passes(step))(state, batch)
             step += 1
             if step % tracking.every_steps == 0 or step == last:
                 records.report(step, metrics, clock)
                 profile.look(step)
-            leaving = notice.at(step)
+            leaving = notice.came()
             records.save(step, state, leaving=leaving)
             if leaving:
-                raise StopError(f"Stopped: step {step} is saved, the same command continues from it.", RESTART_CODE)
+                raise stopped_at(step)
             records.draw(step, state)
             records.judge(step, state)
         watch.now("the last checkpoint")
@@ -97,16 +97,17 @@ class Records:
     Args:
       parts: what the run works with.
       step: the one that it starts from.
+      notice: to leave, which is also heard while images are judged.
     """
 
-    def __init__(self, parts: Parts, step: int):
+    def __init__(self, parts: Parts, step: int, notice: PreemptionNotice):
         experiment, mesh = parts.experiment, parts.mesh
         settings = dataclasses.asdict(experiment)
         self.watch = StallWatchdog(experiment.tracking.stall_seconds)
         self.writers = Writers([])
         if is_main():
             self.writers = open_writers(experiment.tracking, parts.workdir, step, settings)
-        self._parts = parts
+        self._parts, self._notice = parts, notice
         self._all_finite = jax.jit(all_finite, out_shardings=replicated(mesh))
         if experiment.tracking.samples_every_steps:
             # An autoencoder that is not there must not end the run days later.
@@ -166,13 +167,23 @@ class Records:
             self.judge(step, state)
 
     def judge(self, step: int, state: TrainState) -> None:
-        """Measure the EMA's images if that is due; its checkpoint, which may be the best, must be there by then."""
+        """Measure the EMA's images if that is due; its checkpoint, which may be the best, must be there by then.
+
+        Raises:
+          StopError: asked to leave meanwhile; the run that goes on measures them.
+        """
         parts = self._parts
+
+        def moved(awaited: str) -> None:
+            self.watch.now(awaited)
+            if self._notice.came():
+                raise stopped_at(step)
+
         if self._judges(step):
             parts.run.wait()
             with checkpoint_named(parts.run, parts.workdir):
                 self.watch.now(f"the metrics of step {step}")
-                self.writers.write(step, parts.judge.measure(step, state, self.watch.now))
+                self.writers.write(step, parts.judge.measure(step, state, moved))
 
     def _judges(self, step: int) -> bool:
         return self._parts.judge is not None and self._parts.judge.is_due(step)

@@ -163,11 +163,11 @@ def to_host(tree):
 class PreemptionNotice:
     """Whether this program has been asked to leave: SIGTERM, Ctrl-C, or the platform's maintenance notice.
 
-    Use as a context. With several processes all of them learn it at the same step.
+    Use as a context. With several processes all of them learn it at the same point: they must ask at the same ones.
     """
 
     def __init__(self):
-        self._asked, self._before = False, {}
+        self._heard, self._before, self._points = False, {}, 0
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -183,7 +183,7 @@ class PreemptionNotice:
             signal.signal(number, handler)
 
     def _hear(self, number, _):
-        self._asked = True
+        self._heard = True
         logger.warning("Stopping (%s): saving after this step.", signal.Signals(number).name)
         signal.signal(number, self._before[number])  # the second time means at once
 
@@ -192,8 +192,9 @@ class PreemptionNotice:
         signal.signal(number, self._before[number])
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def at(self, step: int) -> bool:
-        """Return whether to leave after `step`; every process must ask at every step."""
+    def came(self) -> bool:
+        """Return whether to leave now."""
+        self._points += 1
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+            return multihost_utils.reached_preemption_sync_point(self._points)
+        return self._heard
