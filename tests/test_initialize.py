@@ -140,6 +140,12 @@ def test_map_takes_names_and_files(save, tmp_path):
     path, table = save("named", names=NAMES), tmp_path / "map.txt"
     table.write_text("fox:dog\n\nhouse cat : house cat\n2:0\n")
     assert chosen(path, ("fox", "house cat", "gnu"), class_map=str(table)) == [3, 2, 0, 5]
+    for encoding in ("utf-8-sig", "utf-16"):  # of Windows
+        table.write_bytes("fox:dog\r\nhouse cat:house cat\r\n2:0\r\n".encode(encoding))
+        assert chosen(path, ("fox", "house cat", "gnu"), class_map=str(table)) == [3, 2, 0, 5]
+    table.write_bytes(b"fox:\xff")
+    with pytest.raises(InputError, match="map.txt can't be read as text"):
+        chosen(path, ("fox", "house cat", "gnu"), class_map=str(table))
 
 
 @pytest.mark.parametrize(

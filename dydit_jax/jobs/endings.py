@@ -22,7 +22,7 @@ def about_newest(workdir) -> str:
 
 @contextlib.contextmanager
 def checkpoint_named(run: Run, workdir):
-    """Turn a failure to read or to write, a full disk for example, into the run's end that names its newest checkpoint."""
+    """Turn a failure to read or write, of a full disk say, into the end of the run that names its newest checkpoint."""
     try:
         yield
     except (InputError, OSError) as error:

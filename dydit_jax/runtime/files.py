@@ -5,6 +5,7 @@ once. So nothing is written under its own name: `write_atomically` gives a name 
 has, and renames when all is on the disk. What a kill leaves behind ends in `.partial` and can be deleted.
 """
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -190,6 +191,16 @@ def read_json(path, *, remedy: str = "restore it from a copy, or remove it and s
         reason = "is no text" if isinstance(error, UnicodeDecodeError) else f"can't be read ({error.strerror or error})"
         raise InputError(f"{path} {reason}; {remedy}.") from error
     return parse_json(text, path, remedy=remedy, kind=kind)
+
+
+def decode_text(content: bytes) -> str:
+    """Return the text of a file that people write: UTF-8, or UTF-16 with its mark, both as Windows writes them too.
+
+    Raises:
+      UnicodeDecodeError: bytes that are neither.
+    """
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if is_wide else "utf-8-sig")
 
 
 def parse_json(text: str, holder, *, remedy: str, kind: type = dict):

@@ -21,7 +21,7 @@ from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import is_low_rank
 from dydit_jax.models.trainable import EVERYTHING, POSITION_TABLE, split_params
-from dydit_jax.runtime.files import locate
+from dydit_jax.runtime.files import decode_text, locate
 from dydit_jax.runtime.seeds import make_key
 from dydit_jax.runtime.sharding import shardings
 from dydit_jax.training.experiment import Experiment
@@ -215,7 +215,7 @@ def _read_class_map(text: str, own: tuple[int, Sequence[str]], source: Weights) 
     if not is_file and ":" not in text:
         raise InputError(f"train.class_map {text!r} is neither a file nor a map such as 0:207,1:360.")
     try:
-        lines = epath.Path(text).read_text().splitlines() if is_file else text.split(",")
+        lines = decode_text(epath.Path(text).read_bytes()).splitlines() if is_file else text.split(",")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"train.class_map {text} can't be read as text ({error}).") from error
     pairs, ours = {}, (*own, index_names(own[1]))
