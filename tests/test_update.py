@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import DYNAMIC, STATIC, changed
 
+from dydit_jax.data.batches import examples
+from dydit_jax.data.sources import open_source
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.terms import LossConfig
 from dydit_jax.errors import InputError
@@ -116,6 +118,15 @@ def test_loss_weighs_its_terms(update_parts):
     np.testing.assert_allclose(metrics["loss/budget"], 0.5 * 2.0 * (1.0 - 0.25) ** 2, rtol=1e-6)
     np.testing.assert_allclose(total, 3 * sum(mean_squares) + 0.5 * 2.0 * (1.0 - 0.25) ** 2, rtol=1e-6)
     assert not any("vb" in name for name in metrics)
+
+
+def test_a_model_without_classes_is_trained_without_labels():
+    experiment = read_experiment(changed(STATIC, model=dict(classes=0)))
+    data, model = open_source(experiment.data, experiment.model), Model(experiment.model)
+    batch = examples(data, count=8)
+    assert batch["label"].max() > 0
+    settings = dict(model=model, loss=experiment.loss, process=Diffusion(), passes=("complete",))
+    np.testing.assert_array_equal(draw_examples(batch, jax.random.key(0), **settings)["labels"], 0)
 
 
 def test_parts_of_a_batch_add_up_to_it():

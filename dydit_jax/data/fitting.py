@@ -8,22 +8,22 @@ from dydit_jax.errors import InputError, some_of
 
 
 def require_shape(name: str, shape: tuple[int, ...], classes: int, model, class_names: Sequence[str] = ()) -> None:
-    """Raise unless a dataset fits a model; one without classes takes any.
+    """Raise unless a dataset fits a model; a model without classes takes any number of them.
 
     Args:
       name: of the dataset.
       shape: of its images.
       classes: their number.
-      model: has side, channels and classes; None for the last is any number.
+      model: has side, channels and classes; None and 0 for the last take any number.
       class_names: by label; those that the model has no row for are named.
 
     Raises:
       InputError: another shape, or another number of classes.
     """
     wanted = (model.side, model.side, model.channels)
-    if shape == wanted and model.classes in (None, classes):
+    if shape == wanted and model.classes in (None, 0, classes):
         return
-    surplus = class_names[model.classes :] if model.classes is not None else ()
+    surplus = class_names[model.classes :] if model.classes else ()
     named = f" No row is left for {some_of(map(repr, surplus))}." if surplus else ""
     raise InputError(
         f"Dataset {name} has images {shape} and {classes} classes; the model is made for {wanted} and "

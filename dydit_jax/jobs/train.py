@@ -121,7 +121,7 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
     # A data source that does not fit says so now.
     data = on_all_processes(lambda: open_training_data(experiment))
     require_same("dataset", data.fingerprint)
-    names = class_names_of(data)
+    names = class_names_of(data)[: experiment.model.classes]
     source = on_all_processes(lambda: starting_leaves(weights, model, experiment, names))
     names = names or kept_class_names(weights, experiment)
     base = on_all_processes(lambda: frozen_base(weights, source, model, experiment))

@@ -34,8 +34,8 @@ class DiTConfig:
       patch: side of a patch, P, in pixels of the input.
       side: side of the square input, in pixels (image side / 8 for latents).
       channels: channels of the input, C; the output has 2C, noise first, then variance.
-      classes: number of labels; one more row stands for "no class". 0: an unconditional model, which has only that row;
-        for training, -1 takes the number that the data have.
+      classes: number of labels; one more row stands for "no class". 0: an unconditional model, which has only that row
+        and is trained without the data's labels. For training, -1 takes the number that the data have.
       mlp_ratio: hidden channels of the MLP per channel of the width.
       routers: "none", "free" or "first_on", see `routing`.
       positions: "sine_cosine", the fixed table that DiT is trained with, or "stored": a table of the checkpoint's own,

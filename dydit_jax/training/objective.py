@@ -41,7 +41,9 @@ def draw_examples(batch, key, *, model: Model, loss: LossConfig, process: Proces
     """
     size = len(batch["label"])
     time_key, noise_key, label_key, router_key = jax.random.split(key, 4)
-    dropout = dict(null_label=model.config.null_label, probability=loss.label_dropout)
+    # A model without classes has "no class" alone.
+    probability = loss.label_dropout if model.config.classes else 1.0
+    dropout = dict(null_label=model.config.null_label, probability=probability)
     labels = drop_labels(label_key, batch["label"], **dropout)
     return dict(
         x0=batch["image"],

@@ -22,7 +22,8 @@ def patch_losses(params, batch, keys, timestep, *, model: Model, process: Proces
       mode: "gated" or "complete".
     """
     config = model.config
-    x0, labels = batch["image"], batch["label"]
+    x0 = batch["image"]
+    labels = batch["label"] if config.classes else jnp.full(len(x0), config.null_label)
     t = jnp.full(len(x0), timestep)
     word = timestep if is_discrete(process) else jax.lax.bitcast_convert_type(timestep, jnp.uint32)
     draw = lambda key: jax.random.normal(jax.random.fold_in(key, word), x0.shape[1:], jnp.float32)
