@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from unittest import mock
 
 import jax
@@ -91,6 +92,23 @@ def test_fine_tuning_starts_from_the_static_weights_with_fresh_routers(trained):
     dynamic, _ = model.apply(params, x, t, labels, mode="gated")
     static, _ = Model(load_checkpoint(trained).model).apply(source, x, t, labels, mode="complete")
     np.testing.assert_array_equal(dynamic, static)
+
+
+def test_weights_that_a_run_started_from_do_not_stay_in_memory(trained, tmp_path, monkeypatch):
+    kept, load = [], trainer.starting_weights
+
+    def load_and_watch(*given):
+        found = load(*given)
+        kept.append(weakref.ref(found))  # of an array the CPU may use the memory as it lies
+        return found
+
+    def look(state, parts):
+        raise StopError("gone" if kept[0]() is None else "still there")
+
+    monkeypatch.setattr(trainer, "starting_weights", load_and_watch)
+    monkeypatch.setattr(trainer, "run_steps", look)
+    with pytest.raises(StopError, match="gone"):
+        train_and_evaluate(changed(STATIC, train=dict(init_from=str(trained))), tmp_path / "run")
 
 
 def test_weights_of_another_shape_are_not_started_from(trained):

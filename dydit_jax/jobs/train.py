@@ -135,6 +135,7 @@ def train_and_evaluate(config: dict, workdir, from_step: int | None = None) -> T
         about |= dict(base=base) if base else {}
         with jax.set_mesh(mesh), run, one_for_all(lambda: about_newest(workdir)):
             state, about = _restored_or_first(run, model, experiment, mesh, source, about)
+            weights = source = None  # gigabytes on the host, which nothing needs from here on
             _describe(state, workdir, model, mesh)
             parts = Parts(run, workdir, model, experiment, mesh, data, about, judge)
             state = run_steps(state, parts)
