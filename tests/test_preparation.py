@@ -351,16 +351,12 @@ def test_damaged_files_are_one_line(folder, encoded, tmp_path, damage, message):
     assert "\n" not in str(raised.value)
 
 
-def test_no_process_waits_for_the_others_with_what_ends_it_while_it_makes_its_chunks(
-    folder, encoded, tmp_path, monkeypatch
-):
+def test_chunks_are_made_where_no_process_waits_for_the_others(folder, encoded, tmp_path, monkeypatch):
     waiting, depths, make = [], [], preparation._make_chunks
 
     def agree(action):
         waiting.append(action)
-        result = action()
-        waiting.pop()
-        return result
+        return (action(), waiting.pop())[0]
 
     monkeypatch.setattr(preparation, "on_all_processes", agree)
     monkeypatch.setattr(preparation, "_make_chunks", lambda *given: (depths.append(len(waiting)), make(*given)))
