@@ -1,17 +1,20 @@
 """What tests share: four CPU devices, a tiny model, and the reference files."""
 
 import argparse
+import http.server
 import importlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import sys
+import threading
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
+from hubs import Hub
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
@@ -258,3 +261,22 @@ def program_folder(tmp_path):
     for name, value in before.items():
         jax.config.update(name, value)
     compiled.cache_clear()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The server's address, in the place of Hugging Face's, and an empty cache."""
+    from huggingface_hub import constants
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Hub, "repositories", {})
+    monkeypatch.setattr(Hub, "asked", [])
+    monkeypatch.setattr(Hub, "commits", [])
+    yield address
+    server.shutdown()
+    server.server_close()

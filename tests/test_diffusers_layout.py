@@ -17,13 +17,11 @@ from dydit_jax.convert.diffusers_layout import (
     autoencoder_config,
     read_class_names,
     require_exportable,
-    scheduler_config,
     with_original_names,
 )
 from dydit_jax.convert.exporting import Export, export
 from dydit_jax.diffusion.process import Diffusion, Flow
 from dydit_jax.diffusion.samplers import Sampler, SamplingConfig
-from dydit_jax.diffusion.schedules import make_schedule
 from dydit_jax.errors import InputError
 from dydit_jax.models import autoencoder
 from dydit_jax.models.config import DiTConfig
@@ -306,14 +304,6 @@ def test_autoencoders_that_the_pipeline_can_not_use_are_refused():
     for record in (dict(shift=(0.1,)), dict(scale=(1.0, 2.0, 3.0, 4.0)), dict(attention=True)):
         with pytest.raises(InputError, match="decodes latents of one scale, without a shift or attention"):
             autoencoder_config(autoencoder.AutoencoderConfig(**record), 32)
-
-
-@pytest.mark.parametrize("schedule, steps", [("linear", 1000), ("linear", 500), ("squared_cosine", 1000)])
-def test_scheduler_has_the_process_of_the_model(schedule, steps):
-    process = Diffusion(schedule=schedule, train_steps=steps)
-    scheduler = diffusers.DDIMScheduler.from_config(scheduler_config(process))
-    np.testing.assert_allclose(scheduler.alphas_cumprod, make_schedule(process).alphas_cumprod, rtol=2e-4)
-    assert len(scheduler.betas) == steps
 
 
 def test_what_is_lost_is_said(tiny, tmp_path, caplog):

@@ -14,6 +14,7 @@ from dydit_jax.convert.detect import detect_config
 from dydit_jax.convert.evidence import Evidence, gather_evidence
 from dydit_jax.convert.tables import convert_state_dict, source_shapes
 from dydit_jax.convert.torch_files import write_tensors
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.errors import InputError
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import DiTConfig, published_config
@@ -217,16 +218,29 @@ def test_options_of_the_training_settle_what_they_say(tmp_path):
     weights = load_checkpoint(tmp_path / "out")
     assert (weights.model.heads, weights.model.classes) == (4, 10)
     assert weights.sampling.autoencoder == "sd-vae-ft-mse"
-    assert len(report.doubts) == 1 and "calls its model XL/2" in report.doubts[0]
+    assert ["calls its model XL/2" in doubt for doubt in report.doubts] == [True, False, False]
+    assert [doubt.split()[0] for doubt in report.doubts[1:]] == ["schedule", "train_steps"]
 
 
 def test_report_names_every_guess(dense, tmp_path):
     report = convert(Conversion(str(dense), str(tmp_path / "out"), heads=4))
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     fields = [doubt.split()[0] for doubt in report.doubts]
-    assert sorted(fields) == ["autoencoder", "null_row", "process", "space"]
+    assert sorted(fields) == ["autoencoder", "null_row", "process", "schedule", "space", "train_steps"]
     assert written["doubts"] == report.doubts and written["sources"]["heads"] == "--heads"
     assert all(doubt in report.in_words() for doubt in report.doubts)
+
+
+def test_schedule_is_what_the_flags_say_and_a_flow_has_none(dense, tmp_path):
+    request = Conversion(str(dense), str(tmp_path / "out"), heads=4, schedule="squared_cosine", train_steps=500)
+    report = convert(request)
+    assert load_checkpoint(tmp_path / "out").process == Diffusion("squared_cosine", 500)
+    assert report.sources["schedule"] == "--schedule" and "schedule" not in " ".join(report.doubts)
+    with pytest.raises(InputError, match="--schedule is about the schedule of a diffusion; .* is flow"):
+        convert(dataclasses.replace(request, process="flow", overwrite=True))
+    for wrong, message in ((dict(schedule="cosine"), "known: linear"), (dict(train_steps=2), "train_steps must be")):
+        with pytest.raises(InputError, match=message):
+            dataclasses.replace(request, **wrong)
 
 
 @pytest.mark.parametrize("name, prediction", [("visit.pt", None), ("transit2.pt", "noise")])

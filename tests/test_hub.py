@@ -1,17 +1,14 @@
 """Checkpoints by address: fetched once from a server of the tests' own, checked, converted; and sent with a card."""
 
-import base64
 import dataclasses
 import hashlib
-import http.server
 import json
 import shutil
-import threading
-import urllib.parse
 
 import jax
 import numpy as np
 import pytest
+from hubs import MAIN, OLD, Hub
 
 from dydit_jax.checkpoints import (
     Weights,
@@ -35,111 +32,7 @@ from dydit_jax.models.dit import Model
 from dydit_jax.models.trainable import split_params
 from dydit_jax.trees import flatten
 
-MAIN, OLD = "a1" * 20, "0b" * 20
 CONFIG = DiTConfig(depth=2, width=32, heads=2, patch=2, side=8, classes=3)
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """A hub with the files of `repositories`, by repository and name; remembers what was asked for and committed.
-
-    Files of another commit than `MAIN` are called <commit>@<name>.
-    """
-
-    repositories, asked, commits = {}, [], []
-    revisions = {"main": MAIN, MAIN: MAIN, "v1": OLD, "refs/pr/1": OLD, OLD: OLD}
-
-    def do_HEAD(self):  # noqa: N802 (the base class's name)
-        self.answer(with_content=False)
-
-    def do_GET(self):  # noqa: N802
-        self.answer(with_content=True)
-
-    def answer(self, with_content: bool) -> None:
-        path = self.path.partition("?")[0]
-        if with_content and ("/resolve/" in path or path.startswith("/api/models/")):
-            self.asked.append(path)
-        if path.startswith("/api/models/"):
-            repository, _, revision = path.removeprefix("/api/models/").partition("/revision/")
-            revision = urllib.parse.unquote(revision) or "main"
-            files = self.repositories.get(repository)
-            if files is None:
-                self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-            elif revision not in self.revisions:
-                self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            else:
-                files = [name.rpartition("@")[2] for name in files if self.is_of(name, self.revisions[revision])]
-                listed = dict(
-                    id=repository, sha=self.revisions[revision], siblings=[dict(rfilename=name) for name in files]
-                )
-                self.send(200, json.dumps(listed).encode())
-            return
-        repository, _, place = path.strip("/").partition("/resolve/")
-        commit, _, name = place.partition("/")
-        name = f"{commit}@{name}" if commit != MAIN else name
-        if repository == "someone/gated":
-            self.send(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        elif name not in self.repositories.get(repository, {}):
-            self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        else:
-            content = self.repositories[repository][name]
-            tag = f'"{hashlib.sha256(content).hexdigest()}"'
-            self.send(200, content, {"ETag": tag, "X-Linked-Etag": tag, "X-Repo-Commit": commit}, with_content)
-
-    @staticmethod
-    def is_of(name: str, commit: str) -> bool:
-        return name.startswith(f"{commit}@") if commit != MAIN else "@" not in name
-
-    def do_POST(self):  # noqa: N802
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        if self.path == "/api/repos/create":
-            request = json.loads(body)
-            name = "/".join(filter(None, (request.get("organization"), request["name"])))
-            self.repositories.setdefault(name, {})
-            self.send(200, json.dumps(dict(url=f"https://huggingface.co/{name}", name=name)).encode())
-        elif self.path.endswith("/preupload/main"):
-            files = [
-                dict(path=file["path"], uploadMode="regular", shouldIgnore=False) for file in json.loads(body)["files"]
-            ]
-            self.send(200, json.dumps(dict(files=files)).encode())
-        elif self.path.endswith("/commit/main"):
-            lines = [json.loads(line) for line in body.splitlines()]
-            added = [line["value"] for line in lines if line["key"] == "file"]
-            self.commits.append({file["path"]: base64.b64decode(file["content"]) for file in added})
-            self.send(
-                200, json.dumps(dict(commitUrl="https://huggingface.co/me/it/commit/1", commitOid="1" * 40)).encode()
-            )
-        else:
-            self.send(200, json.dumps(dict(errors=[], warnings=[])).encode())  # what checks a card
-
-    def send(self, code: int, content: bytes, headers=None, with_content: bool = True) -> None:
-        self.send_response(code)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if with_content:
-            self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """The server's address, in the place of Hugging Face's, and an empty cache."""
-    from huggingface_hub import constants
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(Hub, "repositories", {})
-    monkeypatch.setattr(Hub, "asked", [])
-    monkeypatch.setattr(Hub, "commits", [])
-    yield address
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +49,8 @@ def folders(tmp_path_factory):
         step=20,
         versions=dict(jax="1.2.3"),
     )
-    save_weights(folder / "ours" / "weights.safetensors", Weights(CONFIG, Diffusion(), SamplingConfig(), params, about))
+    weights = Weights(CONFIG, Diffusion("squared_cosine"), SamplingConfig(), params, about)
+    save_weights(folder / "ours" / "weights.safetensors", weights)
     export(Export(str(folder / "ours"), str(folder / "theirs"), layout="diffusers"))
     return folder
 
@@ -194,10 +88,16 @@ def test_pipeline_of_diffusers_is_fetched_and_converted_once(hub, folders, tmp_p
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
     assert found.class_names == expected.class_names and found.model == CONFIG
     asked = [path.removeprefix(f"/me/pipe/resolve/{MAIN}/") for path in Hub.asked[1:]]
-    assert asked == ["model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
+    assert asked == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ]
+    assert found.process == expected.process == Diffusion("squared_cosine")
     load_checkpoint("hf://me/pipe")
     load_checkpoint("hf://me/pipe/transformer")  # another address of the same files
-    assert Hub.asked[4:] == ["/api/models/me/pipe"]
+    assert Hub.asked[5:] == ["/api/models/me/pipe"]
     record = tmp_path / f"cache/hub/me/pipe/{MAIN}/transformer/config.json.sha256"
     assert record.read_text().startswith(
         hashlib.sha256(Hub.repositories["me/pipe"]["transformer/config.json"]).hexdigest()
@@ -286,6 +186,11 @@ def test_address_of_an_autoencoder_is_not_fetched_to_look_at_it(hub):
     [
         (["weights.safetensors", "README.md"], "", ("weights.safetensors", ["weights.safetensors"])),
         (["a/w.pt", "a/config.json"], "a/w.pt", ("a/w.pt", ["a/w.pt", "a/config.json"])),
+        (
+            ["transformer/w.pt", "scheduler/scheduler_config.json"],
+            "transformer/w.pt",
+            ("transformer/w.pt", ["transformer/w.pt", "scheduler/scheduler_config.json"]),
+        ),
         (
             ["vae/config.json", "vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.bin"],
             "vae",

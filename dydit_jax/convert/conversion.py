@@ -35,15 +35,15 @@ from dydit_jax.convert.diffusers_layout import (
 )
 from dydit_jax.convert.evidence import GUESS, Evidence, gather_evidence
 from dydit_jax.convert.ordering import order_by_magnitude
+from dydit_jax.convert.reports import Report
 from dydit_jax.convert.tables import convert_state_dict, require_complete
 from dydit_jax.convert.torch_files import read_torch_file, release_pages
 from dydit_jax.convert.torch_network import run_torch
-from dydit_jax.diffusion.process import PROCESSES, Flow
+from dydit_jax.diffusion.process import PROCESSES, Diffusion, Process
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, require_known, some_of
 from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dydit_jax.models.config import DiTConfig
-from dydit_jax.models.cost import format_count
 from dydit_jax.models.dit import Model
 from dydit_jax.models.routing import LAYOUTS
 from dydit_jax.records import require_range
@@ -58,7 +58,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_AUTOENCODER = "sd-vae-ft-ema"
 REPORT_FILE = "report.json"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-SAID_OF_DITS = ("heads", "classes", "image_size", "space", "routers", "process")
+SAID_OF_DITS = ("heads", "classes", "image_size", "space", "routers", "process", "schedule", "train_steps")
+SAID_OF_DIFFUSIONS = ("schedule", "train_steps")
 SAMPLING = {"flow": dict(sampler="euler_maruyama", steps="250")}  # as published; that of diffusion is the default
 SAID_OF_AUTOENCODERS = ("latent_scale", "latent_shift")
 MAX_IMAGE_SIZE, MAX_HEADS, MAX_CLASSES = 16384, 4096, 10**7
@@ -79,6 +80,8 @@ class Conversion:
       space: what the model draws: latent or pixels.
       routers: layout of the routers, where the tensors leave it open: first_on or free.
       process: what the model was trained as: diffusion, whose networks predict noise, or flow (SiT), velocities.
+      schedule: of a diffusion: linear or squared_cosine, the schedule that the model was trained on.
+      train_steps: of a diffusion: number of steps of that schedule.
       latent_scale: of an autoencoder: the factor of its latents, one number or one per channel.
       latent_shift: of an autoencoder: what is taken from its latents before, one number or one per channel.
       add_routers: give a static DiT fresh routers, the start of fine-tuning: first_on or free.
@@ -98,6 +101,8 @@ class Conversion:
     space: str | None = None
     routers: str | None = None
     process: str | None = None
+    schedule: str | None = None
+    train_steps: int | None = None
     latent_scale: tuple[float, ...] | None = None
     latent_shift: tuple[float, ...] | None = None
     add_routers: str = ""
@@ -117,6 +122,8 @@ class Conversion:
             require_known("space", self.space, SPACES)
         if self.process is not None:
             PROCESSES.require("process", self.process)
+        given = {name: getattr(self, name) for name in SAID_OF_DIFFUSIONS}
+        Diffusion(**{name: value for name, value in given.items() if value is not None})  # which refuses others
         for name, high in (("heads", MAX_HEADS), ("classes", MAX_CLASSES), ("image_size", MAX_IMAGE_SIZE)):
             if getattr(self, name) is not None:
                 require_range(f"--{name}", getattr(self, name), 1, high)
@@ -132,68 +139,6 @@ class Conversion:
         # One number is a number, as in diffusers' config.json.
         latents = {name: value[0] if value and len(value) == 1 else value for name, value in latents.items()}
         return {name: getattr(self, name) for name in SAID_OF_DITS} | latents
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What came out of a conversion; also written as JSON.
-
-    Attributes:
-      source, out: files.
-      kind: "dit" or "autoencoder".
-      tensors: number of source tensors, each used exactly once.
-      parameters: numbers in them, the position table included.
-      dtypes: of the source.
-      checksum: SHA-256 of the converted weights.
-      config: of a DiT, as a dict; None for an autoencoder.
-      process: of a DiT, by name; None for an autoencoder.
-      sources: where the value of each field comes from that the tensors leave open.
-      doubts: what is guessed, a sentence each: look at them.
-      macs: of one image and pass with every gate open; None for an autoencoder.
-      largest_difference: to PyTorch, relative to the output's scale; None if not verified.
-      seconds: that it took.
-    """
-
-    source: str
-    out: str
-    kind: str
-    tensors: int
-    parameters: int
-    dtypes: list
-    checksum: str
-    config: dict | None
-    process: str | None
-    sources: dict
-    doubts: list
-    macs: int | None
-    largest_difference: float | None
-    seconds: float
-
-    def in_words(self) -> str:
-        """Return the report as a sentence or two."""
-        what = "autoencoder" if self.config is None else _in_words(self.config, self.process)
-        cost = "" if self.macs is None else f" {format_count(self.macs)} MACs per image and pass with every gate open."
-        difference = (
-            ""
-            if self.largest_difference is None
-            else f" Largest difference to PyTorch: {self.largest_difference:.1e} of the output's scale."
-        )
-        doubts = f" Not certain: {'; '.join(self.doubts)}." if self.doubts else ""
-        return (
-            f"{self.source}: {what}, {self.parameters:,} parameters in {self.tensors} tensors "
-            f"({', '.join(self.dtypes)}), each used once.{cost}{difference}{doubts} Wrote {self.out}, SHA-256 "
-            f"{self.checksum}, in {self.seconds:.0f} s."
-        )
-
-
-def _in_words(config: dict, process: str) -> str:
-    kind = "SiT" if process == Flow.name else "DiT"
-    kind = f"static {kind}" if config["routers"] == "none" else f"Dy{kind} with routers {config['routers']!r}"
-    side, channels = config["side"], config["channels"]
-    return (
-        f"{kind}, process {process}, depth {config['depth']}, width {config['width']}, {config['heads']} heads, patch "
-        f"{config['patch']}, input {side} x {side} x {channels}, {config['classes']} classes"
-    )
 
 
 @own_settings()
@@ -286,6 +231,7 @@ def _converted_dit(tensors: dict, evidence: Evidence, request: Conversion) -> tu
     if asked:
         raise InputError(f"--{asked[0]} is for autoencoders; these are the weights of a DiT.")
     config = detect_config(tensors, evidence)
+    process = _settle_process(evidence)
     complete = _with_second_half(_with_null_row(tensors, evidence), config)
     require_complete(complete, config)
     require_finite(tensors)
@@ -299,9 +245,21 @@ def _converted_dit(tensors: dict, evidence: Evidence, request: Conversion) -> tu
         autoencoder = evidence.value("autoencoder")
     if not evidence.value("null_row"):
         guidance, about = 1.0, dict(config=dict(loss=dict(label_dropout=0.0)))  # sampling refuses guidance then
-    process = PROCESSES[evidence.value("process")]()
     sampling = SamplingConfig(guidance=guidance, autoencoder=autoencoder, **SAMPLING.get(process.name, {}))
     return Weights(config, process, sampling, params, about), difference
+
+
+def _settle_process(evidence: Evidence) -> Process:
+    """Return the process, with the schedule that a source says, or else DiT's, as a guess."""
+    kind = PROCESSES[evidence.value("process")]
+    if kind is not Diffusion:
+        said = [evidence.sources[field] for field in SAID_OF_DIFFUSIONS if evidence.value(field) is not None]
+        if said:
+            raise InputError(f"{said[0]} is about the schedule of a diffusion; the process of these is {kind.name}.")
+        return kind()
+    evidence.guess("schedule", Diffusion.schedule, "that of DiT; --schedule decides")
+    evidence.guess("train_steps", Diffusion.train_steps, "those of DiT; --train_steps decides")
+    return Diffusion(*map(evidence.value, SAID_OF_DIFFUSIONS))
 
 
 def _with_null_row(tensors: dict, evidence: Evidence) -> dict:

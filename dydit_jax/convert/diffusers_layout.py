@@ -4,7 +4,7 @@
     <folder>/transformer/config.json            the model's arguments
     <folder>/transformer/diffusion_pytorch_model.safetensors   or .bin, .fp16.safetensors, or an index of several files
     <folder>/vae/...                            an autoencoder in the same form
-    <folder>/scheduler/scheduler_config.json
+    <folder>/scheduler/scheduler_config.json    see `diffusers_scheduler`
 
 Tensors get the original's names here, and the rest is as with any other file (`tables`). Each block there holds a copy
 of the embedders of timestep and label, and queries, keys and values apart.
@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from dydit_jax.convert.detect import LABEL_TABLE
+from dydit_jax.convert.diffusers_scheduler import TRANSFORMER, VERSION
 from dydit_jax.convert.tables import POSITION_NAME, export_state_dict
 from dydit_jax.diffusion.process import Diffusion, Process
-from dydit_jax.diffusion.schedules import make_schedule
 from dydit_jax.errors import InputError, some_of
 from dydit_jax.labels import spell_name
 from dydit_jax.models.autoencoder import NORM_GROUPS, AutoencoderConfig
@@ -32,8 +32,7 @@ from dydit_jax.runtime.files import read_json
 logger = logging.getLogger(__name__)
 
 INDEX_FILE, CONFIG_FILE = "model_index.json", "config.json"
-TRANSFORMER, AUTOENCODER, SCHEDULER = "transformer", "vae", "scheduler"
-PIPELINE = "DiTPipeline"
+AUTOENCODER, PIPELINE = "vae", "DiTPipeline"
 MODEL_CLASSES = (
     "DiTTransformer2DModel",
     "Transformer2DModel",
@@ -61,7 +60,6 @@ OTHER_FEATURES = (
 MOST_DIGITS = 12  # of a label
 NULL_CLASS = 1000  # of DiTPipeline, whatever the number of classes
 MLP_RATIO = 4
-VERSION = "0.30.0"  # of diffusers, since which the classes have these names
 
 # The original's name of a module, and diffusers'. `{layer}` stands for the number of the block.
 _THEIRS = "transformer_blocks.{layer}"
@@ -266,24 +264,6 @@ def transformer_config(config: DiTConfig) -> dict:
         norm_elementwise_affine=False,
         norm_eps=1e-6,
         **{FEATURES_KEY: 0},
-    )
-
-
-def scheduler_config(diffusion: Diffusion) -> dict:
-    """Return the arguments of a `DDIMScheduler` for a process."""
-    betas = make_schedule(diffusion).betas
-    shape = dict(beta_schedule="linear", beta_start=float(betas[0]), beta_end=float(betas[-1]), trained_betas=None)
-    if diffusion.schedule != "linear":
-        shape = dict(trained_betas=betas.tolist())
-    return dict(
-        _class_name="DDIMScheduler",
-        _diffusers_version=VERSION,
-        num_train_timesteps=diffusion.train_steps,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=0,
-        prediction_type="epsilon",
-        **shape,
     )
 
 

@@ -1,4 +1,4 @@
-"""What is known of a source's model, and from where: its tensors, its training's options, a config.json, the user.
+"""What is known of a source's model, and from where: its tensors, its training's options, files beside it, the user.
 
 Tensors leave things open: how many heads share a width, whether the last row of the label table is a class, what a
 network predicts. All other sources are read. Sources that disagree end the conversion, and what none of them says is
@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from dydit_jax.convert.diffusers_scheduler import SCHEDULER_FILE, read_scheduler, scheduler_beside
 from dydit_jax.errors import InputError
 from dydit_jax.models.autoencoder import LATENT_SCALE
 from dydit_jax.runtime.files import read_json
@@ -87,25 +88,36 @@ def gather_evidence(source, options: Mapping, flags: Mapping) -> Evidence:
     """Read all sources but the tensors.
 
     Args:
-      source: the file of weights; a `config.json` in its folder is read.
+      source: the file of weights; a `config.json` in its folder is read, and the scheduler of diffusers' pipeline.
       options: of the training that wrote it.
       flags: values that the user gave, by field; None where not.
 
     Raises:
-      InputError: sources that disagree, a config.json that can't be read, or a flow of another kind than ours.
+      InputError: sources that disagree, a file that can't be read, or a flow or a diffusion of another kind than ours.
     """
     evidence, path = Evidence(), Path(source)
     for field, value in flags.items():
         evidence.say(field, value, f"--{field}")
     beside = path.with_name(CONFIG_FILE)
     if beside.is_file():
-        if beside.stat().st_size > MAX_CONFIG_BYTES:
-            raise InputError(f"{beside} has more than {MAX_CONFIG_BYTES} bytes; no model's description has.")
+        _require_short(beside)
         _hear(evidence, read_json(beside, remedy="mend it, or move it away"), f"{CONFIG_FILE}'s")
     _hear(evidence, options, "the training's option")
+    scheduler = scheduler_beside(path.parent)
+    if scheduler is not None and scheduler.is_file():
+        _require_short(scheduler)
+        diffusion = read_scheduler(scheduler)
+        said = dict(process=diffusion.name, schedule=diffusion.schedule, train_steps=diffusion.train_steps)
+        for field, value in said.items():
+            evidence.say(field, value, SCHEDULER_FILE)
     if _names_flow(path.stem):
         evidence.guess("process", "flow", f"{path.name} is named like a SiT; --process decides")
     return evidence
+
+
+def _require_short(path: Path) -> None:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise InputError(f"{path} has more than {MAX_CONFIG_BYTES} bytes; no model's description has.")
 
 
 def _hear(evidence: Evidence, options: Mapping, who: str) -> None:

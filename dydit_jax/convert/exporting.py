@@ -10,6 +10,7 @@ from dydit_jax.checkpoints import Weights, format_of, is_autoencoder_format, loa
 from dydit_jax.convert import diffusers_layout
 from dydit_jax.convert.autoencoders import export_autoencoder
 from dydit_jax.convert.conversion import output_file
+from dydit_jax.convert.diffusers_scheduler import SCHEDULER, SCHEDULER_FILE, scheduler_config
 from dydit_jax.convert.tables import export_state_dict
 from dydit_jax.convert.torch_files import write_tensors
 from dydit_jax.errors import InputError, require_known
@@ -112,8 +113,8 @@ def _write_pipeline(out, weights: Weights, autoencoder: str) -> None:
         (out / name).mkdir(parents=True, exist_ok=True)
         write_json(out / name / layout.CONFIG_FILE, arguments)
         write_tensors(out / name / layout.WEIGHTS_FILES[0], tensors.pop(name))
-    (out / layout.SCHEDULER).mkdir(exist_ok=True)
-    write_json(out / layout.SCHEDULER / "scheduler_config.json", layout.scheduler_config(weights.process))
+    (out / SCHEDULER).mkdir(exist_ok=True)
+    write_json(out / SCHEDULER / SCHEDULER_FILE, scheduler_config(weights.process))
     index = layout.model_index(class_names=weights.class_names, with_autoencoder=bool(autoencoder))
     write_json(out / layout.INDEX_FILE, index)
     _warn(weights, autoencoder)

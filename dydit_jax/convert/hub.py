@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dydit_jax.checkpoints import ADAPTER_FORMAT, FORMAT, WEIGHTS_FILE, format_of, is_autoencoder_format
-from dydit_jax.convert.diffusers_layout import CONFIG_FILE, INDEX_FILE, TRANSFORMER, WEIGHTS_FILES
+from dydit_jax.convert.diffusers_layout import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILES
+from dydit_jax.convert.diffusers_scheduler import TRANSFORMER, scheduler_beside
 from dydit_jax.convert.published import Published, checksum_of, fetch_file, hub_reason
 from dydit_jax.errors import InputError, some_of
 from dydit_jax.runtime.cache import cache_folder
@@ -185,9 +186,10 @@ def choose_files(listed: Sequence[str], path: str, address: str) -> tuple[str, l
       InputError: nothing there that this package reads.
     """
     within = lambda *parts: "/".join(part for part in parts if part)
+    described = lambda *files: [str(file) for file in files if str(file) in listed]
     if path in listed:
-        beside = within(path.rpartition("/")[0], CONFIG_FILE)
-        return path, [path, *([beside] if beside in listed else [])]
+        folder = path.rpartition("/")[0]
+        return path, [path, *described(within(folder, CONFIG_FILE), scheduler_beside(folder))]
     if (ours := within(path, WEIGHTS_FILE)) in listed:
         return ours, [ours]
     index, folder = within(path, INDEX_FILE), path
@@ -196,7 +198,7 @@ def choose_files(listed: Sequence[str], path: str, address: str) -> tuple[str, l
     config = within(folder, CONFIG_FILE)
     weights = [within(folder, name) for name in WEIGHTS_FILES if within(folder, name) in listed]
     if config in listed and weights:
-        return path, [*([index] if index in listed else []), config, weights[0]]
+        return path, [*described(index, scheduler_beside(folder)), config, weights[0]]
     raise InputError(
         f"{address} has no {WEIGHTS_FILE} and no model of diffusers'; name one of its files: "
         f"{some_of(sorted(listed), most=8) or 'it has none'}."

@@ -22,7 +22,8 @@ from dydit_jax.checkpoints import (
     published_file,
     without_places,
 )
-from dydit_jax.convert.diffusers_layout import AUTOENCODER, INDEX_FILE, SCHEDULER, TRANSFORMER
+from dydit_jax.convert.diffusers_layout import AUTOENCODER, INDEX_FILE
+from dydit_jax.convert.diffusers_scheduler import SCHEDULER, TRANSFORMER
 from dydit_jax.convert.hub import HUB, split_hub_address
 from dydit_jax.convert.published import hub_reason
 from dydit_jax.errors import InputError, some_of
