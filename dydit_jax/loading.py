@@ -1,9 +1,11 @@
 """From whatever a user calls a checkpoint to weights: a file, a folder, a run's work directory or a published name."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -29,10 +31,10 @@ from dydit_jax.checkpoints import (
 )
 from dydit_jax.convert.conversion import Conversion, convert, output_file
 from dydit_jax.convert.hub import is_address, known_file, local_file
-from dydit_jax.convert.published import SHIPPED, converted_file, fetch, known_names
+from dydit_jax.convert.published import SHIPPED, converted_file, fetch, known_names, naming_fetched
 from dydit_jax.diffusion.process import read_process
 from dydit_jax.diffusion.samplers import SamplingConfig
-from dydit_jax.errors import InputError, name_file, require_known
+from dydit_jax.errors import DamageError, InputError, name_file, require_known
 from dydit_jax.latents import decode_latents, require_channels
 from dydit_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dydit_jax.models.config import read_model
@@ -40,6 +42,7 @@ from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import LoRAConfig
 from dydit_jax.models.trainable import EVERYTHING, require_parts, split_params
 from dydit_jax.records import read_record
+from dydit_jax.runtime.cache import cache_folder
 from dydit_jax.runtime.files import hold_lock, locate
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import replicated
@@ -92,12 +95,24 @@ def _load(checkpoint, from_step: int | None = None, weights: str = "ema") -> tup
         if weights != "ema":
             raise InputError(f"--weights={weights} needs a training's work directory; {path} holds one set of weights.")
         file = output_file(path) if path.is_dir() else path
-        found, record = load_adapter(file) if format_of(file) == ADAPTER_FORMAT else (load_weights(file), None)
+        with _naming_cached(file):
+            found, record = load_adapter(file) if format_of(file) == ADAPTER_FORMAT else (load_weights(file), None)
     else:
         found, record = _load_run(path, from_step, weights)
     if weights == "ema":
         warn_of_start(found.about)
     return found, record
+
+
+@contextlib.contextmanager
+def _naming_cached(file) -> Iterator[None]:
+    """Say in an error about damage that the file can be made again, where it is one of the cache."""
+    try:
+        yield
+    except DamageError as error:
+        if cache_folder() not in pathlib.Path(file).parents:
+            raise
+        raise DamageError(f"{error} Remove it: it lies in the cache, and is fetched or made again then.") from error
 
 
 def _load_named(base: str, adapter) -> Weights:
@@ -181,7 +196,8 @@ def load_autoencoder(autoencoder) -> Autoencoder:
       InputError: neither.
     """
     path = _resolved(autoencoder, "autoencoder")
-    return read_autoencoder(output_file(path) if path.is_dir() else path)
+    with _naming_cached(path):
+        return read_autoencoder(output_file(path) if path.is_dir() else path)
 
 
 def find_autoencoder_config(autoencoder: str) -> AutoencoderConfig | None:
@@ -241,5 +257,7 @@ def _resolved(checkpoint, holds: str) -> epath.Path:
         # Processes of one machine that start together need it once.
         with hold_lock(converted.with_name(converted.name + ".lock"), to=f"to convert {name}"):
             if not converted.exists():
-                convert(Conversion(source=str(fetch(name)), out=str(converted)))
+                source = fetch(name)
+                with naming_fetched(source):
+                    convert(Conversion(str(source), str(converted)))
     return epath.Path(converted)

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from dydit_jax.errors import InputError, some_of
+from dydit_jax.errors import DamageError, InputError, some_of
 from dydit_jax.runtime.files import is_local, parse_json, write_atomically
 from dydit_jax.runtime.progress import counted_bytes
 
@@ -61,7 +61,8 @@ def read_arrays(path, wanted_format: str) -> tuple[dict[str, np.ndarray], dict[s
     """Read arrays by name and metadata from a `.safetensors` file of one of this project's formats.
 
     Raises:
-      InputError: no such file, one of another format, or a damaged one, with the tensor that is not as it was written.
+      InputError: no such file, or one of another format.
+      DamageError: a damaged one, with the tensor that is not as it was written.
     """
     with _opened(path) as file:
         metadata = file.metadata() or {}
@@ -145,8 +146,8 @@ def _checksum(content) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _damaged(path, part: str) -> InputError:
-    return InputError(f"{path} is damaged: its {part} is not as it was written; {REMEDY}.")
+def _damaged(path, part: str) -> DamageError:
+    return DamageError(f"{path} is damaged: its {part} is not as it was written; {REMEDY}.")
 
 
 @contextlib.contextmanager
@@ -165,7 +166,7 @@ def _opened(path) -> Iterator:
             _require_header(path, local, file.metadata() or {})
             yield file
         except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{path} is not a readable .safetensors file: {error}.") from error
+            raise DamageError(f"{path} is not a readable .safetensors file: {error}.") from error
 
 
 def _require_header(path, local, metadata: dict[str, str]) -> None:

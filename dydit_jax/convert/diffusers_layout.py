@@ -14,6 +14,7 @@ of DiT 10000^(-i/128).
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -51,6 +52,7 @@ WEIGHTS_FILES = tuple(
         "{}.fp16.bin",
     )
 )
+INDEX_ENDING = re.compile(r"\.index(\.\w+)?\.json$")
 # Folders whose weights come from DiT's own training; and what a config of ours says of their features of the timestep.
 FROM_DIT, FEATURES_KEY = ("DiT-XL-2-256", "DiT-XL-2-512"), "_downscale_freq_shift"
 OTHER_FEATURES = (
@@ -113,6 +115,11 @@ def _require_class(path: Path, known: Sequence[str]) -> None:
     name = read_json(path, remedy="copy the folder again").get("_class_name")
     if name not in known:
         raise InputError(f"{path} is of a {name!r:.80}, which is none of {', '.join(known)}: it can't be converted.")
+
+
+def is_index(name: str) -> bool:
+    """Return whether a file's name is that of an index of several files of weights."""
+    return INDEX_ENDING.search(name) is not None
 
 
 def read_class_names(source) -> list[str]:

@@ -5,22 +5,23 @@ ours, and found without a network from then on. A repository may hold weights of
 of its models, or files that are named one by one. A revision is a branch, a tag or a commit, "main" where none is
 named; all files of an address are those of one commit. A plain address may end with #sha256=<checksum>.
 
-    <cache>/hub/<owner>/<name>/<commit>/...  files, as they are there, with their checksums
-    <cache>/addresses/<name of the file>...  files of plain addresses
-    <...>.converted.safetensors              what was made of them
-    <cache>/addresses/<digest>.json          where an address was found to lead
+    <cache>/hub/<owner>/<name>/<commit>/...      files, as they are there, with their checksums
+    <cache>/addresses/<digest>/<file>            files of plain addresses
+    <...>.<its checksum>.converted.safetensors   what was made of them; of a folder without the checksum
+    <cache>/addresses/<digest>.json              where an address was found to lead
 """
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dydit_jax.checkpoints import ADAPTER_FORMAT, FORMAT, WEIGHTS_FILE, format_of, is_autoencoder_format
-from dydit_jax.convert.diffusers_layout import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILES
+from dydit_jax.convert.diffusers_layout import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILES, is_index
 from dydit_jax.convert.diffusers_scheduler import TRANSFORMER, scheduler_beside
-from dydit_jax.convert.published import Published, checksum_of, fetch_file, hub_reason
+from dydit_jax.convert.published import Published, checksum_of, fetch_file, hub_reason, naming_fetched, noted_checksum
 from dydit_jax.errors import InputError, some_of
 from dydit_jax.runtime.cache import cache_folder
 from dydit_jax.runtime.files import hold_lock, read_json, write_json
@@ -28,6 +29,9 @@ from dydit_jax.runtime.files import hold_lock, read_json, write_json
 logger = logging.getLogger(__name__)
 
 HUB, PLAIN = "hf://", ("https://", "http://")
+HUGGING_FACE = "https://huggingface.co"
+CHECKSUM_MARK = "#sha256="
+SHOWN_DIGITS = 16  # of a checksum, in names of files
 LICENCE = "see its page"
 CONVERTED = ".converted.safetensors"
 
@@ -52,29 +56,54 @@ def local_file(address: str, convert: Callable[[Path, Path, str], None]) -> Path
         return found
     record = _record_of(address)
     with hold_lock(record.with_suffix(".lock"), to=f"to fetch {address}"):
+        if found := known_file(address):  # the process that held the lock has fetched it
+            return found
         source, exact = _fetch_from_hub(address) if address.startswith(HUB) else (_fetch_plain(address), address)
-        found = source
-        if source.is_dir() or not _is_ours(source):
-            found = source.with_name(source.name + CONVERTED)
-            if not found.is_file():
-                convert(source, found, exact)
-        write_json(record, dict(address=address, exact=exact, path=str(found)))
+        found = _file_of_ours(source, lambda out: convert(source, out, exact))
+        # Within the cache, which may be moved.
+        write_json(record, dict(address=address, exact=exact, path=str(found.relative_to(cache_folder()))))
     return found
 
 
 def known_file(address: str) -> Path | None:
-    """Return the file of ours that an address was found to lead to; None where it is not here."""
+    """Return the file of ours that an address was found to lead to; None where it is not here, or another by now."""
     record = _record_of(address)
-    found = Path(read_json(record, remedy="remove it")["path"]) if record.is_file() else None
-    return found if found is not None and found.is_file() else None
+    path = read_json(record, remedy="remove it").get("path") if record.is_file() else None
+    found = cache_folder() / path if isinstance(path, str) else None
+    if found is None or not found.is_file():
+        return None
+    wanted = address.partition(CHECKSUM_MARK)[2].lower()
+    return None if wanted and noted_checksum(found) not in ("", wanted) else found
+
+
+def _file_of_ours(source: Path, convert: Callable[[Path], None]) -> Path:
+    """Return what was fetched where that is ours, else what is made of it, in a file that its checksum names."""
+    with naming_fetched(source):
+        if source.is_dir():
+            found = source.with_name(source.name + CONVERTED)
+        elif _is_ours(source):
+            return source
+        else:
+            checksum = noted_checksum(source) or checksum_of(source)
+            found = source.with_name(f"{source.name}.{checksum[:SHOWN_DIGITS]}{CONVERTED}")
+        if not found.is_file():
+            convert(found)
+    return found
 
 
 def _record_of(address: str) -> Path:
-    return cache_folder() / "addresses" / f"{_digest(address)}.json"
+    hub = _other_hub() if address.startswith(HUB) else ""
+    return cache_folder() / "addresses" / f"{_digest(hub + address)}.json"
 
 
-def _digest(address: str) -> str:
-    return hashlib.sha256(address.encode()).hexdigest()[:16]
+def _other_hub() -> str:
+    """Return the address of the hub where it is another one than Hugging Face, else ""."""
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    return "" if endpoint == HUGGING_FACE else endpoint
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:SHOWN_DIGITS]
 
 
 def _is_ours(path: Path) -> bool:
@@ -102,7 +131,9 @@ def _fetch_plain(address: str) -> Path:
     entry = Published(LICENCE, file, address=base, query=mark + query, sha256=wanted)
     path = fetch_file(address, entry, target)
     if wanted and (found := checksum_of(path)) != wanted:  # it was here, fetched without a checksum
-        raise InputError(f"{address} has the SHA-256 {found}, not {wanted}; it lies at {path}.")
+        raise InputError(
+            f"{address} has the SHA-256 {found}, not {wanted}; it lies at {path}. Remove that to fetch it again."
+        )
     return path
 
 
@@ -133,17 +164,18 @@ def _fetch_from_hub(address: str) -> tuple[Path, str]:
     repository, path, revision = split_hub_address(address)
     listed, commit = list_files(repository, revision)
     source, files = choose_files(listed, path, address)
-    folder = cache_folder() / "hub" / repository / commit
+    other = _other_hub()
+    folder = cache_folder() / "hub" / (_digest(other) if other else "") / repository / commit
     fetch = lambda file: fetch_file(
         f"{HUB}{repository}/{file}", Published(LICENCE, file, repository=repository, revision=commit), folder / file
     )
     for file in files:
         fetched = fetch(file)
-        if file.endswith(".index.json"):  # its shards lie beside it
+        if is_index(file):  # its shards lie beside it
             places = read_json(fetched, remedy="remove it").get("weight_map")
             shards = sorted(set(map(str, places.values()))) if isinstance(places, dict) else []
             for shard in shards:
-                if "/" in shard or shard.startswith("."):
+                if "/" in shard or shard.startswith(".") or not shard.isprintable():
                     raise InputError(f"{address} has an index that lists {shard!r:.80}, which is not in its folder.")
                 fetch(f"{file.rpartition('/')[0]}/{shard}".lstrip("/"))
     return folder / source, f"{HUB}{'/'.join(filter(None, (repository, path)))}@{commit}"

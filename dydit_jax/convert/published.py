@@ -7,15 +7,17 @@ server or of this list, or the checksums inside the file. Its own SHA-256 is kep
 `sha256sum`, and compared at every use.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import re
 import urllib.error
 import urllib.request
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from dydit_jax.convert.torch_files import find_damage
 from dydit_jax.errors import InputError
 from dydit_jax.runtime.cache import cache_folder
 from dydit_jax.runtime.files import hold_lock, write_atomically
@@ -141,6 +143,18 @@ def fetch_file(name: str, entry: Published, target: Path) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def naming_fetched(source: Path) -> Iterator[None]:
+    """Say in an `InputError` what to do about a fetched file, or folder, that can't be converted."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(
+            f"{error} {source} is what was fetched: remove it to fetch it again, or convert it with "
+            "convert_torch_weights.py, whose flags say what it leaves open."
+        ) from error
+
+
 def _fetch(name: str, entry: Published, target: Path) -> None:
     """Fetch a file under another name, check it, note its checksum and give it its name."""
     partial = target.with_name(target.name + ".partial")
@@ -184,13 +198,19 @@ def _record_of(target: Path) -> Path:
     return target.with_name(target.name + ".sha256")
 
 
+def noted_checksum(target: Path) -> str:
+    """Return the SHA-256 that was noted of a fetched file, "" where none was."""
+    record = _record_of(target)
+    return record.read_text(errors="replace").partition(" ")[0] if record.exists() else ""
+
+
 def _is_whole(target: Path, entry: Published) -> bool:
     """Return whether a file is there and what was fetched; what a user put there is believed if nothing is known."""
     if not target.exists():
         return False
-    record = _record_of(target)
-    known = record.read_text(errors="replace").partition(" ")[0] if record.exists() else entry.sha256
-    if record.exists() or known:
+    has_record = _record_of(target).exists()
+    known = noted_checksum(target) if has_record else entry.sha256
+    if has_record or known:
         found = checksum_of(target)
         if not known or not found.startswith(known):
             logger.warning("%s is damaged: SHA-256 %s, was %s. Fetching it again.", target, found, known or "lost")
@@ -216,7 +236,7 @@ def require_checksum(path: Path, known: str | None) -> str:
     Args:
       path: of the file.
       known: its SHA-256 or the beginning of it; anything else is none, and then the checksums inside the file decide,
-        if it is a zip, as PyTorch's are.
+        if it begins as a zip, as PyTorch's do.
 
     Returns:
       The file's SHA-256.
@@ -228,7 +248,7 @@ def require_checksum(path: Path, known: str | None) -> str:
     if known and re.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{64}", known):
         reason = "" if found.startswith(known) else f"SHA-256 {found}, should be {known}"
     else:
-        reason = _damage_of_zip(path)
+        reason = find_damage(path)
     if reason:
         path.unlink()
         raise InputError(f"{path.name} was damaged on the way: {reason}. Try again.")
@@ -239,18 +259,6 @@ def checksum_of(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _damage_of_zip(path: Path) -> str:
-    """Return which member of a zip is damaged, or "", also of a file that is no zip."""
-    if not zipfile.is_zipfile(path):
-        return ""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-        return str(error)
-    return f"its part {damaged} has another checksum" if damaged else ""
 
 
 def fetch_address(address: str, partial: Path) -> None:
