@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import jax
@@ -254,12 +255,13 @@ def test_wrong_requests_are_refused(files):
     "damage",
     ["cut", "flipped", "not finite", "features not finite", "other moments", "no JSON", "deep JSON", "a list"],
 )
-def test_damaged_statistics_are_refused(files, tmp_path, damage):
-    arrays = dict(mu=np.zeros(2048), sigma=np.zeros((2048, 2048)), mu_s=np.zeros(2023), sigma_s=np.zeros((2023, 2023)))
+def test_damaged_statistics_are_refused(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(evaluation, "MOMENT_SHAPES", dict(mu=(64,), sigma=(64, 64), mu_s=(63,), sigma_s=(63, 63)))
+    arrays = {name: np.zeros(shape) for name, shape in evaluation.MOMENT_SHAPES.items()}
     if damage == "not finite":
         arrays["mu"][5] = np.nan
     elif damage == "features not finite":
-        arrays["pool"] = np.full((5, 2048), np.inf, np.float32)
+        arrays["pool"] = np.full((5, 64), np.inf, np.float32)
     elif damage == "other moments":
         arrays["mu_s"] = np.zeros(7)
     elif damage == "no JSON":
@@ -267,9 +269,9 @@ def test_damaged_statistics_are_refused(files, tmp_path, damage):
     elif damage in ("deep JSON", "a list"):
         arrays["about"] = "[" * 100_000 if damage == "deep JSON" else "[]"
     path = tmp_path / "statistics.npz"
-    np.savez_compressed(path, **arrays)
+    np.savez(path, **arrays)
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= damage == "flipped"
+    content[len(content) // 3] ^= damage == "flipped"
     path.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
     with pytest.raises(InputError, match="statistics.npz (is not an .npz|holds|is damaged)") as caught:
         load_reference(str(path), "network", None, None)
@@ -294,6 +296,41 @@ def test_statistics_of_other_features_are_refused_before_they_are_read(tmp_path,
     monkeypatch.setattr(np, "load", None)
     with pytest.raises(InputError, match=f"statistics.npz holds moments of other features: {message}; make it again"):
         load_reference(str(path), "network", None, None)
+
+
+def test_arrays_of_the_size_of_what_is_measured_are_read_and_no_others(tmp_path, monkeypatch):
+    """Floats shrink by a third or two, whoever packs them; a row of zeros would fill the memory."""
+    monkeypatch.setattr(evaluation, "MOMENT_SHAPES", dict(mu=(64,), sigma=(64, 64), mu_s=(63,), sigma_s=(63, 63)))
+    pool = np.maximum(np.random.default_rng(0).standard_normal((500, 64)), 0).astype(np.float32)  # half of it is zero
+    arrays = dict(mu=pool.mean(0), sigma=np.cov(pool.T), arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    np.savez_compressed(tmp_path / "kept.npz", pool=pool, network="net", about='{"name": "photos"}', **arrays)
+    found = load_reference(str(tmp_path / "kept.npz"), "net", None, None)
+    np.testing.assert_array_equal(found.pool, pool)
+    np.savez_compressed(tmp_path / "bomb.npz", pool=np.zeros((5000, 64), np.float32), **arrays)
+    monkeypatch.setattr(np, "load", None)
+    with pytest.raises(InputError, match=r"arrays that are more than 16 times .*: pool \(1280128 bytes from \d+\)"):
+        load_reference(str(tmp_path / "bomb.npz"), "net", None, None)
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_members_that_unpack_whole_are_refused_before_they_do(tmp_path, packing, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "set.npz", "w", packing) as archive:
+        archive.writestr("arr_0.npy", b"0" * 10**6)
+    monkeypatch.setattr(zipfile, "_get_decompressor", None)
+    with pytest.raises(InputError, match="'arr_0.npy' is neither stored nor deflated"):
+        open_images(tmp_path / "set.npz")
+
+
+def test_long_headers_and_two_arrays_of_one_name_are_refused(tmp_path):
+    header = b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little")
+    with zipfile.ZipFile(tmp_path / "long.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header + b" " * 100)
+    with zipfile.ZipFile(tmp_path / "two.npz", "w") as archive:
+        for name in ("pool", "pool.npy"):
+            archive.writestr(name, b"")
+    for name, message in (("long", "a header of more than 65536 bytes"), ("two", "two of its arrays have one name")):
+        with pytest.raises(InputError, match=message):
+            npz_shapes(tmp_path / f"{name}.npz")
 
 
 @pytest.mark.slow

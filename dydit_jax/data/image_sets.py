@@ -26,6 +26,10 @@ from dydit_jax.runtime.progress import Progress, counted
 IMAGES_ENTRY = "arr_0"
 DATASET_PREFIX = "tfds:"
 CHUNK_BYTES = 2**24
+MOST_HEADER_BYTES = 2**16  # of an array, which has some hundred
+# Times its bytes in the file that an array may have. Deflating takes a third off floats, images can shrink more; a row
+# of zeros shrinks a thousandfold.
+MOST_PACKING = 16
 # What the standard library raises for archives that are damaged, encrypted or packed in a way of their own.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
 
@@ -96,6 +100,7 @@ def npz_shapes(path) -> dict[str, tuple]:
     """
     try:
         with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
+            _require_plain(archive)
             found = {}
             for entry in archive.namelist():
                 with archive.open(entry) as array:
@@ -109,7 +114,55 @@ def npz_shapes(path) -> dict[str, tuple]:
         raise InputError(f"{path} is not an .npz file of arrays, or damaged: {error}.") from error
 
 
+def require_packing(path, names) -> None:
+    """Raise where arrays of an `.npz` are much larger than their bytes in the file, before they take memory.
+
+    Args:
+      path: of the file.
+      names: of the arrays, all of them in the file.
+
+    Raises:
+      InputError: naming them with both sizes.
+    """
+    with epath.Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
+        entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+    wrong = [
+        f"{name} ({entries[name].file_size} bytes from {entries[name].compress_size})"
+        for name in names
+        if entries[name].file_size > MOST_PACKING * entries[name].compress_size
+    ]
+    if wrong:
+        raise InputError(
+            f"{path} holds arrays that are more than {MOST_PACKING} times as large as what is stored of them: "
+            f"{', '.join(wrong)}; numbers that were measured can't be packed like that. Make it again."
+        )
+
+
+def _require_plain(archive: zipfile.ZipFile) -> None:
+    """Raise unless members are stored or deflated, which come in pieces of any size, and no two make one array."""
+    entries = archive.infolist()
+    known = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    packed = [entry.filename for entry in entries if entry.compress_type not in known]
+    if packed:
+        raise ValueError(f"{packed[0]!r:.80} is neither stored nor deflated, as numpy's are")
+    if len({entry.filename.removesuffix(".npy") for entry in entries}) < len(entries):
+        raise ValueError("two of its arrays have one name")
+
+
+class _ShortReads:
+    """A file that refuses to be read in large pieces, as the header of an array would be, whatever length it states."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        if size > MOST_HEADER_BYTES:
+            raise ValueError(f"array with a header of more than {MOST_HEADER_BYTES} bytes")
+        return self._file.read(size)
+
+
 def _read_header(file) -> tuple[tuple[int, ...], np.dtype]:
+    file = _ShortReads(file)
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read:

@@ -16,7 +16,7 @@ from etils import epath
 from dydit_jax.checkpoints import checksum, package_versions
 from dydit_jax.convert.published import fetch, known_names
 from dydit_jax.convert.torch_files import read_tensors
-from dydit_jax.data.image_sets import IMAGES_ENTRY, ZIP_ERRORS, ImageSet, npz_shapes, open_images
+from dydit_jax.data.image_sets import IMAGES_ENTRY, ZIP_ERRORS, ImageSet, npz_shapes, open_images, require_packing
 from dydit_jax.drawing.report import EVALUATION_FILE, write_report
 from dydit_jax.errors import InputError
 from dydit_jax.metrics.distances import NEIGHBOURS, frechet_distance, inception_score, moments, precision_recall
@@ -230,7 +230,9 @@ def load_reference(path: str, network: str, measure, open_set) -> Statistics:
     names = MOMENTS if all(name in shapes for name in MOMENTS) else MOMENTS[:2]
     if not all(name in shapes for name in names):
         return measure(open_set(path))
-    _require_features(path, {name: shapes[name] for name in (*names, "pool", *TEXTS) if name in shapes})
+    read = [name for name in (*names, "pool", *TEXTS) if name in shapes]
+    _require_features(path, {name: shapes[name] for name in read})
+    require_packing(path, read)
     try:
         with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             other = "network" in arrays and str(arrays["network"]) != network
@@ -241,8 +243,8 @@ def load_reference(path: str, network: str, measure, open_set) -> Statistics:
         raise InputError(f"{path} holds no statistics, or is damaged ({error}); make it again.") from error
     if other:
         raise InputError(f"{path} holds statistics of another network; make them again with --save_statistics.")
-    read = known if pool is None else known | dict(pool=pool)
-    wrong = [name for name, array in read.items() if not np.isfinite(array).all()]
+    numbers = known if pool is None else known | dict(pool=pool)
+    wrong = [name for name, array in numbers.items() if not np.isfinite(array).all()]
     if wrong:
         raise InputError(f"{path} holds numbers that are not finite, in {', '.join(wrong)}; make it again.")
     about = dict(name=path)
