@@ -43,7 +43,7 @@ from dydit_jax.models.lora import LoRAConfig
 from dydit_jax.models.trainable import EVERYTHING, require_parts, split_params
 from dydit_jax.records import read_record
 from dydit_jax.runtime.cache import cache_folder
-from dydit_jax.runtime.files import hold_lock, locate
+from dydit_jax.runtime.files import BUCKET, hold_lock, is_local, locate
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.runtime.sharding import replicated
 
@@ -66,7 +66,7 @@ def load_checkpoint(checkpoint, from_step: int | None = None, weights: str = "em
       weights: "ema", which is warned of where it is still near its start, or "params", the raw parameters of a work
         directory.
       base: of an adapter: the weights that it was trained on, by any of these names; "" takes those that it names,
-        where it names no address that was not fetched before.
+        but for an address that was not fetched before, and a bucket that the adapter itself does not lie in.
 
     Returns:
       Complete weights, an adapter's merged with those of its base.
@@ -119,9 +119,11 @@ def _load_named(base: str, adapter) -> Weights:
     """Return the weights that an adapter names as its base; nothing is fetched that only a file asks for.
 
     Raises:
-      InputError: an address that was not fetched before, no complete weights, or what `load_checkpoint` refuses.
+      InputError: an address that was not fetched before or another bucket, no complete weights, or what
+        `load_checkpoint` refuses.
     """
-    if is_address(base) and known_file(base) is None:
+    is_elsewhere = known_file(base) is None if is_address(base) else _bucket_of(base) not in ("", _bucket_of(adapter))
+    if is_elsewhere:
         raise InputError(
             f"The base of {adapter} is at an address, and is not fetched unasked; give --base={base}, here or to "
             "convert_torch_weights.py --merge."
@@ -130,6 +132,11 @@ def _load_named(base: str, adapter) -> Weights:
     if record:
         raise InputError(f"The base that {adapter} names, {base}, is an adapter too; give complete weights as --base.")
     return found
+
+
+def _bucket_of(path) -> str:
+    """Return the bucket that a file or folder lies in, "" where it is on this machine."""
+    return "" if is_local(path) else str(path).removeprefix(BUCKET).partition("/")[0]
 
 
 def _load_run(workdir, from_step: int | None, kind: str) -> tuple[Weights, dict | None]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import DYNAMIC, changed
 
-from dydit_jax import Pipeline
+from dydit_jax import Pipeline, loading
 from dydit_jax.checkpoints import (
     ADAPTER_FORMAT,
     CheckpointConfig,
@@ -161,6 +161,14 @@ def test_run_of_a_part_whose_checkpoint_names_no_base_is_refused(tmp_path):
         load_checkpoint(tmp_path)
 
 
+def test_base_in_the_bucket_of_its_adapter_is_read(monkeypatch):
+    monkeypatch.setattr(loading, "_load", lambda base: (base, None))
+    assert loading._load_named("gs://own/runs/dit", "gs://own/runs/lora") == "gs://own/runs/dit"
+    for adapter in ("gs://another/runs/lora", "runs/lora", "gs://own2"):
+        with pytest.raises(InputError, match="is not fetched unasked; give --base=gs://own/runs/dit"):
+            loading._load_named("gs://own/runs/dit", adapter)
+
+
 ANOTHER = "The base that .*/a.safetensors names, .*/{}.safetensors, is an adapter too; give complete weights as --base"
 UNASKED = "The base of .*/a.safetensors is at an address, and is not fetched unasked; give --base={}"
 
@@ -172,6 +180,7 @@ UNASKED = "The base of .*/a.safetensors is at an address, and is not fetched una
         (dict(checkpoint="HERE/b.safetensors", checksum="0"), ANOTHER.format("b")),
         (dict(checkpoint="http://127.0.0.1:9/w.safetensors", checksum="0"), UNASKED.format("http://127.0.0.1:9/w")),
         (dict(checkpoint="hf://nobody/nothing", checksum="0"), UNASKED.format("hf://nobody/nothing")),
+        (dict(checkpoint="gs://stranger/w.safetensors", checksum="0"), UNASKED.format("gs://stranger/w")),
         (dict(checkpoint=7, checksum="0"), "a.safetensors: description.base.checkpoint must be of type str, not 7"),
         (dict(), "a.safetensors: description.base lacks checkpoint, checksum"),
         ("text", "a.safetensors: description.base must be a section with keys, not 'text'"),

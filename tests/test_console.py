@@ -1,5 +1,6 @@
 """How programs end: a mistake or a lack of memory is one line that says what to do, with a code that is not 0."""
 
+import logging
 import pathlib
 import sys
 
@@ -35,6 +36,18 @@ def program(monkeypatch):
 
     run.known = known
     return run
+
+
+def test_what_a_stranger_wrote_commands_no_terminal(program, capsys):
+    said, escaped = "x\x1b]0;owned\x07\x1b[2J\u202e\r", r"x\x1b]0;owned\x07\x1b[2J\u202e\r"
+
+    def main(config):
+        raise InputError(f"It was trained on {said}\nFinished in 3s.")
+
+    assert program(main=main) == 2
+    assert capsys.readouterr().err == f"program: It was trained on {escaped}\\nFinished in 3s.\n"
+    record = logging.LogRecord("it", logging.INFO, "", 0, "a table\nof %s", (said,), None)
+    assert console._Printable("%(message)s").format(record) == f"a table\nof {escaped}"
 
 
 @pytest.mark.parametrize(

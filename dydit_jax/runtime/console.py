@@ -10,7 +10,7 @@ import absl.logging
 from absl import flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dydit_jax.errors import InputError
+from dydit_jax.errors import InputError, escape_unprintable
 from dydit_jax.runtime import last_words
 from dydit_jax.runtime.arguments import parse_flags
 from dydit_jax.runtime.cache import keep_programs
@@ -32,7 +32,8 @@ def run(
 
     Its own log goes to standard error, one line per event; libraries are heard from warnings on. An `InputError` ends
     the program with its message on one line and exit code 2, a `StopError` with its own code, and so do memory that
-    runs out, an error of the system (1) and Ctrl-C (130).
+    runs out, an error of the system (1) and Ctrl-C (130). What files say of themselves may be in all of these, so
+    letters that command a terminal are escaped.
 
     Args:
       main: what to do once the flags are parsed.
@@ -42,7 +43,9 @@ def run(
     _define_shared_flags(values)
     last_words.PROGRAM_FLAGS[:] = values
     parse_flags(sys.argv, values, about=about, required=required, keys=keys)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("dydit_jax").setLevel(logging.INFO)
     absl.logging.set_verbosity(absl.logging.WARNING)
     # Says on every machine without a TPU that there is none.
@@ -60,8 +63,15 @@ def run(
         ending = last_words.ending_of(error)
         if ending is None:
             raise
-        sys.stderr.write(f"{sys.argv[0]}: {ending[0]}\n")
+        sys.stderr.write(f"{sys.argv[0]}: {escape_unprintable(ending[0])}\n")
         sys.exit(ending[1])
+
+
+class _Printable(logging.Formatter):
+    """Lines of the log in which nothing but their ends is unprintable."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(escape_unprintable, super().format(record).split("\n")))
 
 
 def _define_shared_flags(values: flags.FlagValues) -> None:
