@@ -10,6 +10,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax.experimental import serialize_executable
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.models.config import DiTConfig
-from dydit_jax.runtime import aot
+from dydit_jax.runtime import aot, cache
 from dydit_jax.runtime.aot import compile_for, compiled, compiled_ahead, describe_call
 from dydit_jax.runtime.cache import program_folder as program_folder_of_scripts
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
@@ -96,7 +97,7 @@ from dydit_jax.fast.execution.xla import Switch
 from dydit_jax.sampling.segment import SegmentSettings, run_segment
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
-from dydit_jax.runtime import aot
+from dydit_jax.runtime import aot, cache
 from dydit_jax.runtime.aot import describe_call
 from dydit_jax.runtime.sharding import MeshConfig, batch_sharding, make_mesh
 
@@ -215,6 +216,7 @@ def test_programs_are_not_read_from_a_bucket(program_folder):
 
 
 def test_scripts_give_jax_a_folder_of_this_user_alone_or_none(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "_is_own_group", lambda gid: True)
     monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "new" / "cache"))
     before = os.umask(0o002)  # of systems where every user has a group
     try:
@@ -222,6 +224,7 @@ def test_scripts_give_jax_a_folder_of_this_user_alone_or_none(tmp_path, monkeypa
     finally:
         os.umask(before)
     assert folder == tmp_path / "new" / "cache" / "programs" and folder.stat().st_mode & 0o777 == 0o700
+    assert folder.parent.stat().st_mode & 0o777 == 0o775  # the rest of the cache may be shared
     folder.chmod(0o777)
     assert program_folder_of_scripts() is None
     assert f"chmod go-w {folder}" in caplog.text
@@ -229,6 +232,32 @@ def test_scripts_give_jax_a_folder_of_this_user_alone_or_none(tmp_path, monkeypa
     monkeypatch.setenv("DYDIT_JAX_CACHE", "/proc/cache")  # where nobody can write
     assert program_folder_of_scripts() is None
     assert "Compiled programs are not kept" in caplog.text
+
+
+@pytest.mark.parametrize("mode, kept", [(0o775, False), (0o757, False), (0o1777, True), (0o755, True)])
+def test_programs_are_kept_elsewhere_where_others_could_put_another_folder(tmp_path, monkeypatch, caplog, mode, kept):
+    monkeypatch.setattr(cache, "_is_own_group", lambda gid: False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shared = tmp_path / "shared"
+    (shared / "deeper").mkdir(parents=True)
+    shared.chmod(mode)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "link").symlink_to(shared / "deeper")
+    for name in ("shared/deeper/cache", "link/cache"):
+        monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / name))
+        own = tmp_path / "home" / ".cache" / "dydit-jax" / "programs"
+        assert program_folder_of_scripts() == str(tmp_path / name / "programs" if kept else own)
+        assert (f"others can write to {shared}, or own it" in caplog.text) != kept
+    (tmp_path / "home").chmod(0o777)
+    assert (program_folder_of_scripts() is None) != kept
+
+
+def test_a_group_is_ones_own_where_it_bears_ones_name_and_has_nobody_else(monkeypatch):
+    groups = {1: ("me", []), 2: ("me", ["me"]), 3: ("me", ["me", "you"]), 4: ("staff", [])}
+    monkeypatch.setattr(cache.pwd, "getpwuid", lambda uid: types.SimpleNamespace(pw_name="me"))
+    found = lambda gid: types.SimpleNamespace(gr_name=groups[gid][0], gr_mem=groups[gid][1])
+    monkeypatch.setattr(cache.grp, "getgrgid", found)
+    assert [cache._is_own_group(gid) for gid in range(1, 6)] == [True, True, False, False, False]
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_file(program_folder, caplog):

@@ -2,12 +2,16 @@
 
 Compiled programs are code, ours and those that JAX keeps by itself: whoever can write to their folder can run code as
 the user who reads it. Ours are read only from a folder of this user alone. JAX asks nobody, so this package gives it
-such a folder or none; a user who names another one in JAX_COMPILATION_CACHE_DIR trusts all who can write there.
+such a folder or none; a user who names another one in JAX_COMPILATION_CACHE_DIR trusts all who can write there. The
+cache itself may be shared: whoever can write to it could put another folder in the place of this one, so programs are
+kept in the user's own cache then.
 """
 
 import functools
+import grp
 import logging
 import os
+import pwd
 import stat
 from pathlib import Path
 
@@ -16,20 +20,31 @@ import jax
 logger = logging.getLogger(__name__)
 
 SECONDS_OF_USER = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+ROOTS = (0, 65534)  # the second is how a container shows a root that it does not map
 LEAST_SECONDS = 0.1  # of compiling, from which on a program is kept; JAX's own second leaves most of a short run out
 
 
 def cache_folder() -> Path:
     """Return $DYDIT_JAX_CACHE, or ~/.cache/dydit-jax."""
-    return Path(os.environ.get("DYDIT_JAX_CACHE") or Path.home() / ".cache" / "dydit-jax")
+    return Path(os.environ.get("DYDIT_JAX_CACHE") or _own_cache())
+
+
+def _own_cache() -> Path:
+    return Path.home() / ".cache" / "dydit-jax"
 
 
 def program_folder() -> str | None:
     """Return the folder for JAX's compiled programs, or None, with a warning, where it can't be one's own."""
     folder = cache_folder() / "programs"
     try:
+        if shared := _shared_parent(folder):
+            folder = _own_cache() / "programs"
+            if own := _shared_parent(folder):
+                warn_once(f"Compiled programs are not kept: others can write to {own}, or own it (chmod go-w {own}).")
+                return None
+            warn_once(f"Compiled programs are kept in {folder}: others can write to {shared}, or own it.")
         make_private(folder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # a user without a home has the second
         warn_once(f"Compiled programs are not kept: {' '.join(str(error).split())}.")
         return None
     return str(folder) if is_private(folder) else None
@@ -48,13 +63,41 @@ def keep_programs() -> None:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder, and what is missing above it, for this user alone; what is there stays as it is.
+    """Make a folder for this user alone, and what is missing above it for whom the umask allows.
+
+    What is there stays as it is.
 
     Raises:
       OSError: it can't be made.
     """
-    for missing in [path for path in (*reversed(folder.parents), folder) if not path.exists()]:
-        missing.mkdir(mode=0o700, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _shared_parent(folder: Path) -> Path | None:
+    """Return a folder above one, in which others could put another one in its place; None where there is none.
+
+    Where only owners rename, as in /tmp, they can't. Links are followed, and could be replaced themselves.
+    """
+    above = {*folder.absolute().parents, *folder.resolve().parents}
+    return next((path for path in sorted(above) if path.is_dir() and _is_shared(path.stat())), None)
+
+
+def _is_shared(found: os.stat_result) -> bool:
+    """Return whether others than this user and root can rename what lies in a folder."""
+    if found.st_uid not in (*ROOTS, os.getuid()):
+        return True
+    others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _is_own_group(found.st_gid))
+    return bool(others) and not found.st_mode & stat.S_ISVTX
+
+
+def _is_own_group(gid: int) -> bool:
+    """Return whether a group is this user's alone: many systems give each user one, and a umask that lets it write."""
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # nobody knows who else is in it
+        return False
+    return group.gr_name == user and not {*group.gr_mem} - {user}
 
 
 def is_private(folder: Path) -> bool:
