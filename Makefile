@@ -52,4 +52,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(NEWEST_VENV) out
+	rm -rf $(VENV) $(NEWEST_VENV) out/demo out/demo-newest

@@ -138,6 +138,12 @@ def test_targets_of_make_exist():
                 assert line.split()[1] in targets, line
 
 
+def test_make_removes_nothing_that_it_did_not_make():
+    text = (ROOT / "Makefile").read_text()
+    removed = re.search(r"^clean:\n\trm -rf (.*)$", text, re.MULTILINE)[1].split()
+    assert set(removed) == {"$(VENV)", "$(NEWEST_VENV)", *re.findall(r"--out (\S+)", text)}
+
+
 # --- Commands ------------------------------------------------------------------------------------
 
 
