@@ -196,6 +196,19 @@ def warn_of_start(about: dict) -> None:
     )
 
 
+def find_weights(checkpoint) -> epath.Path:
+    """Return the file, or the run without a finished one, that any name of a checkpoint or an autoencoder means.
+
+    Raises:
+      InputError: none of these.
+    """
+    if not is_address(checkpoint) and split_step(checkpoint)[1] is not None:
+        return locate(checkpoint)
+    path = _resolved(checkpoint, "autoencoder" if str(checkpoint) in known_names("autoencoder") else "model")
+    file = output_file(path) if path.is_dir() else path
+    return file if file.is_file() else path
+
+
 def load_autoencoder(autoencoder) -> Autoencoder:
     """Load an autoencoder from a `.safetensors` file of ours, a folder with one, or by name.
 

@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from conftest import CHECKPOINTS, GOLDEN, channels_last, read_torch, relative_error
 
+from dydit_jax.checkpoints import Weights, save_weights
 from dydit_jax.convert.conversion import Conversion, convert
 from dydit_jax.convert.detect import detect_config
+from dydit_jax.convert.diffusers_layout import with_diffusers_names
 from dydit_jax.convert.exporting import Export, export
 from dydit_jax.convert.ordering import order_by_magnitude
+from dydit_jax.convert.publishing import push
 from dydit_jax.convert.tables import source_shapes
 from dydit_jax.convert.torch_files import read_tensors, write_tensors
+from dydit_jax.diffusion.process import Diffusion
+from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import DiTConfig, published_config
@@ -59,6 +64,34 @@ def test_there_and_back_is_bitwise_equal(golden, tmp_path, suffix):
     assert back.keys() == golden.state_dict.keys()
     for name, tensor in golden.state_dict.items():
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+
+
+def test_what_the_original_has_no_place_for_is_refused_or_said(tiny, tmp_path, caplog):
+    model, params = tiny
+    path, out = str(tmp_path / "w.safetensors"), str(tmp_path / "back.safetensors")
+    weights = Weights(model.config, Diffusion("squared_cosine", 500), SamplingConfig(), params, {})
+    save_weights(path, dataclasses.replace(weights, model=dataclasses.replace(model.config, token_capacity=(0.5,))))
+    with pytest.raises(InputError, match=r"has model.token_capacity \(0.5,\); the original's layout has no place"):
+        export(Export(path, out))
+    save_weights(path, weights)
+    export(Export(path, out))
+    assert "on the way in give --schedule=squared_cosine --train_steps=500" in caplog.text
+    static = {name: leaf for name, leaf in params.items() if "router" not in name}  # as with routers of one's own
+    assert with_diffusers_names(static, model.config).keys() == with_diffusers_names(params, model.config).keys()
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda place: read_tensors(place),
+        lambda place: convert(Conversion(place, "out")),
+        lambda place: push(place, "hf://me/it"),
+    ],
+)
+@pytest.mark.parametrize("place", ["gs://bucket/x.pt", "hf://me/x", "https://host/x.pt"])
+def test_what_is_not_on_this_machine_is_named_as_it_was_typed(read, place):
+    with pytest.raises(InputError, match=f"^{place} is not on this machine, and this is read here alone; copy it"):
+        read(place)
 
 
 def test_model_weights_differ_from_the_ema(tmp_path):

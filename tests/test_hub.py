@@ -22,11 +22,12 @@ from dydit_jax.checkpoints import (
 from dydit_jax.checkpoints.arrays import read_metadata
 from dydit_jax.convert.exporting import Export, export
 from dydit_jax.convert.hub import choose_files, split_hub_address
+from dydit_jax.convert.published import SHIPPED
 from dydit_jax.convert.publishing import _use, push
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError
-from dydit_jax.loading import find_autoencoder_config, load_checkpoint
+from dydit_jax.loading import find_autoencoder_config, find_weights, load_checkpoint
 from dydit_jax.models.config import DiTConfig
 from dydit_jax.models.dit import Model
 from dydit_jax.models.trainable import split_params
@@ -102,6 +103,17 @@ def test_pipeline_of_diffusers_is_fetched_and_converted_once(hub, folders, tmp_p
     assert record.read_text().startswith(
         hashlib.sha256(Hub.repositories["me/pipe"]["transformer/config.json"]).hexdigest()
     )
+
+
+def test_names_and_addresses_are_exported(hub, folders, tmp_path):
+    Hub.repositories["me/pipe"] = content_of(folders / "theirs")
+    out = tmp_path / "back.safetensors"
+    assert export(Export("hf://me/pipe", str(out)), load_checkpoint, find_weights) == out and out.is_file()
+    assert find_weights("digits") == SHIPPED["digits"]
+    assert find_weights(folders / "ours") == folders / "ours" / "weights.safetensors"
+    for wrong in ("nothing", folders / "theirs"):
+        with pytest.raises(InputError, match="no published model of that name|is neither a run's work directory nor"):
+            find_weights(wrong)
 
 
 def test_shards_of_an_index_are_fetched(hub, folders):
@@ -281,6 +293,14 @@ def test_finished_folder_is_sent_with_a_card_and_loads_from_there(hub, folders, 
 def test_card_draws_the_first_class_by_what_stands_for_it_alone(names, label):
     weights = Weights(CONFIG, Diffusion(), SamplingConfig(), {}, dict(class_names=names))
     assert f"pipe([{label}], seed=1)" in _use(weights, "hf://me/flowers")
+
+
+def test_a_card_of_ones_own_is_sent_as_it_is(hub, folders, tmp_path):
+    for name in ("ours", "theirs"):
+        shutil.copytree(folders / name, tmp_path / name)
+        (tmp_path / name / "README.md").write_text("my words")
+        push(tmp_path / name, f"hf://me/{name}")
+        assert Hub.commits[-1]["README.md"] == b"my words"
 
 
 def test_nothing_is_replaced_unless_asked_for(hub, folders):

@@ -21,7 +21,7 @@ from dydit_jax.convert.conversion import Conversion, convert
 from dydit_jax.convert.exporting import EXPORT_LAYOUTS, Export, export
 from dydit_jax.convert.publishing import push
 from dydit_jax.errors import InputError
-from dydit_jax.loading import load_checkpoint, merge
+from dydit_jax.loading import find_weights, load_checkpoint, merge
 from dydit_jax.runtime.console import run
 
 # What a command does, by the flags that ask for it, and which others it reads.
@@ -41,7 +41,7 @@ def main():
     layouts = list(EXPORT_LAYOUTS)
     meaning = "The way back: write our weights in the original's layout, or as the folder of diffusers' DiTPipeline."
     flags.DEFINE_enum("export", None, layouts, meaning, flag_values=values)
-    meaning = "With --export diffusers: an autoencoder of ours that goes into the folder."
+    meaning = "With --export diffusers: an autoencoder of ours, by file or name, that goes into the folder."
     flags.DEFINE_string("autoencoder", "", meaning, flag_values=values)
     meaning = (
         "Send a finished folder, --source or what --export diffusers writes, to hf://owner/name, with a model card."
@@ -90,6 +90,6 @@ def _carry_out(action: str, values: flags.FlagValues) -> None:
         merge(source, out, base=base, overwrite=overwrite)
     if action.startswith("--export"):
         settings = dict(layout=values["export"].value, autoencoder=values["autoencoder"].value, overwrite=overwrite)
-        export(Export(source, out, **settings), functools.partial(load_checkpoint, base=base))
+        export(Export(source, out, **settings), functools.partial(load_checkpoint, base=base), find_weights)
     if action.endswith("--push"):
         push(out or source, values["push"].value, overwrite=overwrite)

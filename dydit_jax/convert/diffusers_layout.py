@@ -13,6 +13,7 @@ What diffusers computes differently, and no file can change: its frequencies of 
 of DiT 10000^(-i/128).
 """
 
+import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from dydit_jax.errors import InputError, some_of
 from dydit_jax.labels import spell_name
 from dydit_jax.models.autoencoder import NORM_GROUPS, AutoencoderConfig
 from dydit_jax.models.config import DiTConfig
-from dydit_jax.runtime.files import read_json
+from dydit_jax.runtime.files import read_json, require_local
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +95,9 @@ def weights_file(source) -> Path:
       source: a file, a pipeline's folder, or that of one of its models.
 
     Raises:
-      InputError: a folder of another pipeline or model, or without weights.
+      InputError: a folder of another pipeline or model, or without weights; or what is not on this machine.
     """
-    folder = Path(source)
+    folder = require_local(source)
     if not folder.is_dir():
         return folder
     if (folder / INDEX_FILE).is_file():
@@ -239,7 +240,8 @@ def require_exportable(config: DiTConfig, process: Process) -> None:
 
 def with_diffusers_names(params: Mapping, config: DiTConfig) -> dict[str, np.ndarray]:
     """Turn our parameter tree into the tensors of a `DiTTransformer2DModel`; routers have no place there."""
-    tensors, depth, renamed = export_state_dict(params, config), config.depth, {}
+    static = dataclasses.replace(config, routers="none", token_capacity=())
+    tensors, depth, renamed = export_state_dict(params, static), config.depth, {}
     for ours, theirs in _names(depth).items():
         if ours != POSITION_NAME:
             renamed[theirs] = tensors[ours]

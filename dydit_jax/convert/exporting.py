@@ -13,7 +13,11 @@ from dydit_jax.convert.conversion import output_file
 from dydit_jax.convert.diffusers_scheduler import SCHEDULER, SCHEDULER_FILE, scheduler_config
 from dydit_jax.convert.tables import export_state_dict
 from dydit_jax.convert.torch_files import write_tensors
+from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.errors import InputError, require_known
+from dydit_jax.models.autoencoder import Autoencoder
+from dydit_jax.models.config import DiTConfig
+from dydit_jax.models.routing import time_router_names
 from dydit_jax.runtime.files import locate, write_json
 from dydit_jax.runtime.locks import is_free
 
@@ -27,10 +31,10 @@ class Export:
     """What a user asks of `convert_torch_weights.py --export`.
 
     Attributes:
-      source: a `.safetensors` file of ours, of a DiT or an autoencoder, or a folder with one.
+      source: a `.safetensors` file of ours, of a DiT or an autoencoder, a folder with one, or what else names one.
       out: file to write, whose ending decides the format; for diffusers a folder, new or empty.
       layout: "original" or "diffusers".
-      autoencoder: for diffusers: a file of ours that goes into the folder; "" leaves it to the user.
+      autoencoder: for diffusers: one of ours that goes into the folder; "" leaves it to the user.
       overwrite: whether an output that exists is replaced.
     """
 
@@ -48,26 +52,31 @@ class Export:
             raise InputError("--autoencoder is for --export diffusers, whose folder holds one.")
 
 
-def export(request: Export, load: Callable[..., Weights] = load_weights) -> epath.Path:
+def export(
+    request: Export, load: Callable[..., Weights] = load_weights, find: Callable[[str], epath.Path] = output_file
+) -> epath.Path:
     """Write weights of ours in another layout.
 
     Args:
       request: what to write, and where.
       load: reads the weights of a DiT; by default complete ones alone.
+      find: returns the file that a source or an autoencoder means; by default itself, or that in a folder.
 
     Returns:
       What was written.
 
     Raises:
       InputError: unreadable weights, an output that exists, an unknown ending, or a model that the layout can't hold:
-        no other has updates that depend on the timestep, or is conditioned on the guidance scale.
+        no other has updates that depend on the timestep, or is conditioned on the guidance scale, and the original
+        has no capacity of tokens and no routers but its own.
     """
-    out, source = locate(request.out), output_file(request.source)
+    out, source = locate(request.out), find(request.source)
     if request.layout == "diffusers":
         _require_free(out, request)
         weights = _load(load, source)
         diffusers_layout.require_exportable(weights.model, weights.process)
-        _write_pipeline(out, weights, request.autoencoder)
+        decoder = read_autoencoder(find(request.autoencoder)) if request.autoencoder else None
+        _write_pipeline(out, weights, decoder)
     else:
         if out.exists() and not request.overwrite:
             raise InputError(f"{out} exists; give --overwrite to replace it.")
@@ -93,19 +102,40 @@ def _load(load: Callable[..., Weights], source) -> Weights:
 
 
 def _tensors_of(source, load: Callable[..., Weights]) -> dict:
-    if is_autoencoder_format(format_of(source)):
+    if source.is_file() and is_autoencoder_format(format_of(source)):
         return export_autoencoder(read_autoencoder(source).params)
     weights = _load(load, source)
+    _require_original_routers(weights.model, source)
+    process = weights.process
+    if isinstance(process, Diffusion) and process != Diffusion():
+        logger.warning(
+            "A plain file doesn't say its schedule: on the way in give --schedule=%s --train_steps=%d.",
+            *(process.schedule, process.train_steps),
+        )
     return export_state_dict(weights.params, weights.model)
 
 
-def _write_pipeline(out, weights: Weights, autoencoder: str) -> None:
+def _require_original_routers(config: DiTConfig, source) -> None:
+    """Raise where the original would choose other heads, groups or tokens."""
+    chosen = dict(
+        token_capacity=config.token_capacity,
+        time_router={*time_router_names(config.time_router)} - {DiTConfig.time_router},
+        token_router={config.token_router} - {DiTConfig.token_router},
+    )
+    lost = [f"model.{name} {getattr(config, name)!r}" for name, value in chosen.items() if value]
+    if lost and config.routers != "none":
+        raise InputError(
+            f"{source} has {', '.join(lost)}; the original's layout has no place for that. --export diffusers writes "
+            "the model without its routing."
+        )
+
+
+def _write_pipeline(out, weights: Weights, decoder: Autoencoder | None) -> None:
     """Write the folder of a `DiTPipeline`, its index last: a folder without one is not finished."""
     layout, config = diffusers_layout, weights.model
     parts = [(layout.TRANSFORMER, layout.transformer_config(config))]
     tensors = {layout.TRANSFORMER: layout.with_diffusers_names(weights.params, config)}
-    if autoencoder:
-        decoder = read_autoencoder(output_file(autoencoder))
+    if decoder is not None:
         parts.append((layout.AUTOENCODER, layout.autoencoder_config(decoder.config, config.side)))
         tensors[layout.AUTOENCODER] = export_autoencoder(decoder.params)
     (out / layout.INDEX_FILE).unlink(missing_ok=True)
@@ -115,12 +145,12 @@ def _write_pipeline(out, weights: Weights, autoencoder: str) -> None:
         write_tensors(out / name / layout.WEIGHTS_FILES[0], tensors.pop(name))
     (out / SCHEDULER).mkdir(exist_ok=True)
     write_json(out / SCHEDULER / SCHEDULER_FILE, scheduler_config(weights.process))
-    index = layout.model_index(class_names=weights.class_names, with_autoencoder=bool(autoencoder))
+    index = layout.model_index(class_names=weights.class_names, with_autoencoder=decoder is not None)
     write_json(out / layout.INDEX_FILE, index)
-    _warn(weights, autoencoder)
+    _warn(weights, with_autoencoder=decoder is not None)
 
 
-def _warn(weights: Weights, autoencoder: str) -> None:
+def _warn(weights: Weights, *, with_autoencoder: bool) -> None:
     """Say what the images of diffusers' pipeline will not be."""
     config, null_class = weights.model, diffusers_layout.NULL_CLASS
     if config.routers != "none":
@@ -131,7 +161,7 @@ def _warn(weights: Weights, autoencoder: str) -> None:
             "guidance_scale=1.",
             *(null_class, config.classes),
         )
-    if not autoencoder:
+    if not with_autoencoder:
         logger.warning(
             "The folder holds no autoencoder: give DiTPipeline.from_pretrained one as vae=..., or export with "
             "--autoencoder."

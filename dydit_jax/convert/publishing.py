@@ -30,7 +30,7 @@ from dydit_jax.errors import InputError, some_of
 from dydit_jax.labels import find_by_name, index_names
 from dydit_jax.models.cost import format_count
 from dydit_jax.models.dit import count_parameters
-from dydit_jax.runtime.files import read_json
+from dydit_jax.runtime.files import read_json, require_local
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,10 @@ def push(folder, address: str, *, overwrite: bool = False) -> str:
     """
     if not str(address).startswith(HUB) or any(split_hub_address(address)[1:]):
         raise InputError(f"--push wants hf://owner/name, not {address}.")
+    folder = require_local(folder)
     with tempfile.TemporaryDirectory() as copies:
-        files = finished_files(Path(folder), Path(copies))
-        card = files.pop(CARD_FILE, None) or model_card(Path(folder), files, address).encode()
+        files = finished_files(folder, Path(copies))
+        card = files.pop(CARD_FILE, None) or model_card(folder, files, address).encode()
         return _send({**files, CARD_FILE: card}, folder, address, overwrite)
 
 
@@ -110,7 +111,8 @@ def finished_files(folder: Path, copies: Path) -> dict:
             f"{folder} is not finished: it has neither {WEIGHTS_FILE}, which the last step of a training writes, nor "
             f"{INDEX_FILE}."
         )
-    return {WEIGHTS_FILE: str(published_file(folder / WEIGHTS_FILE, copies))}
+    card = {CARD_FILE: str(folder / CARD_FILE)} if (folder / CARD_FILE).is_file() else {}
+    return {WEIGHTS_FILE: str(published_file(folder / WEIGHTS_FILE, copies)), **card}
 
 
 # --- The card ------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ import numpy as np
 from dydit_jax.convert.pickles import MAX_AXES, MAX_LIST_BYTES, Namespace, RefusedError, read_pickle
 from dydit_jax.convert.state_dicts import pick_state_dict
 from dydit_jax.errors import InputError
-from dydit_jax.runtime.files import is_local, locate, write_atomically
+from dydit_jax.runtime.files import is_local, locate, require_local, write_atomically
 
 SAFETENSORS_DTYPES = {
     "F64": np.float64,
@@ -84,10 +84,10 @@ def read_torch_file(path, *, weights: str = "ema") -> TorchFile:
       The content, under the network's own names: see `state_dicts`.
 
     Raises:
-      InputError: no such file, an unknown or broken format, something that weights have no need of, or no tensors; or
-        tensors that share their numbers until they are much larger than the file.
+      InputError: no such file on this machine, an unknown or broken format, something that weights have no need of, or
+        no tensors; or tensors that share their numbers until they are much larger than the file.
     """
-    path = Path(path)
+    path = require_local(path)
     try:
         if path.is_dir():
             raise InputError(f"{path} is a folder; name the file of weights in it.")

@@ -50,6 +50,17 @@ def locate(path) -> epath.Path:
     return epath.Path(path)
 
 
+def require_local(path) -> pathlib.Path:
+    """Return a path of this machine, of what is read nowhere else.
+
+    Raises:
+      InputError: an address, or a path in a bucket.
+    """
+    if not is_local(path):
+        raise InputError(f"{path} is not on this machine, and this is read here alone; copy it, and name the copy.")
+    return pathlib.Path(path)
+
+
 def is_of_bucket(error: BaseException) -> bool:
     """Return whether an error is of a bucket's client: these have no base of their own, and few are `OSError`s."""
     return type(error).__module__.startswith(CLIENTS)
