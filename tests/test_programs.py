@@ -238,6 +238,7 @@ def test_scripts_give_jax_a_folder_of_this_user_alone_or_none(tmp_path, monkeypa
 def test_programs_are_kept_elsewhere_where_others_could_put_another_folder(tmp_path, monkeypatch, caplog, mode, kept):
     monkeypatch.setattr(cache, "_is_own_group", lambda gid: False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cache, "_is_closed", lambda found: False)  # as pytest's folders are
     shared = tmp_path / "shared"
     (shared / "deeper").mkdir(parents=True)
     shared.chmod(mode)
@@ -250,6 +251,22 @@ def test_programs_are_kept_elsewhere_where_others_could_put_another_folder(tmp_p
         assert (f"others can write to {shared}, or own it" in caplog.text) != kept
     (tmp_path / "home").chmod(0o777)
     assert (program_folder_of_scripts() is None) != kept
+
+
+def test_what_others_can_not_come_to_is_ones_own_whatever_its_mode(tmp_path, monkeypatch):
+    (tmp_path / "closed" / "open").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o700)
+    (tmp_path / "closed" / "open").chmod(0o777)
+    monkeypatch.setenv("DYDIT_JAX_CACHE", str(tmp_path / "closed" / "open"))
+    assert program_folder_of_scripts() == str(tmp_path / "closed" / "open" / "programs")
+
+
+def test_the_cache_at_home_is_made_for_its_user_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("DYDIT_JAX_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = pathlib.Path(program_folder_of_scripts())
+    assert folder == tmp_path / ".cache" / "dydit-jax" / "programs"
+    assert {path.stat().st_mode & 0o777 for path in (folder, *folder.parents[:2])} == {0o700}
 
 
 def test_a_group_is_ones_own_where_it_bears_ones_name_and_has_nobody_else(monkeypatch):

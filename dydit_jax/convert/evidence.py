@@ -103,7 +103,7 @@ def gather_evidence(source, options: Mapping, flags: Mapping) -> Evidence:
         _require_short(beside)
         _hear(evidence, read_json(beside, remedy="mend it, or move it away"), f"{CONFIG_FILE}'s")
     _hear(evidence, options, "the training's option")
-    scheduler = scheduler_beside(path.parent)
+    scheduler = scheduler_beside(path.absolute().parent)
     if scheduler is not None and scheduler.is_file():
         _require_short(scheduler)
         diffusion = read_scheduler(scheduler)

@@ -35,10 +35,10 @@ def _own_cache() -> Path:
 
 def program_folder() -> str | None:
     """Return the folder for JAX's compiled programs, or None, with a warning, where it can't be one's own."""
-    folder = cache_folder() / "programs"
     try:
+        folder = (_make_cache() if os.environ.get("DYDIT_JAX_CACHE") else _make_own_cache()) / "programs"
         if shared := _shared_parent(folder):
-            folder = _own_cache() / "programs"
+            folder = _make_own_cache() / "programs"
             if own := _shared_parent(folder):
                 warn_once(f"Compiled programs are not kept: others can write to {own}, or own it (chmod go-w {own}).")
                 return None
@@ -48,6 +48,19 @@ def program_folder() -> str | None:
         warn_once(f"Compiled programs are not kept: {' '.join(str(error).split())}.")
         return None
     return str(folder) if is_private(folder) else None
+
+
+def _make_cache() -> Path:
+    """Make the folder of a cache that may be shared: for whom the umask allows."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return cache_folder()
+
+
+def _make_own_cache() -> Path:
+    """Make the folder of the user's own cache, for this user alone."""
+    for folder in (_own_cache().parent, _own_cache()):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return _own_cache()
 
 
 def keep_programs() -> None:
@@ -77,10 +90,17 @@ def make_private(folder: Path) -> None:
 def _shared_parent(folder: Path) -> Path | None:
     """Return a folder above one, in which others could put another one in its place; None where there is none.
 
-    Where only owners rename, as in /tmp, they can't. Links are followed, and could be replaced themselves.
+    Where only owners rename, as in /tmp, they can't, nor in a folder that they can't enter. Links are followed, and
+    could be replaced themselves.
     """
-    above = {*folder.absolute().parents, *folder.resolve().parents}
-    return next((path for path in sorted(above) if path.is_dir() and _is_shared(path.stat())), None)
+    for path in (folder.absolute(), folder.resolve()):
+        for parent in reversed(path.parents):
+            found = parent.stat()
+            if _is_shared(found):
+                return parent
+            if _is_closed(found):
+                break
+    return None
 
 
 def _is_shared(found: os.stat_result) -> bool:
@@ -89,6 +109,11 @@ def _is_shared(found: os.stat_result) -> bool:
         return True
     others = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _is_own_group(found.st_gid))
     return bool(others) and not found.st_mode & stat.S_ISVTX
+
+
+def _is_closed(found: os.stat_result) -> bool:
+    """Return whether nobody but this user and root comes to what lies below a folder."""
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IXGRP | stat.S_IXOTH)
 
 
 def _is_own_group(gid: int) -> bool:
