@@ -27,8 +27,8 @@ IMAGES_ENTRY = "arr_0"
 DATASET_PREFIX = "tfds:"
 CHUNK_BYTES = 2**24
 MOST_HEADER_BYTES = 2**16  # of an array, which has some hundred
-# Times its bytes in the file that an array may have. Deflating takes a third off floats, images can shrink more; a row
-# of zeros shrinks a thousandfold.
+# Times its bytes in the file that an array of features may have. numpy stores them as they are; deflated, random floats
+# shrink twofold, floats of which nine in ten are zero sevenfold, and zeros alone a thousandfold.
 MOST_PACKING = 16
 # What the standard library raises for archives that are damaged, encrypted or packed in a way of their own.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError)
