@@ -4,7 +4,7 @@ Nothing is fetched unless its name is used. Files are kept under $DYDIT_JAX_CACH
 several machines and users may share. One process at a time fetches a file. A download that breaks off goes on where it
 stopped, if the server still has the same file, and is checked before it gets its name: against the SHA-256 of the
 server or of this list, or the checksums inside the file. Its own SHA-256 is kept beside it, in the format of
-`sha256sum`, and compared at every use.
+`sha256sum`, and compared whenever the file is read.
 """
 
 import contextlib
