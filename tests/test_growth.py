@@ -1,5 +1,7 @@
 """Growing images are those that a job draws, and their pictures show which tokens were open."""
 
+import types
+
 import numpy as np
 import pytest
 from conftest import relative_error
@@ -8,9 +10,10 @@ from PIL import Image
 from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.drawing.growth import draw_frames, draw_strip, save_animation
+from dydit_jax.jobs import growth
 from dydit_jax.sampling.generate import SamplingRun
 from dydit_jax.sampling.noise import first_noise, image_keys
-from dydit_jax.sampling.trajectory import trace
+from dydit_jax.sampling.trajectory import Trajectory, trace
 
 GUIDED = dict(guidance=2.0, guidance_interval=(400, 600), guided_channels="all")  # at one step of three
 
@@ -78,3 +81,29 @@ def test_strip_says_how_many_tokens_pass(grown):
     assert [axis.get_title() for axis in figure.axes[:3]] == ["t = 999", "t = 500", "t = 0"]
     static = draw_strip(taken_for, np.ones_like(tokens), timesteps)
     assert static.get_suptitle() == "Every token passes every MLP, from noise to image"
+
+
+def test_strip_is_spread_over_the_frames_of_any_number_of_steps():
+    for steps in range(1, 1001):
+        shown, strip = growth.frame_steps(steps)
+        chosen = shown[strip].tolist()
+        assert len(shown) == min(50, steps) and len(chosen) == min(6, steps)
+        assert chosen == sorted(set(chosen)) and (chosen[0], chosen[-1]) == (0, steps - 1)
+
+
+def test_growth_of_many_steps_is_drawn_from_the_steps_that_it_names(tmp_path, monkeypatch):
+    steps = 250
+    images = np.broadcast_to(np.linspace(-1, 1, steps)[:, None, None, None, None], (steps, 1, 4, 4, 1))
+    tokens = np.broadcast_to((np.arange(steps) >= 100)[:, None, None, None], (steps, 1, 2, 4))
+    way = Trajectory(np.arange(steps)[::-1], images, images, tokens, images[-1])
+    monkeypatch.setattr(growth, "trace", lambda *_, **__: way)
+    drawn = []
+    monkeypatch.setattr(growth, "draw_strip", lambda *given: (drawn.append(given), draw_strip(*given))[1])
+    run, weights = types.SimpleNamespace(table=range(steps)), types.SimpleNamespace(sampling=None)
+    pipeline = types.SimpleNamespace(weights=weights, prepare=lambda _: run, decode=lambda images, _: images)
+    growth.draw_growth(pipeline, np.array([3]), tmp_path, seed=0, mode="fast")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.gif", "growth.png"]
+    [(taken_for, tokens, timesteps)] = drawn
+    assert timesteps[0] == 249 and timesteps[-1] == 0 and len(timesteps) == 6
+    np.testing.assert_allclose(taken_for[:, 0, 0, 0, 0], 255 * (1 - timesteps / 249), atol=1)
+    np.testing.assert_array_equal(tokens[:, 0, 0], timesteps < 150)

@@ -76,6 +76,30 @@ def test_set_is_exact_and_packed_for_evaluation(checkpoint, tmp_path, capsys, ca
     assert len(list((out / "images").iterdir())) == 7
 
 
+@pytest.mark.parametrize(("dies", "missing"), [("write_set", "samples.npz"), ("draw_growth", "growth.png")])
+def test_job_that_is_killed_after_its_last_image_has_written_its_records(
+    checkpoint, tmp_path, monkeypatch, dies, missing
+):
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    request = Request(checkpoint, str(tmp_path), num_images=2, growth=1, report=True)
+    monkeypatch.setattr(f"dydit_jax.jobs.sample.{dies}", die)
+    with pytest.raises(KeyboardInterrupt):
+        sample(request)
+    records = {"cost.json", *(f"{name}.{kind}" for name in ("routing", "steps", "plan") for kind in ("png", "csv"))}
+    assert records <= {path.name for path in tmp_path.iterdir()} and not (tmp_path / missing).exists()
+
+
+def test_routing_of_images_that_are_all_there_is_missed_with_a_word(checkpoint, tmp_path, caplog):
+    request = Request(checkpoint, str(tmp_path), labels=["1"])
+    sample(request)
+    assert not caplog.records
+    sample(dataclasses.replace(request, routing=True))
+    assert "gets no routing.png: it is recorded while images are drawn, and all are there. Name another" in caplog.text
+    assert not (tmp_path / "routing.png").exists()
+
+
 def test_set_grows_in_its_folder_and_does_not_shrink(checkpoint, tmp_path):
     out, whole = tmp_path / "set", tmp_path / "whole"
     request = dict(checkpoint=checkpoint, batch_size=4)

@@ -112,9 +112,14 @@ def noise_left(axis, timesteps) -> None:
         axis.invert_xaxis()
 
 
+def spread_indices(count: int, shown: int) -> np.ndarray:
+    """Return at most `shown` whole numbers, spread evenly from 0 to count - 1, ascending."""
+    return np.unique(np.linspace(0, count - 1, min(shown, count)).round().astype(int))
+
+
 def label_steps(axis, timesteps) -> None:
     """Write a few of the timesteps below an axis that counts steps."""
-    shown = np.unique(np.linspace(0, len(timesteps) - 1, MOST_TICKS).round().astype(int))
+    shown = spread_indices(len(timesteps), MOST_TICKS)
     axis.set_xticks(shown, [format_time(timesteps[step]) for step in shown])
     axis.set_xlabel(TIMESTEPS)
 

@@ -28,7 +28,7 @@ from dydit_jax.diffusion.process import Process, format_time, noise_first, sprea
 from dydit_jax.drawing import figures, loss_figures
 from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.drawing.report import ANALYSIS_FILE, write_report
-from dydit_jax.drawing.style import save_figure, save_table
+from dydit_jax.drawing.style import save_figure, save_table, spread_indices
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.labels import read_labels
 from dydit_jax.loading import load_checkpoint
@@ -249,7 +249,7 @@ def _draw_losses(out, process: Process, timesteps, losses: dict, maps: dict) -> 
     order = noise_first(process, timesteps)
     figure = loss_figures.draw_losses(timesteps[order], {name: loss[:, order] for name, loss in losses.items()})
     _save(out / "losses", figure, loss_figures.loss_table(timesteps, losses))
-    shown = order[_spread(len(timesteps), MAPS_SHOWN)]
+    shown = order[spread_indices(len(timesteps), MAPS_SHOWN)]
     chosen, fields = timesteps[shown], {name: field[shown] for name, field in maps.items()}
     _save(out / "loss_maps", loss_figures.draw_loss_maps(chosen, fields), loss_figures.loss_map_table(chosen, fields))
 
@@ -276,7 +276,7 @@ def _draw_routing(out, weights: Weights, request: Analysis, mesh) -> Samples:
     _save(out / "routing", figures.draw_routing(mean, weights.model.macs), figures.routing_table(mean))
     _save(out / "plan", figures.draw_plan(plan, mean.timesteps), figures.plan_table(plan, mean.timesteps))
     images = to_uint8(pipeline.decode(np.concatenate([samples.images for samples in each])), what=f"{out.name}'s image")
-    shown, layers = _spread(steps, MAPS_SHOWN), _spread(weights.model.depth, LAYERS_SHOWN)
+    shown, layers = spread_indices(steps, MAPS_SHOWN), spread_indices(weights.model.depth, LAYERS_SHOWN)
     chosen = mean.timesteps[shown]
     table = figures.token_table(tokens[:, shown], chosen)
     _save(out / "tokens", figures.draw_tokens(images, tokens[:, shown], chosen, layers), table)
@@ -294,11 +294,6 @@ def _draw_costs(out, models: dict, costs: dict) -> None:
         for t, m in zip(cost.timesteps, cost.macs)
     ]
     _save(out / "macs", figures.draw_macs(timesteps, macs, complete), table)
-
-
-def _spread(count: int, shown: int) -> np.ndarray:
-    """Return at most `shown` numbers spread evenly from 0 to count - 1."""
-    return np.unique(np.linspace(0, count - 1, min(shown, count)).round().astype(int))
 
 
 def _save(path, figure, table: list[dict]) -> None:

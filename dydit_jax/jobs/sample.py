@@ -7,7 +7,7 @@
     <out>/routing.png        what was on over the timesteps
     <out>/plan.png           the segments of `fast`
     <out>/steps.png          timestep, guidance, passes, MACs and segment of every step, and steps.csv
-    <out>/growth.gif         the first images as they grow, with the tokens that were open; growth.png is a strip of it
+    <out>/growth.gif         the first images as they grow, and growth.png (`jobs/growth.py`)
     <out>/cost.json          MACs, also of every step, shares on and seconds of the last job that drew something
     <out>/report.html        all of it on one page
     <out>/lock.json          who draws here now (`runtime/locks.py`)
@@ -30,13 +30,13 @@ import numpy as np
 from dydit_jax.checkpoints import Weights, checksum, package_versions
 from dydit_jax.diffusion.process import process_sections
 from dydit_jax.drawing import figures
-from dydit_jax.drawing.growth import draw_frames, draw_strip, save_animation
-from dydit_jax.drawing.pictures import draw_grid, label_texts, read_image, save_image, to_uint8
+from dydit_jax.drawing.pictures import draw_grid, label_texts, read_image, save_image
 from dydit_jax.drawing.report import COST_FILE, MANIFEST_FILE, write_report
 from dydit_jax.drawing.steps import draw_steps, step_columns, step_lines, step_table
 from dydit_jax.drawing.style import save_figure, save_table
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.plan import require_segments
+from dydit_jax.jobs.growth import draw_growth
 from dydit_jax.jobs.sample_folder import (
     image_path,
     labels_digest,
@@ -56,7 +56,6 @@ from dydit_jax.runtime.files import locate, write_json
 from dydit_jax.runtime.locks import FolderLock
 from dydit_jax.runtime.origin import origin
 from dydit_jax.runtime.processes import from_main, is_main, on_all_processes
-from dydit_jax.runtime.progress import Progress
 from dydit_jax.runtime.seeds import require_seed
 from dydit_jax.runtime.settings import own_settings
 from dydit_jax.sampling.generate import MODES, Samples, SamplingRun
@@ -64,14 +63,14 @@ from dydit_jax.sampling.guidance import require_trained
 from dydit_jax.sampling.noise import uniform_labels
 from dydit_jax.sampling.settings import choose_sampling
 from dydit_jax.sampling.table import make_table
-from dydit_jax.sampling.trajectory import trace
 
 logger = logging.getLogger(__name__)
 
+ROUTING_FILE = "routing.png"
 WRITERS = 4
 MOST_IMAGES = 1_000_000  # their names have six digits
 MOST_GRID_IMAGES = 10_000  # of one picture, which is made in memory
-MOST_GROWTH, MOST_FRAMES, STRIP_FRAMES = 16, 50, 6
+MOST_GROWTH = 16
 LIMITS = dict(rows=MOST_GRID_IMAGES, batch_size=65_536, num_images=MOST_IMAGES, growth=MOST_GROWTH, segments=None)
 LABEL_BYTES = 12  # of a line in a file of labels, on average at most
 
@@ -176,11 +175,15 @@ def sample(request: Request) -> Samples:
     with contextlib.ExitStack() as held:
         lock = on_all_processes(lambda: held.enter_context(prepare()) if is_main() else None)
         drawn = _draw_missing(request, pipeline, labels, manifest, lock)
-        if request.growth:
-            _draw_growth(pipeline, request, labels[: request.growth], out)
         if lock is not None:
             lock.require_held()
-            _finish(request, weights, labels, out, drawn)
+            _write_records(request, weights, out, drawn)
+            _write_pictures(request, weights, labels, out)
+        if request.growth:
+            draw_growth(pipeline, labels[: request.growth], out, seed=request.seed, mode=request.mode)
+        if lock is not None and request.report:
+            lock.require_held()
+            write_report(out)
     if is_main():
         _log_summary(drawn, weights, out)
     return drawn.samples
@@ -251,50 +254,41 @@ def _draw(pipeline: Pipeline, job: DrawJob, out, lock: FolderLock | None) -> Dra
     return dataclasses.replace(result, images=len(job.indices), seconds=time.monotonic() - began)
 
 
-def _draw_growth(pipeline: Pipeline, request: Request, labels: np.ndarray, out) -> None:
-    """Draw the first images once more, step by step, and show how they grow."""
-    sampling = pipeline.weights.sampling
-    run = pipeline.prepare(sampling)
-    with Progress(len(run.table), "step", "growing images", delay=0) as progress:
-        mode = "complete" if request.mode == "complete" else "gated"
-        way = trace(run, labels, seed=request.seed, mode=mode, report=progress.advance)
-    steps = len(way.timesteps)
-    shown, strip = (
-        np.unique(np.linspace(0, steps - 1, min(count, steps)).round().astype(int))
-        for count in (MOST_FRAMES, STRIP_FRAMES)
-    )
-    pixels = lambda images: to_uint8(pipeline.decode(images, sampling))
-    seen, taken_for = (np.stack([pixels(images[step]) for step in shown]) for images in (way.xt, way.x0))
-    if not is_main():
+def _write_records(request: Request, weights: Weights, out, drawn: DrawResult) -> None:
+    """Write what is known of the images that this job drew: cost, routing, steps and plan.
+
+    No later job can do so, when all images are there: this comes first.
+    """
+    samples, plan, wanted = drawn.samples, drawn.plan, request.routing or request.report
+    if samples is None:
+        if wanted and not (out / ROUTING_FILE).is_file():
+            logger.warning(
+                "%s gets no %s: it is recorded while images are drawn, and all are there. Name another --out, or let a "
+                "set grow (--num_images).",
+                *(out, ROUTING_FILE),
+            )
         return
-    tokens, timesteps = way.tokens.mean(2), way.timesteps
-    save_animation(out / "growth.gif", draw_frames(seen, taken_for, tokens[shown], timesteps[shown]))
-    chosen = np.isin(shown, strip)
-    save_figure(out / "growth.png", draw_strip(taken_for[chosen], tokens[strip], timesteps[strip]))
+    steps = step_table(samples, make_table(weights.sampling, weights.process).guidance, plan)
+    write_json(out / COST_FILE, _cost(drawn, weights) | dict(steps=step_columns(steps)))
+    if not wanted:
+        return
+    save_figure(out / ROUTING_FILE, figures.draw_routing(samples, weights.model.macs))
+    save_table(out / "routing.csv", figures.routing_table(samples))
+    save_table(out / "steps.csv", steps)
+    save_figure(out / "steps.png", draw_steps(steps, weights.model.macs.complete))
+    logger.info("Steps of the run:\n%s", step_lines(steps))
+    if plan is not None:
+        save_figure(out / "plan.png", figures.draw_plan(plan, samples.timesteps))
+        save_table(out / "plan.csv", figures.plan_table(plan, samples.timesteps))
 
 
-def _finish(request: Request, weights: Weights, labels, out, drawn: DrawResult) -> None:
-    """Write everything but the single images."""
-    samples, plan = drawn.samples, drawn.plan
-    if samples is not None:  # else all images had been there
-        steps = step_table(samples, make_table(weights.sampling, weights.process).guidance, plan)
-        write_json(out / COST_FILE, _cost(drawn, weights) | dict(steps=step_columns(steps)))
-    if request.labels is not None:
-        pixels = np.stack([read_image(image_path(out, index)) for index in range(len(labels))])
-        save_image(out / "grid.png", draw_grid(pixels, len(request.labels), label_texts(labels, weights.model.classes)))
-    else:
+def _write_pictures(request: Request, weights: Weights, labels: np.ndarray, out) -> None:
+    """Write all images in one file: a grid, or a set."""
+    if request.labels is None:
         write_set(out, labels)
-    if (request.routing or request.report) and samples is not None:
-        save_figure(out / "routing.png", figures.draw_routing(samples, weights.model.macs))
-        save_table(out / "routing.csv", figures.routing_table(samples))
-        save_table(out / "steps.csv", steps)
-        save_figure(out / "steps.png", draw_steps(steps, weights.model.macs.complete))
-        logger.info("Steps of the run:\n%s", step_lines(steps))
-        if plan is not None:
-            save_figure(out / "plan.png", figures.draw_plan(plan, samples.timesteps))
-            save_table(out / "plan.csv", figures.plan_table(plan, samples.timesteps))
-    if request.report:
-        write_report(out)
+        return
+    pixels = np.stack([read_image(image_path(out, index)) for index in range(len(labels))])
+    save_image(out / "grid.png", draw_grid(pixels, len(request.labels), label_texts(labels, weights.model.classes)))
 
 
 def _cost(drawn: DrawResult, weights: Weights) -> dict:
