@@ -28,6 +28,23 @@ def require_channels(config: AutoencoderConfig, channels: int, name: str) -> Non
         )
 
 
+def require_decoder(autoencoder: str, channels: int) -> None:
+    """Raise where pictures are wanted of a model whose samples are latents, and nothing decodes them.
+
+    Args:
+      autoencoder: name of the decoder; "" for none.
+      channels: of the model's samples.
+
+    Raises:
+      InputError: samples that are no pictures, without a decoder.
+    """
+    if not autoencoder and channels not in (1, 3):
+        raise InputError(
+            f"Pictures have 1 or 3 channels, but the model draws {channels}, which are latents; name their decoder as "
+            "sampling.autoencoder."
+        )
+
+
 def decode_latents(autoencoder: Autoencoder, latents, mesh: Mesh) -> np.ndarray:
     """Decode what a model draws [n,side/f,side/f,C] into images [n,side,side,3], about [-1, 1]."""
     require_channels(autoencoder.config, np.shape(latents)[-1], "given")

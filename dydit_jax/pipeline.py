@@ -26,7 +26,7 @@ from dydit_jax.drawing.pictures import draw_grid, image_of, label_texts, to_uint
 from dydit_jax.errors import InputError
 from dydit_jax.fast.plan import Plan
 from dydit_jax.labels import read_labels
-from dydit_jax.latents import decode_latents, encode_images, require_channels
+from dydit_jax.latents import decode_latents, encode_images, require_channels, require_decoder
 from dydit_jax.loading import load_autoencoder, load_checkpoint
 from dydit_jax.models.autoencoder import Autoencoder
 from dydit_jax.models.cost import ModelMacs
@@ -111,7 +111,7 @@ class Drawn:
 
     Attributes:
       pixels: uint8 [B,side,side,1 or 3].
-      samples: how they were computed: gates, MACs, tokens.
+      samples: the images in the model's own space, and how they were computed: gates, MACs, tokens.
       labels: of the images, as they are written on a grid.
     """
 
@@ -215,13 +215,13 @@ class Pipeline:
           InputError: labels out of range, unknown names, or settings that are not allowed.
         """
         labels, classes = self._read_labels(labels), self.weights.model.classes
-        scales = None if guidance is None or np.ndim(guidance) == 0 else tuple(map(float, guidance))
+        is_one = guidance is None or np.ndim(guidance) == 0
         sampling = self.sampling(
             sampler=sampler,
             steps=steps if steps is None else str(steps),
-            guidance=guidance if scales is None else None,
+            guidance=guidance if is_one else None,
             guidance_interval=guidance_interval,
-            guidance_scales=scales,
+            guidance_scales=None if is_one else guidance,
             preset=preset,
         )
         trained = self.weights.about.get("config", {})
@@ -229,15 +229,17 @@ class Pipeline:
         job = DrawJob(labels, np.arange(len(labels)), sampling, seed=seed, mode=mode)
         batches = list(self.draw(job))
         pixels = np.concatenate([batch.pixels for batch in batches])
-        return Drawn(pixels, batches[-1].result.samples, label_texts(labels, classes))
+        images = np.concatenate([batch.result.samples.images for batch in batches])
+        samples = dataclasses.replace(batches[-1].result.samples, images=images)
+        return Drawn(pixels, samples, label_texts(labels, classes))
 
     def sampling(self, **overrides) -> SamplingConfig:
-        """Return the checkpoint's sampling settings, with those replaced that are not None.
+        """Return the checkpoint's sampling settings, with those replaced that are not None; NumPy's numbers pass too.
 
         Raises:
           InputError: an unknown setting, or a value that is not allowed.
         """
-        given = {name: value for name, value in overrides.items() if value is not None}
+        given = {name: _plain(value) for name, value in overrides.items() if value is not None}
         own = dict(process=self.weights.process, checksum=lambda: self.checksum)
         return choose_sampling(self.weights.sampling, given, **own)
 
@@ -251,9 +253,10 @@ class Pipeline:
           Each batch as soon as it is there.
 
         Raises:
-          InputError: labels out of range, or settings that are not allowed.
+          InputError: labels out of range, settings that are not allowed, or latents without a decoder.
           StopError: an image that is not finite.
         """
+        require_decoder(job.sampling.autoencoder, self.weights.model.channels)
         began, compiled = time.monotonic(), compile_seconds()
         run = self.prepare(job.sampling)
         size = round_up(min(job.batch_size, len(job.indices)), run.devices)
@@ -368,6 +371,13 @@ class Pipeline:
         loaded = load_autoencoder(name)
         require_channels(loaded.config, self.weights.model.channels, name)
         return jax.device_put(loaded, replicated(self.mesh))
+
+
+def _plain(value):
+    """Return numbers and arrays of NumPy and JAX as Python's, also within a tuple or a list; anything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray, jax.Array)) else value
 
 
 @functools.cache

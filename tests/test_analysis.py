@@ -159,12 +159,32 @@ def test_losses_do_not_depend_on_the_batch(checkpoints, tmp_path):
         ("first_on", 0, None, (0,)),  # the label of no class
         ("first_on", 2, ("2", " 0"), (2, 0)),
         ("none", 2, ("11",), ()),  # of a model that is not sampled
+        ("first_on", 2, ("tulip", "0"), (1, 0)),
     ],
 )
 def test_images_are_drawn_with_labels_that_the_model_has(tiny_config, routers, classes, labels, drawn):
     config = dataclasses.replace(tiny_config, routers=routers, classes=classes)
-    models = dict(model=Weights(config, Diffusion(), SamplingConfig(guidance=1.0), {}, {}))
+    about = dict(class_names=["rose", "tulip"])
+    models = dict(model=Weights(config, Diffusion(), SamplingConfig(guidance=1.0), {}, about))
     assert _labels(Analysis(("model",), "out", labels=labels), models) == drawn
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "message"),
+    [
+        ("", "model draws 4, which are latents; name their decoder"),
+        ("nowhere", "no published autoencoder of that name"),
+    ],
+)
+def test_models_whose_images_could_not_be_shown_are_refused_at_once(
+    tiny_config, tmp_path, monkeypatch, autoencoder, message
+):
+    config, sampling = dataclasses.replace(tiny_config, channels=4), SamplingConfig(autoencoder=autoencoder)
+    latents = Weights(config, Diffusion(), sampling, {}, {})
+    monkeypatch.setattr("dydit_jax.jobs.analyze.load_checkpoint", lambda *_, **__: latents)
+    with pytest.raises(InputError, match=message):
+        analyze(Analysis(("latents",), str(tmp_path / "out"), data="synthetic"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_losses_that_are_not_finite_are_named(checkpoints, tmp_path, tiny):

@@ -13,7 +13,7 @@ from dydit_jax.errors import InputError
 from dydit_jax.jobs.analyze import Analysis, analyze
 from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.pipeline import Batch, DrawResult, Pipeline
-from dydit_jax.sampling.generate import generate
+from dydit_jax.sampling.generate import Samples, generate
 from dydit_jax.sampling.guidance import require_trained
 from dydit_jax.training.experiment import read_experiment
 
@@ -133,7 +133,8 @@ def test_pipeline_takes_a_scale_an_interval_or_a_scale_per_evaluation(tiny, monk
 
     def draw(self, job):
         jobs.append(job.sampling)
-        return iter([Batch(job.indices, np.zeros((1, 8, 8, 1), np.uint8), DrawResult())])
+        samples = Samples(np.zeros((1, 8, 8, 1)), *[None] * 7)
+        return iter([Batch(job.indices, np.zeros((1, 8, 8, 1), np.uint8), DrawResult(samples))])
 
     monkeypatch.setattr(Pipeline, "draw", draw)
     model, params = tiny

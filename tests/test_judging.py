@@ -166,7 +166,16 @@ def test_damaged_values_are_one_line(tiny_judge, tmp_path, content):
         (dict(metrics_sampler="ddmi"), {}, "Unknown sampler 'ddmi'"),
         (dict(metrics_steps="2000"), {}, "2000"),
         (dict(metrics_reference="nowhere.npz"), {}, "There is no file or folder nowhere.npz"),
-        ({}, dict(model=dict(channels=4), data=dict(name="synthetic")), "measures pictures, not 4 channels"),
+        (
+            {},
+            dict(model=dict(channels=4), data=dict(name="synthetic")),
+            "model draws 4, which are latents; name their decoder",
+        ),
+        (
+            dict(metrics_every_steps=0, samples_every_steps=2),
+            dict(model=dict(channels=4), data=dict(name="synthetic")),
+            "model draws 4, which are latents; name their decoder",
+        ),
         ({}, dict(sampling=dict(autoencoder="nowhere")), "no published autoencoder of that name"),
     ],
 )

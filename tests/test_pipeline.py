@@ -1,6 +1,7 @@
 """From Python: one object that draws, decodes and shows what a model opens."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,28 @@ def test_routing_is_that_of_a_pass_over_the_noisy_images(pipeline, tiny):
 def test_routing_wants_a_label_that_the_model_has_for_each_image(pipeline, labels, message):
     with pytest.raises(InputError, match=message):
         pipeline.routing(np.zeros((2, 8, 8, 1)), labels, 600)
+
+
+def test_a_call_returns_the_images_of_all_its_batches(pipeline, monkeypatch):
+    monkeypatch.setattr("dydit_jax.pipeline.DrawJob", functools.partial(DrawJob, batch_size=2))
+    drawn = pipeline([0, 1, 2], mode="gated")
+    np.testing.assert_array_equal(to_uint8(drawn.samples.images), drawn.pixels)
+
+
+def test_settings_may_be_numbers_of_numpy(pipeline):
+    found = pipeline.sampling(guidance=np.float64(2), guidance_interval=np.array([100, 700]), clip=jnp.float32(1))
+    assert found == pipeline.sampling(guidance=2.0, guidance_interval=(100.0, 700.0), clip=1.0)
+    scales = pipeline.sampling(guidance_scales=[np.float32(1), np.int64(2)]).guidance_scales
+    assert scales == (1.0, 2.0) and set(map(type, scales)) == {float}
+    with pytest.raises(InputError, match="sampling.guidance must be of type float, not 'two'"):
+        pipeline([1], guidance="two")
+
+
+def test_latents_without_a_decoder_are_refused_before_anything_is_computed(tiny_config):
+    config = dataclasses.replace(tiny_config, channels=4)
+    latents = Pipeline(Weights(config, Diffusion(), SAMPLING, {}, {}))
+    with pytest.raises(InputError, match="the model draws 4, which are latents; name their decoder as sampling.autoen"):
+        latents([1])
 
 
 @pytest.mark.parametrize(

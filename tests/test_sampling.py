@@ -250,6 +250,14 @@ def test_latents_are_decoded_into_colour_images(tmp_path):
     assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (3, 64, 64, 3)
 
 
+def test_latents_without_a_decoder_are_refused_before_anything_is_written(tiny_config, tmp_path, monkeypatch):
+    latents = Weights(dataclasses.replace(tiny_config, channels=4), Diffusion(), SamplingConfig(), {}, {})
+    monkeypatch.setattr("dydit_jax.jobs.sample.load_checkpoint", lambda *_: latents)
+    with pytest.raises(InputError, match="the model draws 4, which are latents; name their decoder"):
+        sample(Request("latents", str(tmp_path / "out"), labels=["1"]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_given_win_over_the_checkpoints(checkpoint, tmp_path):
     sample(Request(checkpoint, str(tmp_path / "a"), labels=["1"], overrides=dict(guidance=3.0)))
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())

@@ -31,7 +31,8 @@ from dydit_jax.drawing.report import ANALYSIS_FILE, write_report
 from dydit_jax.drawing.style import save_figure, save_table, spread_indices
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.labels import read_labels
-from dydit_jax.loading import load_checkpoint
+from dydit_jax.latents import require_decoder
+from dydit_jax.loading import load_checkpoint, load_decoder
 from dydit_jax.models.precision import build_model
 from dydit_jax.models.routing import Routing
 from dydit_jax.pipeline import Pipeline
@@ -68,7 +69,8 @@ class Analysis:
       data_path: folder of these examples, where they lie in files.
       num_examples: examples, spread evenly over the data.
       num_timesteps: timesteps, spread evenly over all.
-      labels: labels of the images to draw with each dynamic model; by default the first classes, at most four.
+      labels: labels of the images to draw with each dynamic model, or names of classes where the first of these
+        models knows them; by default the first classes, at most four.
       seed: seed of all noise.
       batch_size: examples at once; does not change the results.
       precision: auto, bfloat16, float32 or highest.
@@ -104,11 +106,14 @@ def analyze(request: Analysis) -> dict:
       The losses of every model by name, [examples, timesteps].
 
     Raises:
-      InputError: models that can't be compared, data that do not fit them, or a folder that is not empty.
+      InputError: models that can't be compared, data that do not fit them, latents without their decoder, or a folder
+        that is not empty.
     """
     models = _named([load_checkpoint(path, base=request.base) for path in request.checkpoints], request.checkpoints)
     batch = _examples(request, models)
     request = dataclasses.replace(request, labels=_labels(request, models))
+    mesh = make_mesh(MeshConfig())
+    _require_decoders(models, mesh)
     out = locate(request.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is not empty; name another --out.")
@@ -116,7 +121,6 @@ def analyze(request: Analysis) -> dict:
     write_json(
         out / ANALYSIS_FILE, dataclasses.asdict(request) | dict(made=origin() | dict(versions=package_versions()))
     )
-    mesh = make_mesh(MeshConfig())
     process = next(iter(models.values())).process
     timesteps = spread_times(process, request.num_timesteps)
     with jax.set_mesh(mesh):
@@ -201,10 +205,19 @@ def _labels(request: Analysis, models: dict[str, Weights]) -> tuple[int, ...]:
         return ()
     classes = sampled[0].model.classes
     words = range(max(1, min(classes, MOST_DEFAULT_LABELS))) if request.labels is None else request.labels
-    labels = read_labels(words, classes, (), "--labels")
+    labels = read_labels(words, classes, sampled[0].class_names, "--labels")
     for weights in sampled:
         require_trained(weights.about.get("config", {}), weights.sampling, labels=labels, classes=classes)
     return tuple(labels.tolist())
+
+
+def _require_decoders(models: dict[str, Weights], mesh) -> None:
+    """Raise where the images of a dynamic model could not be shown; losses, which come first, take long."""
+    for weights in models.values():
+        if weights.model.routers != "none":
+            decoded = weights.sampling.autoencoder, weights.model.channels
+            require_decoder(*decoded)
+            load_decoder(*decoded, mesh)
 
 
 # --- Losses --------------------------------------------------------------------------------------

@@ -51,11 +51,6 @@ class Judge:
 
     def __init__(self, experiment: Experiment, mesh: Mesh):
         tracking, model = experiment.tracking, experiment.model
-        if not experiment.sampling.autoencoder and model.channels not in (1, 3):
-            raise InputError(
-                f"tracking.metrics_every_steps measures pictures, not {model.channels} channels; name the decoder as "
-                "sampling.autoencoder."
-            )
         # One that is not there must not end the run days later.
         load_decoder(experiment.sampling.autoencoder, model.channels, make_mesh(MeshConfig(), jax.local_devices()))
         self._experiment, self._mesh = experiment, mesh

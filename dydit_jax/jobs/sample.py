@@ -47,6 +47,7 @@ from dydit_jax.jobs.sample_folder import (
     write_set,
 )
 from dydit_jax.labels import read_labels
+from dydit_jax.latents import require_decoder
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.cost import format_count
 from dydit_jax.models.precision import resolve_precision
@@ -165,6 +166,7 @@ def sample(request: Request) -> Samples:
     weights = _weights(request)
     labels = _labels(request, weights)
     require_trained(weights.about.get("config", {}), weights.sampling, labels=labels, classes=weights.model.classes)
+    require_decoder(weights.sampling.autoencoder, weights.model.channels)
     pipeline = Pipeline(weights, precision=request.precision)
     run = pipeline.prepare(weights.sampling)
     segments = _segments_given(request, run, len(labels))

@@ -13,6 +13,7 @@ from dydit_jax.diffusion.process import PROCESSES, Process, ProcessConfig, read_
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.diffusion.terms import LOSS_TERMS, TIMES, WEIGHTINGS, LossConfig
 from dydit_jax.errors import InputError, require_known
+from dydit_jax.latents import require_decoder
 from dydit_jax.models.config import DiTConfig, read_model
 from dydit_jax.models.dit import Model
 from dydit_jax.models.lora import LoRAConfig
@@ -99,6 +100,8 @@ def read_experiment(config: Mapping) -> Experiment:
         raise InputError(f"data.batch_size must be a multiple of {parts}, train.accumulate, not {size}.")
     if experiment.tracking.metrics_every_steps:
         make_table(metrics_sampling(experiment), experiment.process)
+    if experiment.tracking.metrics_every_steps or experiment.tracking.samples_every_steps:
+        require_decoder(experiment.sampling.autoencoder, experiment.model.channels)
     wrong = [label for label in experiment.tracking.sample_labels if not 0 <= label <= experiment.model.classes]
     if wrong and experiment.tracking.samples_every_steps:
         raise InputError(f"tracking.sample_labels must be from 0 to {experiment.model.classes}, not {wrong}.")
