@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from conftest import relative_error
 from runs import make_run
 
-from dydit_jax.checkpoints import Weights, checksum, save_weights
+from dydit_jax.checkpoints import Weights, checksum, load_weights, save_weights
 from dydit_jax.diffusion.process import Diffusion, Flow
 from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, StopError
@@ -118,6 +119,14 @@ def test_impossible_searches_are_refused(checkpoint, tmp_path, fields, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_scales_of_another_solver_are_no_guidance_of_a_search(checkpoint, tmp_path, monkeypatch):
+    own = dataclasses.replace(load_weights(checkpoint), sampling=SamplingConfig(guidance_scales=(1.0, 2.0)))
+    monkeypatch.setattr(job, "load_checkpoint", lambda _: own)
+    with pytest.raises(InputError, match="has sampling.guidance_scales, .*: give sampling.guidance"):
+        search_solver(request(checkpoint, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_held_out_noises_choose():
     row = dict(timesteps=[9, 0], weights=[[1.0, 0.0], [0.0, 1.0]])
     built_in = {
@@ -127,8 +136,33 @@ def test_held_out_noises_choose():
     fits = [row | dict(train=0.2, held_out=0.35), row | dict(train=0.1, held_out=0.39)]
     result = job._result(built_in, fits)
     assert (result["kept"], result["error"], result["start"]["name"]) == ("fit 1 of 2", 0.35, "b")
-    with pytest.raises(StopError, match="No fit is better than b with x:2 .* .0.5, 0.4.; take that"):
+    with pytest.raises(StopError, match="No fit is better than b with x:2 .* .0.5, 0.4.; take that, .* another --out"):
         job._result(built_in, [row | dict(train=0.1, held_out=0.5)])
+
+
+def test_search_without_a_solver_leaves_no_trajectories_and_is_not_repeated(tmp_path, monkeypatch):
+    journal = lambda: job.Journal(tmp_path / "measured.json", types.SimpleNamespace(require_held=lambda: None))
+    path, drawn = tmp_path / "reference-000.npy", []
+
+    def fail(*_):
+        raise StopError("No fit is better")
+
+    monkeypatch.setattr(job, "_reference", lambda *_: drawn.append(path.write_bytes(b"large")))
+    monkeypatch.setattr(job, "_search", fail)
+    for _ in range(2):
+        with pytest.raises(StopError, match="No fit is better"):
+            job._find_solver(None, None, tmp_path, journal())
+        assert not path.exists() and len(drawn) == 1
+
+
+def test_teacher_computes_a_batch_at_once(monkeypatch):
+    teacher, sizes = Teacher(None, {}, OWN, PROCESS, "trailing:5", seed=0, batch_size=3), []
+    keep = lambda _, x, labels, __: (sizes.append(len(x)), x + labels)[1]
+    monkeypatch.setattr(Teacher, "_estimate_batch", keep)
+    monkeypatch.setattr(Teacher, "_draw_batch", lambda _, __, images: (sizes.append(len(images)), images)[1])
+    np.testing.assert_array_equal(teacher.estimate(np.arange(7), np.arange(7), 2), 2 * np.arange(7))
+    np.testing.assert_array_equal(teacher.draw(None, np.arange(7)), np.arange(7))
+    assert sizes == [3, 3, 1] * 2
 
 
 @pytest.mark.parametrize(
@@ -253,6 +287,8 @@ def test_a_file_brings_its_steps_and_wants_the_guidance_it_was_fitted_with(found
     path = str(found[0] / "solver.json")
     with pytest.raises(InputError, match="brings its own timesteps; leave out sampling.steps, not '20'"):
         choose(tiny, dict(sampler=path, steps="20"))
+    with pytest.raises(InputError, match="eta belongs to ddim; .*solver.json has none, so 0.5 can't be honoured"):
+        choose(tiny, dict(sampler=path, eta=0.5))
     with pytest.raises(InputError, match="can't be read"):
         choose(tiny, dict(sampler=str(tmp_path / "none.json")))
     with pytest.raises(InputError, match="The sampler searched needs weights"):
@@ -261,6 +297,9 @@ def test_a_file_brings_its_steps_and_wants_the_guidance_it_was_fitted_with(found
     assert not caplog.records
     choose(tiny, dict(sampler=path, guidance=2.0))
     assert "was fitted with guidance 1.0; this run has guidance 2.0, and may do worse" in caplog.text
+    caplog.clear()
+    choose(tiny, dict(sampler=path, guidance_scales=(1.0, 3.0, 3.0, 1.0)))
+    assert "was fitted with guidance_scales None; this run has guidance_scales [1.0, 3.0, 3.0, 1.0]" in caplog.text
     searched = choose(tiny, dict(sampler=path))
     assert choose(tiny, dict(sampler="ddim", steps="5"), searched) == dataclasses.replace(OWN, steps="5")
 
@@ -281,8 +320,9 @@ def test_settings_given_win_over_a_preset_and_it_over_the_checkpoints(tiny):
     assert choose(tiny, dict(preset="fast20"), scales) == dataclasses.replace(preset, guidance=1.0)
     with pytest.raises(InputError, match="Unknown sampling.preset 'fast10'; known: fast20"):
         choose(tiny, dict(preset="fast10"))
-    with pytest.raises(InputError, match="fast20 is for the process diffusion, not flow"):
-        choose(tiny, dict(preset="fast20"), process=Flow())
+    for process in (Flow(), Diffusion("squared_cosine"), Diffusion(train_steps=500)):
+        with pytest.raises(InputError, match="fast20 is for Diffusion.*'linear', .*1000.*; give sampling.sampler,"):
+            choose(tiny, dict(preset="fast20"), process=process)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 SOLVER_FILE, JOB_FILE, MEASURED_FILE = "solver.json", "job.json", "measured.json"
 LEAST_EVALUATIONS, MOST_EVALUATIONS = 3, 50
 MOST_NOISES = 10_000
+FAILURE = "failure"  # the journal's name for why there is no solver
 CHOSEN_HERE = ("sampler", "steps", "eta", "guidance_scales", "preset")
 
 
@@ -59,7 +60,7 @@ class SearchRequest:
       train_noises: images that the solver is fitted to.
       held_out_noises: others, which decide what is kept.
       reference: timesteps of the long trajectory, such as 1000 or ddim100; the solver's are among them.
-      batch_size: images at once.
+      batch_size: images at once; changes the solver by rounding alone.
       seed: of noises and labels.
       precision: auto, bfloat16, float32 or highest.
       overrides: guidance and clipping, which win over the checkpoint's.
@@ -100,6 +101,11 @@ class Journal:
         self._path, self._lock = epath.Path(path), lock
         self._known = read_json(self._path) if self._path.is_file() else {}
 
+    @property
+    def failure(self) -> str:
+        """Why the search ended without a solver; "" where it did not."""
+        return self._known.get(FAILURE, "")
+
     def recall(self, name: str, measure: Callable):
         """Return what was measured before under a name, or measure and keep it."""
         if name not in self._known:
@@ -123,11 +129,17 @@ def search_solver(request: SearchRequest) -> dict:
     weights = load_checkpoint(request.checkpoint)
     own = checksum(weights.params)
     sampling = choose_sampling(weights.sampling, request.overrides, process=weights.process, checksum=lambda: own)
-    sampling = dataclasses.replace(sampling, sampler="ddim", eta=0.0, guidance_scales=None, searched_weights=None)
+    if sampling.guidance_scales is not None:
+        raise InputError(
+            f"{request.checkpoint} has sampling.guidance_scales, a scale for each evaluation of its own solver; a "
+            "search needs one for all evaluations: give sampling.guidance."
+        )
+    sampling = dataclasses.replace(sampling, sampler="ddim", eta=0.0, searched_weights=None)
     require_trained(weights.about.get("config", {}), sampling, classes=weights.model.classes)
     dtype, matmul_precision = resolve_precision(request.precision)
     model = Model(weights.model, dtype, matmul_precision, lora=weights.lora)
-    teacher = Teacher(model, weights.params, sampling, weights.process, request.reference, request.seed)
+    settings = dict(steps=request.reference, seed=request.seed, batch_size=request.batch_size)
+    teacher = Teacher(model, weights.params, sampling, weights.process, **settings)
     warn_of_unlearnt_times(weights.about.get("config", {}), teacher.table)
     if len(teacher.table) < 2 * request.evaluations:
         raise InputError(
@@ -139,13 +151,11 @@ def search_solver(request: SearchRequest) -> dict:
         if (out / SOLVER_FILE).is_file():
             logger.info("%s is complete.", out)
             return read_json(out / SOLVER_FILE)
-        reference = _reference(request, teacher, out)
-        found = _search(request, teacher, reference, Journal(out / MEASURED_FILE, lock))
+        found = _find_solver(request, teacher, out, Journal(out / MEASURED_FILE, lock))
         solver = about | found | dict(made=origin())
         lock.require_held()
         write_json(out / SOLVER_FILE, solver)
-        for path in out.glob("reference-*.npy"):
-            path.unlink()
+        _remove_reference(out)
     _log_summary(solver, out)
     return solver
 
@@ -175,16 +185,39 @@ def _begin(out, job: dict) -> None:
     write_json(out / JOB_FILE, job)
 
 
+def _find_solver(request: SearchRequest, teacher: Teacher, out, journal: Journal) -> dict:
+    """Return the solver and what was measured; a search that ended without one is not repeated.
+
+    Raises:
+      StopError: no fit is better than the best built-in solver.
+    """
+    if not journal.failure:
+        reference = _reference(request, teacher, out)
+        try:
+            return _search(request, teacher, reference, journal)
+        except StopError as error:
+            reason = str(error)
+            journal.recall(FAILURE, lambda: reason)
+    _remove_reference(out)
+    raise StopError(journal.failure)
+
+
+def _remove_reference(out) -> None:
+    """Remove the long trajectories, which may take gigabytes."""
+    for path in out.glob("reference-*.npy"):
+        path.unlink()
+
+
 def _reference(request: SearchRequest, teacher: Teacher, out) -> np.ndarray:
     """Draw the long trajectories of all noises, or find them, float32 [S+1,n,side,side,C]."""
-    total, steps = request.train_noises + request.held_out_noises, len(teacher.table)
-    slices = [np.arange(first, min(first + request.batch_size, total)) for first in range(0, total, request.batch_size)]
-    paths = [out / f"reference-{number:03d}.npy" for number in range(len(slices))]
+    images, steps = np.arange(request.train_noises + request.held_out_noises), len(teacher.table)
+    batches = teacher.batches(len(images))
+    paths = [out / f"reference-{number:03d}.npy" for number in range(len(batches))]
     done = sum(path.is_file() for path in paths)
-    with Progress(steps * len(slices), "step", "reference", done=steps * done) as progress:
-        for path, images in zip(paths, slices):
+    with Progress(steps * len(batches), "step", "reference", done=steps * done) as progress:
+        for path, batch in zip(paths, batches):
             if not path.is_file():
-                states = teacher.reference(images, progress.advance)
+                states = teacher.reference(images[batch], progress.advance)
                 with write_atomically(path) as partial, partial.open("wb") as file:
                     np.save(file, states)
     return np.concatenate([np.load(path) for path in paths], axis=1)
@@ -200,9 +233,7 @@ def _search(request: SearchRequest, teacher: Teacher, reference: np.ndarray, jou
     held_out = request.train_noises + np.arange(request.held_out_noises)
 
     def error(table: SolverTable, images) -> float:
-        parts = [images[first : first + request.batch_size] for first in range(0, len(images), request.batch_size)]
-        drawn = np.concatenate([teacher.draw(table, part) for part in parts])
-        return float(np.sqrt(np.mean(np.square(drawn - reference[-1][images]))))
+        return float(np.sqrt(np.mean(np.square(teacher.draw(table, images) - reference[-1][images]))))
 
     def measure(table: SolverTable) -> dict:
         return dict(train=error(table, train), held_out=error(table, held_out))
@@ -264,7 +295,8 @@ def _result(built_in: dict, accepted: list[dict]) -> dict:
     if before["held_out"] <= found["held_out"]:
         raise StopError(
             f"No fit is better than {before['sampler']} with {before['steps']} on the held-out noises "
-            f"({found['held_out']:.4g}, {before['held_out']:.4g}); take that, or give more --train_noises."
+            f"({found['held_out']:.4g}, {before['held_out']:.4g}); take that, or give more --train_noises and another "
+            "--out."
         )
     errors = {name: row["held_out"] for name, row in built_in.items()}
     return dict(

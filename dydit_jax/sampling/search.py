@@ -48,6 +48,7 @@ class Teacher:
       process: that the model was trained on.
       steps: timesteps of the reference.
       seed: of the noises and their labels.
+      batch_size: images at once, at most; changes the numbers by rounding alone.
     """
 
     model: Model
@@ -56,6 +57,7 @@ class Teacher:
     process: Process
     steps: str
     seed: int
+    batch_size: int = 100
 
     @functools.cached_property
     def table(self) -> SolverTable:
@@ -72,11 +74,15 @@ class Teacher:
         shape = (config.side, config.side, config.channels)
         return _noise_and_labels(seed_words(self.seed), jnp.asarray(images), shape=shape, classes=config.classes)
 
+    def batches(self, count: int) -> list[slice]:
+        """Return the batches of so many images."""
+        return [slice(first, first + self.batch_size) for first in range(0, count, self.batch_size)]
+
     def reference(self, images, report: Callable[[int], None]) -> np.ndarray:
-        """Draw images and return where they are at each timestep and in the end, float32 [S+1,n,side,side,C].
+        """Draw a batch and return where its images are at each timestep and in the end, float32 [S+1,n,side,side,C].
 
         Args:
-          images: their numbers.
+          images: their numbers [n], at most `batch_size`.
           report: called with the number of steps done since its last call.
         """
         noise, labels = self.noise(images)
@@ -89,7 +95,15 @@ class Teacher:
         return np.concatenate([*visited, np.asarray(state.xt)[None]])
 
     def draw(self, table: SolverTable, images) -> np.ndarray:
-        """Draw images by a deterministic solver, float32 [n,side,side,C]."""
+        """Draw images by their numbers [n] with a deterministic solver, float32 [n,side,side,C]."""
+        return np.concatenate([self._draw_batch(table, images[batch]) for batch in self.batches(len(images))])
+
+    def estimate(self, x, labels, position: int) -> np.ndarray:
+        """Return the estimates of x_0 for x [n,side,side,C] at a timestep of the reference, float32 of that shape."""
+        parts = [(x[batch], labels[batch]) for batch in self.batches(len(x))]
+        return np.concatenate([self._estimate_batch(*part, position) for part in parts])
+
+    def _draw_batch(self, table: SolverTable, images) -> np.ndarray:
         noise, labels = self.noise(images)
         sampler, table = Sampler(ANY_FORM, self.sampling.clip), with_any_form(table)
         state = sampler.init(noise)
@@ -97,8 +111,7 @@ class Teacher:
             state, _ = self._run(sampler, state, labels, _row(table, i))
         return np.asarray(state.xt)
 
-    def estimate(self, x, labels, position: int) -> np.ndarray:
-        """Return the estimate of x_0 for x [n,side,side,C] at a timestep of the reference."""
+    def _estimate_batch(self, x, labels, position: int) -> np.ndarray:
         sampler, row = Sampler(ANY_FORM, self.sampling.clip), _row(with_any_form(self.table), position)
         state, _ = self._run(sampler, sampler.init(jnp.float32(x)), labels, row)
         return np.asarray(state.x0)

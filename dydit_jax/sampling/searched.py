@@ -20,7 +20,7 @@ FORMAT = "dydit-jax searched solver 1"
 SUFFIX = ".json"
 SHOWN_DIGITS = 12  # of a checksum
 # What the weights were fitted to beside the model; they work with others too, but not as well.
-FITTED_TO = ("clip", "guidance", "guidance_interval", "guided_channels")
+FITTED_TO = ("clip", "guidance", "guidance_interval", "guidance_scales", "guided_channels")
 
 
 class Solver(typing.TypedDict):
