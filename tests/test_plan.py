@@ -9,6 +9,7 @@ import pytest
 from dydit_jax.errors import InputError
 from dydit_jax.fast.execution.registry import find_execution
 from dydit_jax.fast.plan import Plan, executed_gates, make_plan, whole_segments
+from dydit_jax.fast.segmentation import Job
 from dydit_jax.fast.usage import TokenUsage
 from dydit_jax.models.config import DiTConfig
 
@@ -45,6 +46,24 @@ def test_plan_is_the_cheapest_of_all_cuts(gates, count):
     assert padded_cost(*gates, ends) == pytest.approx(cheapest)
     exact = padded_cost(*gates, list(range(13)))
     assert plan.padding == pytest.approx(cheapest / exact - 1)
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_cuts_between_steps_with_the_same_gates_save_nothing(gates, count):
+    slow = [np.repeat(gate[::3], 3, axis=0) for gate in gates]
+    plan = make_plan(*slow, MACS, execution="switch", segments=count)
+    cheapest = min(padded_cost(*slow, [0, *cuts, 12]) for cuts in itertools.combinations(range(1, 12), count - 1))
+    assert padded_cost(*slow, [0, *(segment.stop for segment in plan.segments)]) == pytest.approx(cheapest)
+    assert len(plan.segments) == count and (count > 4 or all(segment.start % 3 == 0 for segment in plan.segments))
+
+
+def test_the_longest_schedule_is_planned_by_its_blocks(gates):
+    long = [np.repeat(gate[:8:4], 50_000, axis=0) for gate in gates]
+    plan = make_plan(*long, MACS, execution="switch")
+    assert [(segment.start, segment.stop) for segment in plan.segments] == [(0, 50_000), (50_000, 100_000)]
+    assert plan.padding == pytest.approx(0)
+    constant = np.ones((100_000, 3, 4), bool)
+    assert len(make_plan(constant, constant, MACS, execution="switch", job=Job(1, "cpu", 64)).segments) == 1
 
 
 def test_plan_keeps_every_gate(gates):

@@ -6,8 +6,9 @@ program with narrowed weights. A unit in the union that is closed at a step is m
 exact. Where guidance begins or ends, the network runs twice instead of once: there is always a cut.
 
 Where to cut is a shortest path: a segment costs its steps times the MACs of its union, and dynamic programming over the
-cuts finds the cheapest plan for every number of segments. More segments waste less and compile longer; how many a job
-is worth says `segmentation`. A plan without segments leaves nothing out: `whole_segments`.
+cuts finds the cheapest plan for every number of segments. It cuts between blocks, runs of steps with the same gates: to
+cut within one saves nothing, and the longest schedule has few. More segments waste less and compile longer; how many a
+job is worth says `segmentation`. A plan without segments leaves nothing out: `whole_segments`.
 """
 
 import dataclasses
@@ -152,6 +153,9 @@ class _Steps:
     def __len__(self) -> int:
         return len(self.heads)
 
+    def __getitem__(self, chosen) -> "_Steps":
+        return _Steps(self.heads[chosen], self.groups[chosen], self.evaluations[chosen])
+
 
 def make_plan(
     heads,
@@ -184,21 +188,30 @@ def make_plan(
     steps = _Steps(heads, groups, np.ones(len(heads), int) if evaluations is None else np.asarray(evaluations))
     if segments is not None:
         require_segments(segments, steps.evaluations)
-    cost = _segment_costs(steps, macs)
-    most = segments or max(len(even_runs(steps.evaluations)), min(MAX_SEGMENTS, -(-len(steps) // STEPS_PER_SEGMENT)))
-    best, cuts = _cheapest_cuts(cost, most)
-    if segments is None:
-        enough = [n for n in range(1, most + 1) if best[n] <= (1 + TOLERATED_PADDING) * _exact_cost(cost)]
-        segments = enough[0] if enough else most
-        segments = segments if job is None else _worth_compiling(steps, macs, segments, job)
     if segments == 0:
         return _whole_plan(steps, macs)
-    return _cut(steps, _path(cuts, segments, len(steps)), macs, execution)
+    blocks = _blocks(steps, least=segments or 1)
+    most = segments or _most_segments(steps, blocks)
+    unions = _unions(steps, blocks)
+    best, cuts = _cheapest_cuts(_segment_costs(steps, unions, macs), most)
+    if segments is None:
+        tolerated = (1 + TOLERATED_PADDING) * _exact_cost(steps, macs)
+        segments = next((n for n in range(1, most + 1) if best[n] <= tolerated), most)
+        segments = segments if job is None else _worth_compiling(steps, unions, macs, segments, job)
+    if segments == 0:
+        return _whole_plan(steps, macs)
+    return _cut(steps, blocks[_path(cuts, segments)].tolist(), macs, execution)
 
 
-def _worth_compiling(steps: "_Steps", macs: ModelMacs, most: int, job: Job) -> int:
+def _most_segments(steps: _Steps, blocks: np.ndarray) -> int:
+    """Return how many segments a plan has at most, where it chooses."""
+    sensible = min(MAX_SEGMENTS, -(-len(steps) // STEPS_PER_SEGMENT), len(blocks) - 1)
+    return max(len(even_runs(steps.evaluations)), sensible)
+
+
+def _worth_compiling(steps: _Steps, unions: tuple, macs: ModelMacs, most: int, job: Job) -> int:
     """Return how many segments, from 0 to `most`, a job is worth."""
-    narrowed, _ = _cheapest_cuts(_segment_costs(steps, expected_macs(macs, job)), most)
+    narrowed, _ = _cheapest_cuts(_segment_costs(steps, unions, expected_macs(macs, job)), most)
     whole = _whole_cost(steps, dataclasses.replace(macs, mlp=job.token_share * macs.mlp))
     programs = [len(even_runs(steps.evaluations)), *range(1, most + 1)]
     return choose_segments([whole, *narrowed[1:]], programs, layers=macs.layers, job=job)
@@ -242,13 +255,10 @@ def whole_segments(heads, groups, *, pieces: int, evaluations=None) -> tuple[Seg
     evaluations = np.ones(len(heads), int) if evaluations is None else np.asarray(evaluations)
     steps, layers, units = heads.shape
     all_heads, all_groups = (tuple(range(units)),) * layers, (tuple(range(groups.shape[-1])),) * layers
-
-    def by_layer(gates, start: int, stop: int) -> tuple:
-        layered = gates.swapaxes(0, 1)
-        return tuple(None if layer.all() else layer[start:stop] for layer in layered)
+    by_layer = [[None if layer.all() else layer for layer in gates.swapaxes(0, 1)] for gates in (heads, groups)]
 
     def piece(start: int, stop: int) -> Segment:
-        gates = by_layer(heads, start, stop), by_layer(groups, start, stop)
+        gates = (tuple(layer if layer is None else layer[start:stop] for layer in kind) for kind in by_layer)
         return Segment(start, stop, all_heads, all_groups, *gates, int(evaluations[start]))
 
     segments = []
@@ -281,16 +291,19 @@ def executed_gates(segments, units: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _cut(steps: _Steps, ends: list[int], macs: ModelMacs, execution: str) -> Plan:
     """Return the plan with these cuts: ends of segments, from 0 to S."""
-    cost = _segment_costs(steps, macs)
     segments = tuple(_segment(steps, start, stop) for start, stop in zip(ends[:-1], ends[1:]))
-    padded = sum(cost[segment.start, segment.stop] for segment in segments)
-    return Plan(**vars(steps), segments=segments, padding=float(padded / _exact_cost(cost) - 1), execution=execution)
+    units = ([sum(map(len, kept)) for kept in segment.kept] for segment in segments)
+    padded = sum(
+        len(segment) * segment.evaluations * _pass_cost(steps, *kept, macs) for segment, kept in zip(segments, units)
+    )
+    padding = float(padded / _exact_cost(steps, macs) - 1)
+    return Plan(**vars(steps), segments=segments, padding=padding, execution=execution)
 
 
 def _whole_plan(steps: _Steps, macs: ModelMacs) -> Plan:
     """Return the plan that leaves nothing out."""
     segments = whole_segments(steps.heads, steps.groups, pieces=1, evaluations=steps.evaluations)
-    padding = float(_whole_cost(steps, macs) / _exact_cost(_segment_costs(steps, macs)) - 1)
+    padding = float(_whole_cost(steps, macs) / _exact_cost(steps, macs) - 1)
     return Plan(**vars(steps), segments=segments, padding=padding, execution="masked", whole=True)
 
 
@@ -299,46 +312,68 @@ def _whole_cost(steps: _Steps, macs: ModelMacs) -> float:
     return float(steps.evaluations.sum() * (macs.complete + macs.routers))
 
 
-def _exact_cost(cost: np.ndarray) -> float:
-    """Return the cost with a segment for every step."""
-    steps = np.arange(len(cost))
-    return cost[steps, steps + 1].sum()
+def _exact_cost(steps: _Steps, macs: ModelMacs) -> float:
+    """Return the MACs of a run that computes at each step what is open there; all tokens count as open."""
+    return float(steps.evaluations @ _pass_cost(steps, steps.heads.sum((1, 2)), steps.groups.sum((1, 2)), macs))
 
 
-def _segment_costs(steps: _Steps, macs: ModelMacs) -> np.ndarray:
-    """Return [S,S+1]: the MACs of a segment from a to b; all tokens count as open.
+def _pass_cost(steps: _Steps, heads, groups, macs: ModelMacs):
+    """Return the MACs of passes that compute so many heads and groups, over all layers; all tokens count as open."""
+    per_head, per_group = macs.attention / steps.heads.shape[-1], macs.mlp / steps.groups.shape[-1]
+    return macs.fixed + macs.routers + per_head * heads + per_group * groups
 
-    Infinite where b <= a, and where the network runs once at some of the steps and twice at others.
+
+def _blocks(steps: _Steps, least: int) -> np.ndarray:
+    """Return the ends of blocks, from 0 to S, [B+1]: of the longest runs of steps with the same gates and evaluations.
+
+    Where these are fewer than `least`, the first steps become blocks of their own, which adds no cost.
     """
-    heads, groups = steps.heads, steps.groups
-    cost = np.full((len(steps), len(steps) + 1), np.inf)
-    per_head, per_group = macs.attention / heads.shape[-1], macs.mlp / groups.shape[-1]
-    rest = macs.fixed + macs.routers
-    for run in even_runs(steps.evaluations):
+    gates = np.concatenate([steps.heads.reshape(len(steps), -1), steps.groups.reshape(len(steps), -1)], axis=1)
+    changes = (gates[1:] != gates[:-1]).any(1) | (np.diff(steps.evaluations) != 0)
+    changes[np.flatnonzero(~changes)[: max(0, least - 1 - changes.sum())]] = True
+    return np.array([0, *(np.flatnonzero(changes) + 1), len(steps)])
+
+
+def _unions(steps: _Steps, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the passes of a segment from the start of block a to that of block b, and the heads and groups of each.
+
+    All are [B,B+1]. Passes are infinite where b <= a, and where the network runs once at some of the steps and twice at
+    others.
+    """
+    firsts = steps[blocks[:-1]]
+    passes = np.full((len(firsts), len(blocks)), np.inf)
+    heads, groups = (np.zeros(passes.shape, int) for _ in range(2))
+    for run in even_runs(firsts.evaluations):
         for start in run:
-            kept_heads = np.logical_or.accumulate(heads[start : run.stop]).sum((1, 2))
-            kept_groups = np.logical_or.accumulate(groups[start : run.stop]).sum((1, 2))
-            evaluations = steps.evaluations[start] * np.arange(1, run.stop - start + 1)
-            cost[start, start + 1 : run.stop + 1] = evaluations * (
-                rest + per_head * kept_heads + per_group * kept_groups
-            )
-    return cost
+            ends = slice(start + 1, run.stop + 1)
+            passes[start, ends] = firsts.evaluations[start] * (blocks[ends] - blocks[start])
+            for kept, gates in ((heads, firsts.heads), (groups, firsts.groups)):
+                kept[start, ends] = np.logical_or.accumulate(gates[start : run.stop]).sum((1, 2))
+    return passes, heads, groups
+
+
+def _segment_costs(steps: _Steps, unions: tuple, macs: ModelMacs) -> np.ndarray:
+    """Return the MACs of the segments of `_unions`, [B,B+1]; all tokens count as open."""
+    passes, heads, groups = unions
+    return passes * _pass_cost(steps, heads, groups, macs)
 
 
 def _cheapest_cuts(cost: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the least cost with exactly 0 .. `most` segments, and for each the last cut before every step."""
-    steps = len(cost)
-    best = np.full((most + 1, steps + 1), np.inf)
-    cuts = np.zeros((most + 1, steps + 1), int)
+    """Return the least cost with exactly 0 .. `most` segments, and for each the last cut before every block."""
+    blocks = len(cost)
+    best = np.full((most + 1, blocks + 1), np.inf)
+    cuts = np.zeros((most + 1, blocks + 1), int)
     best[0, 0] = 0
     for count in range(1, most + 1):
-        total = best[count - 1, :steps, None] + cost  # [last cut, end]
-        cuts[count], best[count] = total.argmin(0), total.min(0)
-    return best[:, steps], cuts
+        total = best[count - 1, :blocks, None] + cost  # [last cut, end]
+        cuts[count] = total.argmin(0)
+        best[count] = total[cuts[count], np.arange(blocks + 1)]
+    return best[:, blocks], cuts
 
 
-def _path(cuts: np.ndarray, segments: int, steps: int) -> list[int]:
-    ends = [steps]
+def _path(cuts: np.ndarray, segments: int) -> list[int]:
+    """Return the blocks that so many segments start at, and the end."""
+    ends = [cuts.shape[1] - 1]
     for count in range(segments, 0, -1):
         ends.append(int(cuts[count, ends[-1]]))
     return ends[::-1]
