@@ -19,7 +19,7 @@ from dydit_jax.diffusion.samplers import SamplingConfig
 from dydit_jax.errors import InputError, StopError
 from dydit_jax.fast.execution.registry import EXECUTIONS
 from dydit_jax.fast.segmentation import PLATFORMS
-from dydit_jax.jobs.sample import Request, _read_words, sample
+from dydit_jax.jobs.sample import Request, sample
 from dydit_jax.jobs.sample_folder import prepare_folder
 from dydit_jax.loading import load_checkpoint
 from dydit_jax.models.config import DiTConfig
@@ -124,14 +124,6 @@ def test_set_grows_in_its_folder_and_does_not_shrink(checkpoint, tmp_path):
         sample(Request(out=str(out), labels_file=str(tmp_path / "labels.txt"), **request))
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le-with-mark"])
-def test_files_of_labels_may_begin_with_a_mark(tmp_path, encoding):
-    text = "3\r\n1\r\n4\r\n"
-    content = b"\xff\xfe" + text.encode("utf-16-le") if encoding.endswith("mark") else text.encode(encoding)
-    (tmp_path / "labels.txt").write_bytes(content)
-    assert _read_words(tmp_path / "labels.txt") == ["3", "1", "4"]
-
-
 def test_killed_job_makes_only_what_is_missing(checkpoint, tmp_path):
     out, whole = tmp_path / "parts", tmp_path / "whole"
     request = dict(checkpoint=checkpoint, num_images=8, batch_size=4)
@@ -205,14 +197,6 @@ def test_images_that_are_not_finite_are_not_written(tiny, tmp_path):
     assert len(list((out / "images").iterdir())) == 2
 
 
-@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\0\xff", b"1\n2\n" + 5000 * b"9", 13_000_000 * b"1 "])
-def test_file_without_labels_is_refused(checkpoint, tmp_path, content):
-    (tmp_path / "labels").write_bytes(content)
-    with pytest.raises(InputError, match="labels (can't be read as text|must hold numbers|is too long)") as caught:
-        sample(Request(checkpoint, str(tmp_path / "out"), labels_file=str(tmp_path / "labels")))
-    assert len(str(caught.value)) < 400 and not (tmp_path / "out").exists()
-
-
 def test_set_that_the_disk_can_not_hold_is_refused(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=6_000_000))
     with pytest.raises(InputError, match="0.0 GB left; the images take at least 6.4 GB"):
@@ -248,14 +232,6 @@ def test_latents_are_decoded_into_colour_images(tmp_path):
     save_weights(tmp_path / "dit.safetensors", Weights(config, Diffusion(), sampling, params, {}))
     sample(Request(str(tmp_path / "dit.safetensors"), str(tmp_path / "out"), num_images=3, batch_size=2))
     assert np.load(tmp_path / "out" / "samples.npz")["arr_0"].shape == (3, 64, 64, 3)
-
-
-def test_latents_without_a_decoder_are_refused_before_anything_is_written(tiny_config, tmp_path, monkeypatch):
-    latents = Weights(dataclasses.replace(tiny_config, channels=4), Diffusion(), SamplingConfig(), {}, {})
-    monkeypatch.setattr("dydit_jax.jobs.sample.load_checkpoint", lambda *_: latents)
-    with pytest.raises(InputError, match="the model draws 4, which are latents; name their decoder"):
-        sample(Request("latents", str(tmp_path / "out"), labels=["1"]))
-    assert not (tmp_path / "out").exists()
 
 
 def test_settings_given_win_over_the_checkpoints(checkpoint, tmp_path):

@@ -16,7 +16,6 @@ An image is a function of the weights, the settings, the seed and its index. A j
 the images that are missing when it is started again.
 """
 
-import codecs
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -37,7 +36,9 @@ from dydit_jax.drawing.style import save_figure, save_table
 from dydit_jax.errors import InputError, require_known
 from dydit_jax.fast.plan import require_segments
 from dydit_jax.jobs.growth import draw_growth
+from dydit_jax.jobs.label_files import read_words
 from dydit_jax.jobs.sample_folder import (
+    MOST_IMAGES,
     image_path,
     labels_digest,
     missing_images,
@@ -69,11 +70,9 @@ logger = logging.getLogger(__name__)
 
 ROUTING_FILE = "routing.png"
 WRITERS = 4
-MOST_IMAGES = 1_000_000  # their names have six digits
 MOST_GRID_IMAGES = 10_000  # of one picture, which is made in memory
 MOST_GROWTH = 16
 LIMITS = dict(rows=MOST_GRID_IMAGES, batch_size=65_536, num_images=MOST_IMAGES, growth=MOST_GROWTH, segments=None)
-LABEL_BYTES = 12  # of a line in a file of labels, on average at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,27 +353,7 @@ def _labels(request: Request, weights: Weights) -> np.ndarray:
         return np.asarray(uniform_labels(request.seed, np.arange(request.num_images), classes), np.int32)
     if request.labels is not None:
         return np.tile(read_labels(request.labels, classes, names, "--labels"), request.rows)
-    return read_labels(_read_words(request.labels_file), classes, names, str(request.labels_file))
-
-
-def _read_words(path) -> list[str]:
-    """Read a file of labels, as far as it can be one: numbers by spaces or lines, a name is a line."""
-    path = locate(path)
-    if not path.is_file():
-        raise InputError(f"There is no file {path} (--labels_file).")
-    most = MOST_IMAGES * LABEL_BYTES
-    try:
-        with path.open("rb") as file:
-            content = file.read(most + 1)
-        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Windows writes it
-        lines = content.decode("utf-16" if is_wide else "utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read as text; --labels_file wants one label per line ({error}).") from error
-    are_numbers = lambda line: "".join(line.split()).isdecimal()
-    words = [word for line in lines if line.strip() for word in (line.split() if are_numbers(line) else [line])]
-    if len(content) > most or len(words) > MOST_IMAGES:
-        raise InputError(f"{path} is too long for labels; at most {MOST_IMAGES} images are drawn at once.")
-    return words
+    return read_labels(read_words(request.labels_file), classes, names, str(request.labels_file))
 
 
 def _manifest(request: Request, pipeline: Pipeline, labels: np.ndarray) -> dict:

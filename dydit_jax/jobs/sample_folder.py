@@ -28,6 +28,7 @@ from dydit_jax.runtime.progress import counted
 logger = logging.getLogger(__name__)
 
 READERS = 8
+MOST_IMAGES = 1_000_000  # their names have six digits
 SET_FILE = "samples.npz"
 MANIFEST_REMEDY = "name another --out, or remove the folder and start again"
 # Of a manifest: the path of weights whose checksum is known, what changes the images by rounding alone, and what
