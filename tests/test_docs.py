@@ -316,13 +316,15 @@ def test_notebook_was_run_to_its_end_and_is_small():
 @pytest.mark.slow
 def test_notebook_runs(tmp_path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    stored, notebook = (nbformat.read(NOTEBOOK, as_version=4) for _ in range(2))
     environment = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
     client = nbclient.NotebookClient(notebook, timeout=1200, resources=dict(metadata=dict(path=str(tmp_path))))
     client.execute(env=environment)
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     before, after = map(int, re.search(r"needed before (\d+)%, now (\d+)%", said).groups())
     assert after < before
+    costs = [[cell.outputs for cell in book.cells if "executed" in cell.source] for book in (stored, notebook)]
+    assert len(costs[0]) == 1 and costs[0] == costs[1]  # no training is before it, and no time is in it
 
 
 # --- Numbers -------------------------------------------------------------------------------------

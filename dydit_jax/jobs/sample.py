@@ -179,12 +179,13 @@ def sample(request: Request) -> Samples:
         if lock is not None:
             lock.require_held()
             _write_records(request, weights, out, drawn)
-            _write_pictures(request, weights, labels, out)
-        if request.growth:
+        if request.growth:  # of all processes, which would wait for the one that packs a set
             draw_growth(pipeline, labels[: request.growth], out, seed=request.seed, mode=request.mode)
-        if lock is not None and request.report:
+        if lock is not None:
             lock.require_held()
-            write_report(out)
+            _write_pictures(request, weights, labels, out)
+            if request.report:
+                write_report(out)
     if is_main():
         _log_summary(drawn, weights, out)
     return drawn.samples
