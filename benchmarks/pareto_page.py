@@ -8,7 +8,10 @@ from study_models import LAMBDAS, ONE_PASS, STATIC
 from dydit_jax.drawing.style import INK, LINES, in_style, new_figure
 
 # Costs, with what stands below their axis, and its unit.
-COSTS = {"macs": ("million MACs per image, of all passes", 1e6), "seconds": ("milliseconds per image, in a batch", 1e-3)}
+COSTS = {
+    "macs": ("million MACs per image, of all passes", 1e6),
+    "seconds": ("milliseconds per image, in a batch", 1e-3),
+}
 QUALITY = "distance"
 MODELS = (STATIC, *LAMBDAS.values(), ONE_PASS)
 MARKERS = {"none": "o", "constant": "s", "interval": "^"}
@@ -62,7 +65,9 @@ def draw(points: list[dict]):
     colours = dict(zip(MODELS, (colour for colour, _ in (LINES[1], LINES[4], LINES[0], LINES[2], LINES[3]))))
     for axis, (cost, (label, unit)) in zip(axes, COSTS.items()):
         best = front(points, cost)
-        axis.plot([point[cost] / unit for point in best], [point[QUALITY] for point in best], color=INK, lw=0.8, zorder=1)
+        axis.plot(
+            [point[cost] / unit for point in best], [point[QUALITY] for point in best], color=INK, lw=0.8, zorder=1
+        )
         for point in points:
             # Hollow: all gates open, or all of it computed and multiplied by them.
             colour, hollow = colours[point["model"]], point["model"] != STATIC and point["mode"] != "fast"

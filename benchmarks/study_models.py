@@ -197,7 +197,5 @@ def ordered_runs() -> list[tuple[str, int]]:
     First seeds of all models, so that every question has an answer early; then the spreads, question by question.
     """
     first = [(name, 0) for question in QUESTIONS for name in question.models]
-    others = [
-        (name, seed) for question in QUESTIONS for seed in range(1, question.seeds) for name in question.models
-    ]
+    others = [(name, seed) for question in QUESTIONS for seed in range(1, question.seeds) for name in question.models]
     return first + others

@@ -1,6 +1,6 @@
 """The scheduler of a diffusers' pipeline: which diffusion its model was trained on, read and written.
 
-diffusers describes a schedule by the name of a formula and its ends, or by all betas. Ours are told by their betas.
+diffusers describes a schedule by the name of a formula and its ends, or by all betas. The betas say which of ours it is.
 """
 
 from pathlib import Path

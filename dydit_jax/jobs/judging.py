@@ -21,7 +21,6 @@ from dydit_jax.checkpoints import Run, Weights
 from dydit_jax.checkpoints.best import BEST_FILE, read_best
 from dydit_jax.checkpoints.reading import saved_steps
 from dydit_jax.data.image_sets import ImageSet, open_images
-from dydit_jax.errors import InputError
 from dydit_jax.jobs.evaluate import compare, image_statistics, load_inception, load_reference
 from dydit_jax.loading import load_decoder
 from dydit_jax.pipeline import DrawJob, Pipeline

@@ -1,10 +1,8 @@
 """Files of labels, one for each image of a set: numbers, or names of classes."""
 
-import codecs
-
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.sample_folder import MOST_IMAGES
-from dydit_jax.runtime.files import locate
+from dydit_jax.runtime.files import decode_text, locate
 
 LABEL_BYTES = 64  # of a name, on average at most
 MOST_BYTES = MOST_IMAGES * LABEL_BYTES
@@ -33,8 +31,7 @@ def read_words(path) -> list[str]:
                 f"{path} is larger than {MOST_BYTES / 1e6:.0f} MB, too large for the labels of {MOST_IMAGES} images; "
                 "numbers take less room than names."
             )
-        is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        lines = content.decode("utf-16" if is_wide else "utf-8-sig").splitlines()
+        lines = decode_text(content).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read as text; --labels_file wants one label per line ({error}).") from error
     are_numbers = lambda line: "".join(line.split()).isdecimal()
