@@ -1,6 +1,6 @@
 """The scheduler of a diffusers' pipeline: which diffusion its model was trained on, read and written.
 
-diffusers describes a schedule by the name of a formula and its ends, or by all betas. The betas say which of ours it is.
+diffusers describes a schedule by the name of a formula and its ends, or by all betas. The betas tell which it is.
 """
 
 from pathlib import Path
