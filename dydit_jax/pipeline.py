@@ -256,9 +256,9 @@ class Pipeline:
           InputError: labels out of range, settings that are not allowed, or latents without a decoder.
           StopError: an image that is not finite.
         """
-        require_decoder(job.sampling.autoencoder, self.weights.model.channels)
         began, compiled = time.monotonic(), compile_seconds()
         run = self.prepare(job.sampling)
+        require_decoder(job.sampling.autoencoder, self.weights.model.channels)
         size = round_up(min(job.batch_size, len(job.indices)), run.devices)
         plan = (
             JobPlan(run, self.checksum, images=len(job.labels), segments=job.segments) if job.mode == "fast" else None

@@ -14,6 +14,7 @@ from dydit_jax.diffusion.process import Diffusion
 from dydit_jax.drawing.pictures import to_uint8
 from dydit_jax.errors import InputError
 from dydit_jax.jobs.sample import Request, sample
+from dydit_jax.models.dit import Model
 from dydit_jax.pipeline import DrawJob, Pipeline
 from dydit_jax.runtime.aot import compile_for
 from dydit_jax.runtime.sharding import MeshConfig, make_mesh
@@ -101,9 +102,10 @@ def test_settings_may_be_numbers_of_numpy(pipeline):
         pipeline([1], guidance="two")
 
 
-def test_latents_without_a_decoder_are_refused_before_anything_is_computed(tiny_config, tmp_path, monkeypatch):
+def test_latents_without_a_decoder_are_refused_before_anything_is_written(tiny_config, tmp_path, monkeypatch):
     config = dataclasses.replace(tiny_config, channels=4)
-    latents = Pipeline(Weights(config, Diffusion(), SAMPLING, {}, {}))
+    params = jax.jit(Model(config).init)(jax.random.key(0))
+    latents = Pipeline(Weights(config, Diffusion(), SAMPLING, params, {}))
     message = "the model draws 4, which are latents; name their decoder as sampling.autoencoder"
     with pytest.raises(InputError, match=message):
         latents([1])

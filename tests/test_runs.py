@@ -211,10 +211,10 @@ def test_record_of_another_content_is_damage(two_steps, tmp_path):
         restored_on(1, run, two_steps[1], 2)
 
 
-ARRAYS = ([], dict(params=3), *(dict(params=dict(a=entry)) for entry in (1, ["float32", [3]], ["float32", 3, 0])))
+NO_ARRAYS = ([], dict(params=3), *(dict(params=dict(a=entry)) for entry in (1, ["float32", [3]], ["float32", 3, 0])))
 
 
-@pytest.mark.parametrize("content", [7, ["arrays"], dict(data=5), dict(base="b"), *(dict(arrays=a) for a in ARRAYS)])
+@pytest.mark.parametrize("content", [7, ["arrays"], dict(data=5), dict(base="b"), *(dict(arrays=a) for a in NO_ARRAYS)])
 def test_record_of_a_stranger_is_damage_whatever_it_holds(tmp_path, monkeypatch, content):
     if isinstance(content, dict):
         content = content | dict(checksum=reading._checksum(content))
