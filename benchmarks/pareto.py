@@ -24,7 +24,7 @@ from etils import epath
 from pareto_page import draw, table
 from studies import provenance
 from study import DATA, NUM_IMAGES, PLAN, RUNS, SECONDS_OF_HOUR, Training, measured_rate
-from study_models import DYNAMIC, LAMBDAS, ONE_PASS, STATIC, STUDIES, Study
+from study_models import DYNAMIC, LAMBDAS, ONE_PASS, SHALLOWER, STATIC, STUDIES, Study
 
 from dydit_jax.drawing.report import COST_FILE
 from dydit_jax.drawing.style import save_figure
@@ -48,6 +48,7 @@ SOLVERS = {
     "unipc, trailing:10": dict(sampler="unipc", steps="trailing:10"),
     "unipc, trailing:6": dict(sampler="unipc", steps="trailing:6"),
 }
+STOCHASTIC = tuple(SOLVERS)[:2]  # the nearest, and so enough for the other modes and a static model of half the cost
 SCALE = 1.5
 NONE, CONSTANT, INTERVAL = "none", "constant", "interval"
 GUIDANCES = {
@@ -99,7 +100,8 @@ def all_points() -> list[Point]:
         for solver in SOLVERS
     ]
     points += [Point(ONE_PASS, solver, CONSTANT, "fast") for solver in SOLVERS]
-    return points + [Point(DYNAMIC, solver, NONE, mode) for mode in ("gated", "complete") for solver in SOLVERS]
+    points += [Point(DYNAMIC, solver, NONE, mode) for mode in ("gated", "complete") for solver in STOCHASTIC]
+    return points + [Point(SHALLOWER, STOCHASTIC[1], guidance, "complete") for guidance in GUIDANCES]
 
 
 def folder_of(study: Study, model: str) -> epath.Path | None:

@@ -3,7 +3,7 @@
 import textwrap
 
 from studies import table_header, table_line
-from study_models import LAMBDAS, ONE_PASS, STATIC
+from study_models import LAMBDAS, ONE_PASS, SHALLOWER, STATIC
 
 from dydit_jax.drawing.style import INK, LINES, in_style, new_figure
 
@@ -13,7 +13,8 @@ COSTS = {
     "seconds": ("milliseconds per image, in a batch", 1e-3),
 }
 QUALITY = "distance"
-MODELS = (STATIC, *LAMBDAS.values(), ONE_PASS)
+STATICS = (STATIC, SHALLOWER)
+MODELS = (*STATICS, *LAMBDAS.values(), ONE_PASS)
 MARKERS = {"none": "o", "constant": "s", "interval": "^"}
 TITLE_COLUMNS = 58
 TICKS = (1, 2, 5)  # of each power of ten
@@ -31,7 +32,7 @@ def front(points: list[dict], cost: str) -> list[dict]:
 def finding(points: list[dict], cost: str) -> str:
     """Say how many points of the front are of dynamic models."""
     best = front(points, cost)
-    dynamic = sum(point["model"] != STATIC and point["mode"] != "complete" for point in best)
+    dynamic = sum(point["mode"] != "complete" for point in best)
     what = "MACs" if cost == "macs" else "seconds"
     if dynamic == len(best):
         return f"By {what}, all {len(best)} points that nothing beats are dynamic"
@@ -62,7 +63,7 @@ def draw(points: list[dict]):
 
     figure = new_figure(7.4)
     axes = figure.subplots(2, 1)
-    colours = dict(zip(MODELS, (colour for colour, _ in (LINES[1], LINES[4], LINES[0], LINES[2], LINES[3]))))
+    colours = dict(zip(MODELS, (LINES[1][0], INK, *(LINES[line][0] for line in (4, 0, 2, 3)))))
     for axis, (cost, (label, unit)) in zip(axes, COSTS.items()):
         best = front(points, cost)
         axis.plot(
@@ -70,7 +71,7 @@ def draw(points: list[dict]):
         )
         for point in points:
             # Hollow: all gates open, or all of it computed and multiplied by them.
-            colour, hollow = colours[point["model"]], point["model"] != STATIC and point["mode"] != "fast"
+            colour, hollow = colours[point["model"]], point["model"] not in STATICS and point["mode"] != "fast"
             look = dict(marker=MARKERS[point["guidance"]], color=colour, ms=5, mew=1, mfc="none" if hollow else colour)
             axis.plot(point[cost] / unit, point[QUALITY], ls="", **look)
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="Fréchet distance")

@@ -91,7 +91,7 @@ QUESTIONS = (
     Question("Does it have to be learnt which tokens pass?", (RANDOM,), 2, ((RANDOM, TOP_K),)),
     Question("Guidance in one pass, for the Pareto page", (ONE_PASS,), 1),
     Question("The parent of the flow", (FLOW,), 1),
-    Question("And as a flow?", (DYNAMIC_FLOW,), 2, ((DYNAMIC_FLOW, DYNAMIC),)),
+    Question("And as a flow?", (DYNAMIC_FLOW,), 2, ((DYNAMIC_FLOW, FLOW), (DYNAMIC_FLOW, DYNAMIC))),
 )
 
 

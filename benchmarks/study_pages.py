@@ -5,7 +5,18 @@ from collections.abc import Mapping
 
 import numpy as np
 from studies import deviation, difference, table_header, table_line
-from study_models import DYNAMIC, LAMBDAS, NARROWER, QUESTIONS, SHALLOWER, STATIC, TRAINED_ON, VARIANTS
+from study_models import (
+    DYNAMIC,
+    DYNAMIC_FLOW,
+    FLOW,
+    LAMBDAS,
+    NARROWER,
+    QUESTIONS,
+    SHALLOWER,
+    STATIC,
+    TRAINED_ON,
+    VARIANTS,
+)
 
 from dydit_jax.drawing.style import FAINT, INK, LINES, OPEN, SMALL, count_ticks, in_style, new_figure
 from dydit_jax.models.cost import format_count
@@ -14,6 +25,7 @@ MEASURES = {"accuracy": 3, "distance": 2, "precision": 3, "recall": 3}  # with t
 MEASURED = 2.0  # deviations from which on a difference counts
 TITLE_COLUMNS = 58
 SINGLE = (STATIC, TRAINED_ON, NARROWER, SHALLOWER)  # models that are a point of the figure, not of a line
+FLOWS = {FLOW: "o", DYNAMIC_FLOW: "v"}  # with their markers
 
 
 def measures_of(found: Mapping) -> dict[str, int]:
@@ -153,6 +165,9 @@ def draw_cost(found: Mapping):
         place = dict(textcoords="offset points", xytext=(7, 4), fontsize=SMALL)
         axis.annotate(name.removeprefix("DyDiT, "), (macs.mean(), distance.mean()), **place)
     axis.plot(*zip(*([values.mean() for values in of_model(name)] for name in dynamic)), color=OPEN, lw=1)
+    for name, marker in FLOWS.items():
+        if name in measured:
+            axis.plot(*of_model(name), marker, color=INK, mfc="none", label=name, ms=5.5)
     axis.axhline(found["real"]["distance"], color=FAINT, lw=1, ls=":", label="real test pictures")
     axis.set_title(textwrap.fill(cost_finding(found), TITLE_COLUMNS))
     axis.set(ylim=0, xlabel="MACs per image and pass", ylabel="Fréchet distance")

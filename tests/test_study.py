@@ -273,9 +273,9 @@ def test_figures_are_drawn_from_what_there_is(modules, found):
 # --- The Pareto page -----------------------------------------------------------------------------
 
 
-def test_points_are_sixty_and_each_is_drawn_again_by_its_command(modules, monkeypatch):
+def test_points_are_at_most_sixty_and_each_is_drawn_again_by_its_command(modules, monkeypatch):
     points = modules.pareto.all_points()
-    assert len(points) == len({point.name for point in points}) == 60
+    assert len(points) == len({point.name for point in points}) <= 60
     assert {point.mode for point in points} == {"fast", "gated", "complete"}
     requests = []
     monkeypatch.setattr(sample_command, "sample", requests.append)
