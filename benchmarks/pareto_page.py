@@ -63,7 +63,7 @@ def draw(points: list[dict]):
 
     figure = new_figure(7.4)
     axes = figure.subplots(2, 1)
-    colours = dict(zip(MODELS, (LINES[1][0], INK, *(LINES[line][0] for line in (4, 0, 2, 3)))))
+    colours = dict(zip(MODELS, (LINES[line][0] for line in (1, 5, 4, 0, 2, 3))))
     for axis, (cost, (label, unit)) in zip(axes, COSTS.items()):
         best = front(points, cost)
         axis.plot(

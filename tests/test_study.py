@@ -262,7 +262,7 @@ def test_figures_are_drawn_from_what_there_is(modules, found):
     first = dict(found, results=[row for row in found["results"] if row["seed"] == 0])
     for results in (found, first):
         [axis] = modules.study_pages.draw_cost(results).axes
-        assert len(axis.lines) == 4 + 3 + 2  # static models, DyDiTs, the line through them and that of real pictures
+        assert len(axis.lines) == 4 + 3 + 2 + 2  # static models, DyDiTs, flows; lines through DyDiTs and of real pictures
         [axis] = modules.study_pages.draw_parts(results).axes
         assert [text.get_text().partition("\n")[0] for text in axis.get_yticklabels()][:2] == [
             "DyDiT, heads off",
@@ -411,6 +411,7 @@ def test_the_page_holds_the_tables_of_its_results(modules):
     found, shipped = (json.loads((ROOT / "docs" / name).read_text()) for name in ("study.json", "fashion.json"))
     written = modules.study_pages.tables(found) + modules.ship.conditions_table(shipped["conditions"])
     written += modules.ship.models_table(shipped).split("\n", 1)[1]  # the page's first line says more
+    written += modules.pareto_page.table(json.loads((ROOT / "docs" / "pareto.json").read_text())["points"])
     assert [line for line in written.splitlines() if line.startswith("|") and line not in page] == []
 
 
