@@ -262,7 +262,7 @@ def test_figures_are_drawn_from_what_there_is(modules, found):
     first = dict(found, results=[row for row in found["results"] if row["seed"] == 0])
     for results in (found, first):
         [axis] = modules.study_pages.draw_cost(results).axes
-        assert len(axis.lines) == 4 + 3 + 2 + 2  # static models, DyDiTs, flows; lines through DyDiTs and of real pictures
+        assert len(axis.lines) == 4 + 3 + 2 + 2  # static, DyDiTs, flows; lines of DyDiTs and real pictures
         [axis] = modules.study_pages.draw_parts(results).axes
         assert [text.get_text().partition("\n")[0] for text in axis.get_yticklabels()][:2] == [
             "DyDiT, heads off",
