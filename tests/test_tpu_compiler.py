@@ -68,6 +68,7 @@ print(len(made), all("S(1)" in array for types in made for array in re.findall(r
 """
 
 
+@pytest.mark.slow
 def test_programs_of_the_benchmarks_can_be_traced(tmp_path):
     command = [sys.executable, "-c", TRACED, str(tmp_path / "steps.json")]
     done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True, timeout=300)
