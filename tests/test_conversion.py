@@ -90,7 +90,7 @@ def test_what_the_original_has_no_place_for_is_refused_or_said(tiny, tmp_path, c
 )
 @pytest.mark.parametrize("place", ["gs://bucket/x.pt", "hf://me/x", "https://host/x.pt"])
 def test_what_is_not_on_this_machine_is_named_as_it_was_typed(read, place):
-    with pytest.raises(InputError, match=f"^{place} is not a path on this machine, and it can only be read from a disk"):
+    with pytest.raises(InputError, match=f"^{place} is not on this machine, and this can only be read from a disk"):
         read(place)
 
 

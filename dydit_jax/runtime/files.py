@@ -57,7 +57,7 @@ def require_local(path) -> pathlib.Path:
       InputError: an address, or a path in a bucket.
     """
     if not is_local(path):
-        raise InputError(f"{path} is not a path on this machine, and it can only be read from a disk. Copy it to one first.")
+        raise InputError(f"{path} is not on this machine, and this can only be read from a disk. Copy it first.")
     return pathlib.Path(path)
 
 
