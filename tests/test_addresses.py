@@ -109,7 +109,7 @@ def test_damaged_weights_of_the_cache_are_named_with_what_to_do(hub):
     [
         (lambda content: content[:-30], "not a zip file"),
         (lambda content: content.replace(b"numbers", b"numbexs"), "its part data/0 has another checksum"),
-        (lambda content: content.replace(b"PK\x03\x04", b"PK\x03\x04" + b"?" * 300), "damaged on the way"),
+        (lambda content: content.replace(b"PK\x03\x04", b"PK\x03\x04" + b"?" * 300), ""),
     ],
 )
 def test_zip_that_is_damaged_is_not_kept(tmp_path, damage, reason):
@@ -118,7 +118,7 @@ def test_zip_that_is_damaged_is_not_kept(tmp_path, damage, reason):
         archive.writestr("data/0", b"numbers" * 100)
     require_checksum(path, None)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=f"damaged on the way.*{reason}|{reason}"):
+    with pytest.raises(InputError, match=f"damaged on the way.*{reason}"):
         require_checksum(path, None)
     assert not path.exists()
 

@@ -149,7 +149,7 @@ def _require_plain(archive: zipfile.ZipFile) -> None:
         raise ValueError("two of its arrays have one name")
 
 
-class _ShortReads:
+class _ShortHeader:
     """A file that refuses to be read in large pieces, as the header of an array would be, whatever length it states."""
 
     def __init__(self, file):
@@ -162,7 +162,7 @@ class _ShortReads:
 
 
 def _read_header(file) -> tuple[tuple[int, ...], np.dtype]:
-    file = _ShortReads(file)
+    file = _ShortHeader(file)
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read:

@@ -16,6 +16,7 @@ from dydit_jax.latents import require_channels
 from dydit_jax.loading import find_autoencoder_config, load_autoencoder
 from dydit_jax.models.autoencoder import AutoencoderConfig
 from dydit_jax.records import read_record
+from dydit_jax.runtime.files import is_local
 from dydit_jax.runtime.processes import on_all_processes
 from dydit_jax.training.experiment import Experiment
 
@@ -88,7 +89,7 @@ def _require_request(path: str, workdir: str, side: int) -> None:
     """
     if not path:
         raise InputError("data.path is empty; name the pictures.")
-    if "://" in workdir:
+    if not is_local(workdir):
         raise InputError(
             f"Latents of pictures are made beside the work directory, and {workdir} is not a folder on a disk. Prepare "
             "the latents first, with tools/prepare_latents.py, and train on data.name=latents."
